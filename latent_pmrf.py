@@ -1,0 +1,1300 @@
+"""Latent-PMRF: restore a face by its posterior mean, then move that estimate to a real face with a flow between latents.
+
+Paper: "Latent-PMRF" (arXiv 2507.00447 v1); baseline: PMRF (arXiv 2410.00418). Among all estimators whose outputs look real,
+the one with the least squared error transports the posterior mean to the distribution of clean images. PMRF learns that
+transport with a rectified flow on pixels; here it runs between latents of Sim-VAE, an autoencoder plain enough (3x3 convolutions,
+per-pixel LayerNorm, no attention) to reconstruct faces almost exactly, because its error bounds the distortion of the result.
+
+    paper      name here   shape                range     meaning
+    y, x       lq, hq      (B, 3, S, S)         [-1, 1]   degraded and clean face
+    x_hat      estimate    (B, 3, S, S)         [-1, 1]   posterior mean E[X | Y = y], here the MMSE network SwinIR
+    E, D       vae         (B, 3, S, S) <-> (B, c, S/f, S/f)    Sim-VAE; latents are not rescaled
+    z_0        z0          (B, c, h, w)         t = 0     source: latent of the posterior mean, plus noise of std sigma_s
+    z_1        z1          (B, c, h, w)         t = 1     target: latent of the clean face
+    t          t           (B,)                 [0, 1]    0 is the degraded end, 1 the clean end
+    v_t(z_t)   velocity    (B, c, h, w)                   HDiT, which sees z_t and t only, never y
+
+    [Eq. 1] interpolate   [Eq. 2] cfm_loss   [Eq. 3] euler_sample   [Eq. 4-5] latent_source: option 2 errs as much as D(E(.)) does
+
+Run `python latent_pmrf.py train` (toy world, CPU, minutes) or `train --preset paper --data FFHQ`; then `sample -i FACES -o OUT`.
+`--space pixel` is PMRF itself. Left out: Real-ESRGAN degradation for natural images, tiled velocity for pictures beyond one face.
+"""
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import statistics
+import time
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import metrics
+from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, command_line, degrade, degrade_pair,
+                    find_checkpoint, load_model, load_strict, read_weights, restore_folder, save_model, versions, write_curve,
+                    write_grid, write_json)
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+
+@dataclass(frozen=True)
+class Train(TrainFlags):
+    """Train Sim-VAE, the posterior mean and the flow, then restore held-out faces."""
+    output: str = "runs/latent_pmrf"       # folder for weights, checkpoints, log and pictures
+    stage: typing.Literal["all", "vae", "mmse", "flow"] = "all"  # one stage, or all in order
+    space: typing.Literal["latent", "pixel"] = "latent"  # where the flow runs; pixel is PMRF, which has no VAE
+    source: typing.Literal["encode_mean", "latent_mean"] = "encode_mean"  # sec. 3.2: option 2 E(posterior mean), option 1 posterior mean of latents
+    vae: str = ""                          # trained Sim-VAE to use instead of training one: diffusers folder or hub id
+    mmse: str = ""                         # trained SwinIR to use, e.g. swinir_restoration512_L1.pth of DifFace
+    # Sim-VAE
+    latent_channels: int = 8               # c of the latent; paper 32
+    vae_widths: tuple[int, ...] = (24, 48, 96)  # channels per level, halved resolution between them; paper 128 256 512 512
+    vae_norm: typing.Literal["layer", "group"] = "layer"  # Table 2: per-pixel LayerNorm or GroupNorm
+    vae_resizer: typing.Literal["sim", "sd"] = "sim"  # Table 2: channels change in the resizer, or SD-style in the next block
+    vae_block: typing.Literal["sim", "sd"] = "sim"  # Table 2: one norm and one activation, or SD-VAE's two
+    perceptual: typing.Literal["reader", "vgg19", "none"] = "reader"  # network of the perceptual loss; paper vgg19
+    vgg: str = ""                          # file of torchvision's vgg19 weights (default: torchvision fetches them)
+    perceptual_weight: float = 0.05        # authors' file; the paper's text says Real-ESRGAN's 1.0
+    kl_weight: float = 1e-6                # of the KL summed over a latent
+    vae_steps: int = 700                   # paper 150 000
+    vae_learning_rate: float = 2e-3        # peak; paper 1e-4
+    vae_min_learning_rate: float = 1e-4    # end of the cosine; paper 1e-6
+    vae_cosine_steps: int = 700            # horizon of the cosine; authors 200 000 for a run of 150 000
+    vae_warmup_steps: int = 50             # linear, from a tenth of the peak; paper 500
+    vae_crop: int = 64                     # side of the random crop the VAE sees; paper 256
+    # posterior mean
+    mmse_dim: int = 60                     # SwinIR width; DifFace 180
+    mmse_depths: tuple[int, ...] = (4, 4)  # Swin layers per residual group; DifFace 6 x 8
+    mmse_heads: int = 4                    # attention heads; DifFace 6
+    mmse_features: int = 32                # width at full resolution, after upsampling; DifFace 64
+    mmse_unshuffle: int = 4                # space-to-depth before and upsampling after; DifFace 8
+    mmse_steps: int = 900                  # paper trains none (DifFace's weights); PMRF 1000 epochs
+    mmse_learning_rate: float = 1e-3       # PMRF 5e-4, constant
+    # flow
+    flow_widths: tuple[int, ...] = (96, 192)  # HDiT width per level; paper 256 512 1024
+    flow_depths: tuple[int, ...] = (2, 4)  # layers per level (fine levels count twice: down and up); paper 2 4 6
+    flow_patch: int = 1                    # patch of the latent flow
+    pixel_patch: int = 2                   # patch of the pixel flow; PMRF 4
+    neighborhood: int = 7                  # side of the attention window on all levels but the last
+    head_dim: int = 32                     # width of an attention head; paper 64
+    depthwise: bool = True                 # depth-wise convolutions in attention and feed-forward, as the paper's network
+    mapping_width: int = 128               # width of the time embedding; paper 768
+    source_noise: float = 0.1              # sigma_s: noise on the source, in units of the space the flow runs in
+    source_sample: bool = True             # source is a sample of the posterior q(z | x_hat), not its mean
+    flow_steps: int = 1500                 # paper 400 000
+    learning_rate: float = 1e-3            # of the flow; paper 5e-4, constant
+    num_inference_steps: int = 25          # Euler steps
+
+
+@dataclass(frozen=True)
+class Sample(SampleFlags):
+    """Restore faces with trained weights."""
+    output: str = "results/latent_pmrf"    # folder for restored_faces/, posterior_mean/, cmp/ and args.json
+    checkpoint: str = "runs/latent_pmrf"   # output folder of a training run, or PMRF's released folder or hub id
+    vae: str = ""                          # released Sim-VAE instead of the checkpoint's: folder or hub id
+    mmse: str = ""                         # released SwinIR instead of the checkpoint's: file
+    num_inference_steps: int = 25          # Euler steps K; 1 is one step from the posterior mean
+    vae_memory_gb: float = 0.0             # decode in tiles that need no more than this much memory (0: whole)
+
+
+@dataclass(frozen=True)
+class Ablate(Train):
+    """Rerun the paper's tables at toy size."""
+    output: str = "runs/latent_pmrf_ablate"  # folder for rows.json and the shared networks
+    table: typing.Literal["all", "space", "vae", "source"] = "all"  # latent against pixel; Tables 1-3; section 3.2
+    rows: tuple[str, ...] = ()             # only these rows (default: all)
+    seeds: int = 1                         # repetitions with other seeds
+    vae_steps: int = 400                   # a row is meant to take 3-5 CPU minutes
+    vae_cosine_steps: int = 400            # as vae_steps
+    flow_steps: int = 500                  # of the latent flow; the pixel flow gets the same seconds
+
+
+PAPER = dict(
+    image_size=512, batch_size=8, degradation="difface", latent_channels=32, vae_widths=(128, 256, 512, 512), perceptual="vgg19",
+    vae_steps=150_000, vae_learning_rate=1e-4, vae_min_learning_rate=1e-6, vae_cosine_steps=200_000, vae_warmup_steps=500, vae_crop=256,
+    mmse_dim=180, mmse_depths=(6,) * 8, mmse_heads=6, mmse_features=64, mmse_unshuffle=8, mmse_steps=270_000, mmse_learning_rate=5e-4,
+    flow_widths=(256, 512, 1024), flow_depths=(2, 4, 6), pixel_patch=4, head_dim=64, mapping_width=768, flow_steps=400_000,
+    learning_rate=5e-4, ema_decay=0.9999, mixed_precision="bf16", num_workers=8, checkpointing_steps=5000, log_steps=100)
+HDIT_PMRF = dict(in_channels=3, widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64, mapping_width=768, depthwise=False)
+HDIT_PAPER = dict(in_channels=32, widths=(256, 512, 1024), depths=(2, 4, 6), patch=1, head_dim=64, mapping_width=768, depthwise=True)
+
+
+# ------------------------------------------------------------------------------------------------ model: Sim-VAE
+
+
+class PixelLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each pixel: no statistic crosses pixels, so the network stays a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x):  # (B, C, H, W)
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def vae_norm(kind: str, channels: int) -> nn.Module:
+    return PixelLayerNorm(channels) if kind == "layer" else nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+
+
+class SimBlock(nn.Module):
+    """y = x + conv2(SiLU(conv1(norm(x)))), the only block of Sim-VAE [sec. 3.3]. kind "sd" has SD-VAE's second norm and activation."""
+
+    def __init__(self, width: int, out: int, norm: str, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.norm = vae_norm(norm, width)
+        self.conv1 = nn.Conv2d(width, out, 3, padding=1)
+        if kind == "sd":
+            self.norm2 = vae_norm(norm, out)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        if width != out:                                          # only with SD-style resizers: channels change in the block
+            self.shortcut = nn.Conv2d(width, out, 1)
+
+    def forward(self, x):
+        h = self.norm(x)
+        h = self.conv1(F.silu(h) if self.kind == "sd" else h)
+        h = F.silu(self.norm2(h) if self.kind == "sd" else h)
+        return self.conv2(h) + (self.shortcut(x) if hasattr(self, "shortcut") else x)
+
+
+class Down(nn.Module):
+    """Halve the resolution with one strided 3x3 convolution. SD pads right and below only; Sim-VAE pads all sides alike."""
+
+    def __init__(self, width: int, out: int, style: str):
+        super().__init__()
+        self.style = style
+        self.conv = nn.Conv2d(width, out, 3, stride=2, padding=int(style == "sim"))
+
+    def forward(self, x):
+        return self.conv(x if self.style == "sim" else F.pad(x, (0, 1, 0, 1)))
+
+
+class Up(nn.Module):
+    """Double the resolution: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, out, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Blocks(nn.Module):
+    """`layers` residual blocks, then perhaps a resizer, named as in the released checkpoint."""
+
+    def __init__(self, width, out, layers, norm, kind, downsampler=None, upsampler=None):
+        super().__init__()
+        self.resnets = nn.ModuleList(SimBlock(width if i == 0 else out, out, norm, kind) for i in range(layers))
+        if downsampler is not None:
+            self.downsampler = downsampler
+        if upsampler is not None:
+            self.upsampler = upsampler
+
+    def forward(self, x):
+        for block in self.resnets:
+            x = block(x)
+        return self.downsampler(x) if hasattr(self, "downsampler") else self.upsampler(x) if hasattr(self, "upsampler") else x
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> moments (B, 2c, H/f, W/f)."""
+
+    def __init__(self, channels, widths, layers, mid_layers, norm, resizer, kind):
+        super().__init__()
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for i, width in enumerate(widths):
+            into = width if resizer == "sim" or i == 0 else widths[i - 1]
+            after = None if i == last else Down(width, widths[i + 1] if resizer == "sim" else width, resizer)
+            self.down_blocks.append(Blocks(into, width, layers, norm, kind, downsampler=after))
+        self.mid_block = Blocks(widths[-1], widths[-1], mid_layers, norm, kind)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(self.mid_block(x))
+
+
+class Decoder(nn.Module):
+    """(B, c, h, w) -> (B, 3, f h, f w); one more block per level than the encoder, no norm before conv_out."""
+
+    def __init__(self, channels, widths, layers, mid_layers, norm, resizer, kind):
+        super().__init__()
+        widths = tuple(reversed(widths))
+        self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.mid_block = Blocks(widths[0], widths[0], mid_layers, norm, kind)
+        self.up_blocks = nn.ModuleList()
+        for i, width in enumerate(widths):
+            into = width if resizer == "sim" or i == 0 else widths[i - 1]
+            after = None if i == len(widths) - 1 else Up(width, widths[i + 1] if resizer == "sim" else width)
+            self.up_blocks.append(Blocks(into, width, layers + 1, norm, kind, upsampler=after))
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z):
+        z = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            z = block(z)
+        return self.conv_out(z)
+
+
+class SimVAE(nn.Module):
+    """The paper's autoencoder [sec. 3.3]: (B, 3, H, W) in [-1, 1] <-> latents (B, c, H/f, W/f), f = 2^(levels - 1).
+
+    Parameter names and, by default, sizes are those of the release: 91,030,595 parameters at c = 32, 90,809,379 at c = 16.
+    norm, resizer and block are the switches of Table 2. The paper's "attention replaced by 3x3 convolutions" is `mid_layers` blocks.
+    """
+
+    def __init__(self, latent_channels=32, widths=(128, 256, 512, 512), layers=2, mid_layers=3, norm="layer", resizer="sim", block="sim"):
+        super().__init__()
+        sizes = (latent_channels, tuple(widths), layers, mid_layers, norm, resizer, block)
+        self.encoder, self.decoder = Encoder(*sizes), Decoder(*sizes)
+        self.factor, self.widths, self.layers, self.mid_layers = 2 ** (len(widths) - 1), tuple(widths), layers, mid_layers
+
+    def encode(self, x):
+        """-> mean, logvar (B, c, h, w) of q(z | x); logvar within [-30, 20]."""
+        mean, logvar = self.encoder(x).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, z):
+        """-> (B, 3, H, W), not clamped."""
+        return self.decoder(z)
+
+    def decode_tiled(self, z, memory_gb: float):
+        """`decode` in tiles that need about memory_gb. Exact: each tile sees all the latents that can reach its pixels."""
+        halo = math.ceil(self.reach())
+        # The widest moment: a few activations of widths[0] channels at full resolution.
+        pixels = memory_gb * 2 ** 30 / (5 * self.widths[0] * z.element_size() * len(z))
+        tile = int(math.sqrt(max(pixels, 0)) / self.factor) - 2 * halo
+        if tile < 1:
+            raise UserError(f"--vae_memory_gb {memory_gb}: too little for one tile; give at least "
+                            f"{5 * self.widths[0] * z.element_size() * len(z) * (self.factor * (2 * halo + 4)) ** 2 / 2 ** 30:.2f}")
+        f, (height, width) = self.factor, z.shape[-2:]
+        rows = []
+        for y in range(0, height, tile):
+            row = []
+            for x in range(0, width, tile):
+                top, left = max(0, y - halo), max(0, x - halo)
+                piece = self.decode(z[..., top:y + tile + halo, left:x + tile + halo])
+                row.append(piece[..., (y - top) * f:(y - top + tile) * f, (x - left) * f:(x - left + tile) * f])
+            rows.append(torch.cat(row, dim=-1))
+        return torch.cat(rows, dim=-2)
+
+    def reach(self) -> float:
+        """Radius of the decoder's receptive field in latent pixels: one per 3x3 convolution, halved at each doubling."""
+        radius = 1.0 + 2 * self.mid_layers
+        for level in range(len(self.widths)):
+            radius += (2 * (self.layers + 1) + 1) / 2 ** level    # the block's convolutions and the resizer's (or conv_out)
+        return radius
+
+
+# ------------------------------------------------------------------------------------------------ model: SwinIR
+
+
+def shifted_window_mask(height: int, width: int, window: int, shift: int) -> torch.Tensor:
+    """(windows, window^2, window^2): -100 where a rolled window joins two sides of the picture, else 0 [Swin, sec. 3.2]."""
+    region = lambda n: (torch.arange(n) >= n - window).long() + (torch.arange(n) >= n - shift).long()
+    label = 3 * region(height)[:, None] + region(width)[None]
+    label = label.view(height // window, window, width // window, window).transpose(1, 2).reshape(-1, window ** 2)
+    return (label[:, None] != label[:, :, None]).float() * -100.0
+
+
+class WindowAttention(nn.Module):
+    """Attention inside windows of window x window tokens with a learned bias per relative position."""
+
+    def __init__(self, dim: int, window: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        place = torch.stack(torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij"), -1).view(-1, 2)
+        offset = place[:, None] - place[None] + window - 1        # (w^2, w^2, 2)
+        self.register_buffer("relative_position_index", offset[..., 0] * (2 * window - 1) + offset[..., 1])
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x, mask):  # (B * windows, w^2, C), (windows, w^2, w^2) or None
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)      # 3 x (B W, heads, w^2, C / heads)
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)          # (heads, w^2, w^2)
+        # By hand: the fused kernels have no fast gradient for a learned bias.
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.to(q.dtype)
+        if mask is not None:
+            logits = (logits.unflatten(0, (-1, len(mask))) + mask[:, None].to(q.dtype)).flatten(0, 1)
+        x = logits.softmax(dim=-1) @ v
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class SwinLayer(nn.Module):
+    """Window attention (every second layer on windows shifted by half) and an MLP, both pre-norm."""
+
+    def __init__(self, dim, heads, window, shift, mlp_ratio, tokens, drop):
+        super().__init__()
+        self.window, self.shift, self.drop = window, shift, drop
+        self.norm1, self.attn, self.norm2 = nn.LayerNorm(dim), WindowAttention(dim, window, heads), nn.LayerNorm(dim)
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, int(dim * mlp_ratio)), fc2=nn.Linear(int(dim * mlp_ratio), dim)))
+        if shift:                                                 # the released files carry the mask of the training size
+            self.register_buffer("attn_mask", shifted_window_mask(tokens, tokens, window, shift))
+
+    def residual(self, x):
+        """Stochastic depth: in training a sample skips the branch with probability `drop`."""
+        if not self.training or self.drop == 0:
+            return x
+        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop
+        return x * keep / (1 - self.drop)
+
+    def forward(self, x, height, width):  # (B, H W, C)
+        w, mask = self.window, None
+        h = self.norm1(x).unflatten(1, (height, width))
+        if self.shift:
+            h = h.roll((-self.shift, -self.shift), (1, 2))
+            mask = self.attn_mask
+            if len(mask) != height * width // w ** 2:
+                mask = shifted_window_mask(height, width, w, self.shift).to(x.device)
+        h = h.unflatten(2, (-1, w)).unflatten(1, (-1, w)).transpose(2, 3)                    # (B, H/w, W/w, w, w, C)
+        shape = h.shape
+        h = self.attn(h.flatten(3, 4).flatten(0, 2), mask).view(shape).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        if self.shift:
+            h = h.roll((self.shift, self.shift), (1, 2))
+        x = x + self.residual(h.flatten(1, 2))
+        return x + self.residual(self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x)))))
+
+
+class SwinGroup(nn.Module):
+    """Residual group: Swin layers, then a 3x3 convolution, added to the input (RSTB of SwinIR)."""
+
+    def __init__(self, dim, depth, heads, window, mlp_ratio, tokens, drops):
+        super().__init__()
+        layers = [SwinLayer(dim, heads, window, window // 2 * (i % 2), mlp_ratio, tokens, drops[i]) for i in range(depth)]
+        self.residual_group = nn.ModuleDict(dict(blocks=nn.ModuleList(layers)))
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x, height, width):  # (B, H W, C)
+        h = x
+        for layer in self.residual_group.blocks:
+            h = layer(h, height, width)
+        return x + self.conv(h.transpose(1, 2).unflatten(2, (height, width))).flatten(2).transpose(1, 2)
+
+
+class SwinIR(nn.Module):
+    """The posterior-mean predictor: (B, 3, H, W) in [0, 1] -> the same, not clipped. H and W multiples of 8 * unshuffle work as they are.
+
+    Default: DifFace's SwinIR-L (15,792,587 parameters, its parameter names). PMRF's controlled "swinir_M": dim=120, depths=(6,) * 5.
+    `latent_channels` > 0 predicts latents at 1 / unshuffle of the resolution instead (option 1 of sec. 3.2).
+    """
+
+    def __init__(self, dim=180, depths=(6,) * 8, heads=6, window=8, mlp_ratio=2, unshuffle=8, features=64, tokens=64, drop_path=0.1,
+                 latent_channels=0):
+        super().__init__()
+        self.window, self.unshuffle, self.latent_channels = window, unshuffle, latent_channels
+        self.register_buffer("mean", torch.tensor([0.4488, 0.4371, 0.4040]).view(1, 3, 1, 1), persistent=False)
+        self.conv_first = nn.Sequential(nn.PixelUnshuffle(unshuffle), nn.Conv2d(3 * unshuffle ** 2, dim, 3, padding=1))
+        self.patch_embed = nn.ModuleDict(dict(norm=nn.LayerNorm(dim)))
+        drops = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
+        self.layers = nn.ModuleList(SwinGroup(dim, depth, heads, window, mlp_ratio, tokens, drops[sum(depths[:i]):])
+                                    for i, depth in enumerate(depths))
+        self.norm = nn.LayerNorm(dim)
+        self.conv_after_body = nn.Conv2d(dim, dim, 3, padding=1)
+        self.conv_before_upsample = nn.Sequential(nn.Conv2d(dim, features, 3, padding=1), nn.LeakyReLU())
+        self.doublings = 0 if latent_channels else int(math.log2(unshuffle))
+        for i in range(self.doublings):
+            setattr(self, f"conv_up{i + 1}", nn.Conv2d(features, features, 3, padding=1))
+        self.conv_hr = nn.Conv2d(features, features, 3, padding=1)
+        self.conv_last = nn.Conv2d(features, latent_channels or 3, 3, padding=1)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x):
+        height, width = x.shape[-2:]
+        step = self.window * self.unshuffle
+        x = F.pad(x, (0, -width % step, 0, -height % step), mode="reflect") if height % step or width % step else x
+        shallow = self.conv_first(x - self.mean)                                             # (B, dim, h, w)
+        h, w = shallow.shape[-2:]
+        deep = self.patch_embed.norm(shallow.flatten(2).transpose(1, 2))                     # (B, h w, dim)
+        for layer in self.layers:
+            deep = layer(deep, h, w)
+        x = self.conv_before_upsample(self.conv_after_body(self.norm(deep).transpose(1, 2).unflatten(2, (h, w))) + shallow)
+        for i in range(self.doublings):
+            x = F.leaky_relu(getattr(self, f"conv_up{i + 1}")(F.interpolate(x, scale_factor=2.0, mode="nearest")), 0.2)
+        x = self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2))
+        return x if self.latent_channels else (x + self.mean)[..., :height, :width]
+
+
+# ------------------------------------------------------------------------------------------------ model: HDiT
+
+
+@functools.lru_cache(maxsize=32)
+def neighborhood_tiles(height: int, width: int, kernel: int, device: torch.device, tile: int = 8):
+    """Which keys each tile of queries needs: query index (n, t^2), key index (n, r^2), mask (n, t^2, r^2) bool, place (H W,).
+
+    The windows of a tile of t x t queries lie inside one region of r x r = (t + kernel - 1)^2 keys, cut off at the border.
+    """
+    axes = []
+    for length in (height, width):
+        t, r = min(tile, length), min(tile + kernel - 1, length)
+        queries = (torch.arange(0, length, t)[:, None] + torch.arange(t)).clamp(max=length - 1)          # (tiles, t)
+        keys = (queries[:, :1] - kernel // 2).clamp(0, length - r) + torch.arange(r)                     # (tiles, r)
+        start = (queries - kernel // 2).clamp(0, length - kernel)            # the window shifts at a border, it never shrinks
+        inside = (keys[:, None] >= start[..., None]) & (keys[:, None] < start[..., None] + kernel)       # (tiles, t, r)
+        axes.append((queries, keys, inside))
+    (qy, ky, my), (qx, kx, mx) = axes
+    flat = lambda y, x: (y[:, None, :, None] * width + x[None, :, None, :]).flatten(2).flatten(0, 1)
+    mask = (my[:, None, :, None, :, None] & mx[None, :, None, :, None, :]).flatten(4).flatten(2, 3).flatten(0, 1)
+    # Where each token's answer stands; tiles that hang over the edge repeat its last queries, which nobody reads.
+    (tiles_y, ty), (tiles_x, tx) = qy.shape, qx.shape
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    place = ((y // ty) * tiles_x + x // tx) * (ty * tx) + (y % ty) * tx + x % tx
+    return flat(qy, qx).to(device), flat(ky, kx).to(device), mask.to(device), place.flatten().to(device)
+
+
+def neighborhood_attention(q, k, v, height: int, width: int, kernel_size: int = 7, scale: float | None = None):
+    """Each query attends to the kernel_size x kernel_size keys around it; at a border the window shifts inwards [NATTEN].
+
+    q, k, v (B, heads, H * W, head_dim) in row-major order -> the same shape. Plain PyTorch: tiles of 8 x 8 queries share the
+    region of keys they need, so memory grows with H * W, not with its square, and the fused attention kernels still apply.
+    Raises ValueError if the grid is smaller than the window or the window is even.
+    """
+    if kernel_size % 2 == 0 or kernel_size > min(height, width) or q.shape[-2] != height * width:
+        raise ValueError(f"neighborhood_attention: window {kernel_size} must be odd and fit the {height}x{width} grid of {q.shape[-2]} tokens")
+    batch, heads, _, dim = q.shape
+    query, key, mask, place = neighborhood_tiles(height, width, kernel_size, q.device)
+    gather = lambda x, index: x.flatten(0, 1)[:, index].flatten(0, 1)[:, None]               # (B heads n, 1, tokens, dim)
+    out = F.scaled_dot_product_attention(gather(q, query), gather(k, key), gather(v, key),
+                                         attn_mask=mask.repeat(batch * heads, 1, 1)[:, None], scale=scale)
+    return out.view(batch, heads, -1, dim)[:, :, place]
+
+
+def rms_norm(x, scale, eps: float = 1e-6):
+    """x / rms(x) * scale over the last axis, in float32 or better."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * (scale.to(wide.dtype) * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def geglu(x, weight):
+    """value * GELU(gate), both read from one projection."""
+    value, gate = F.linear(x, weight).chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def axial_positions(height: int, width: int, device=None):
+    """(H * W, 2) centres (y, x) of the cells; the long side spans [-1, 1]."""
+    longest = max(height, width)
+    y, x = [(torch.arange(n, device=device) * 2 + 1 - n) / longest for n in (height, width)]
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
+
+
+def apply_rope(x, theta):
+    """Rotate the first half of each head by its angles: pairs (x_i, x_{i + d}), d = theta.shape[-1]. x (B, heads, N, head_dim)."""
+    d = theta.shape[-1]
+    a, b, rest = x[..., :d], x[..., d:2 * d], x[..., 2 * d:]
+    cos, sin = theta.cos().to(x.dtype), theta.sin().to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return rms_norm(x, self.scale)
+
+
+class AdaRMSNorm(nn.Module):
+    """RMSNorm whose scale is 1 + W c, W = 0 at the start: only scale, no shift, no gate."""
+
+    def __init__(self, width: int, cond: int):
+        super().__init__()
+        self.linear = zeroed(nn.Linear(cond, width, bias=False))
+
+    def forward(self, x, c):  # (B, N, D), (B, T)
+        return rms_norm(x, self.linear(c)[:, None] + 1)
+
+
+class GEGLU(nn.Linear):
+    def __init__(self, width: int, out: int):
+        super().__init__(width, 2 * out, bias=False)
+
+    def forward(self, x):
+        return geglu(x, self.weight)
+
+
+class FourierFeatures(nn.Module):
+    """[cos 2 pi W x, sin 2 pi W x] with a fixed random W, which is part of the weights."""
+
+    def __init__(self, inputs: int, width: int):
+        super().__init__()
+        self.register_buffer("weight", torch.randn(width // 2, inputs))
+
+    def forward(self, x):
+        f = 2 * math.pi * x @ self.weight.T
+        return torch.cat([f.cos(), f.sin()], dim=-1)
+
+
+class DepthwiseConv(nn.Conv2d):
+    """3x3 depth-wise convolution over tokens (B, H W, C) [sec. 3.4 of the paper]; starts as the identity.
+
+    DIFFERS: the authors start it at random; from the identity the switch changes nothing at the first step.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, padding=1, groups=channels)
+        nn.init.dirac_(self.weight, groups=channels)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x, grid):
+        return super().forward(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+
+
+class SelfAttention(nn.Module):
+    """Cosine-similarity attention with a learned scale per head and axial rotary positions; `kernel` 0 is global."""
+
+    def __init__(self, width, cond, head_dim, kernel, depthwise):
+        super().__init__()
+        self.heads, self.kernel = width // head_dim, kernel
+        self.norm = AdaRMSNorm(width, cond)
+        self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
+        if depthwise:
+            self.dwconv = DepthwiseConv(3 * width)
+        self.scale = nn.Parameter(torch.full((self.heads,), 10.0))
+        self.pos_emb = nn.Module()
+        angles = head_dim // 8                                    # half of a head is rotated; a quarter for each of y and x
+        freqs = torch.linspace(math.log(math.pi), math.log(10 * math.pi), self.heads * angles + 1)[:-1].exp()
+        self.pos_emb.register_buffer("freqs", freqs.view(angles, self.heads).T.contiguous())
+        self.out_proj = zeroed(nn.Linear(width, width, bias=False))
+
+    def angles(self, positions):  # (N, 2) -> (heads, N, 2 * angles)
+        return (positions[None, :, :, None] * self.pos_emb.freqs[:, None, None]).flatten(2)
+
+    def forward(self, x, c, positions, grid):  # (B, N, D)
+        qkv = self.qkv_proj(self.norm(x, c))
+        qkv = self.dwconv(qkv, grid) if hasattr(self, "dwconv") else qkv
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)              # 3 x (B, heads, N, D / heads)
+        theta, root = self.angles(positions), self.scale.float().sqrt()[:, None, None]
+        q, k = (apply_rope((u * (root * torch.rsqrt(u.float().square().sum(-1, keepdim=True) + 1e-6)).to(u.dtype)), theta) for u in (q, k))
+        if self.kernel:
+            out = neighborhood_attention(q, k, v, *grid, kernel_size=self.kernel, scale=1.0)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        return x + self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Adaptive norm, GEGLU of width d_ff, back."""
+
+    def __init__(self, width, d_ff, cond, depthwise):
+        super().__init__()
+        self.norm, self.up_proj = AdaRMSNorm(width, cond), GEGLU(width, d_ff)
+        if depthwise:
+            self.dwconv = DepthwiseConv(2 * d_ff)
+        self.down_proj = zeroed(nn.Linear(d_ff, width, bias=False))
+
+    def forward(self, x, c, grid):
+        h = self.norm(x, c)
+        if hasattr(self, "dwconv"):
+            value, gate = self.dwconv(F.linear(h, self.up_proj.weight), grid).chunk(2, dim=-1)
+            return x + self.down_proj(value * F.gelu(gate))
+        return x + self.down_proj(self.up_proj(h))
+
+
+class HDiTLayer(nn.Module):
+    def __init__(self, width, d_ff, cond, head_dim, kernel, depthwise):
+        super().__init__()
+        self.self_attn = SelfAttention(width, cond, head_dim, kernel, depthwise)
+        self.ff = FeedForward(width, d_ff, cond, depthwise)
+
+    def forward(self, x, c, positions, grid):
+        return self.ff(self.self_attn(x, c, positions, grid), c, grid)
+
+
+class MappingBlock(nn.Module):
+    def __init__(self, width: int, d_ff: int):
+        super().__init__()
+        self.norm, self.up_proj, self.down_proj = RMSNorm(width), GEGLU(width, d_ff), zeroed(nn.Linear(d_ff, width, bias=False))
+
+    def forward(self, x):
+        return x + self.down_proj(self.up_proj(self.norm(x)))
+
+
+class Mapping(nn.Module):
+    """From time features to the condition c of all adaptive norms."""
+
+    def __init__(self, width: int, depth: int):
+        super().__init__()
+        self.in_norm, self.out_norm = RMSNorm(width), RMSNorm(width)
+        self.blocks = nn.ModuleList(MappingBlock(width, 3 * width) for _ in range(depth))
+
+    def forward(self, x):
+        x = self.in_norm(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.out_norm(x)
+
+
+class Merge(nn.Module):
+    """p x p tokens -> one: space to depth, then linear."""
+
+    def __init__(self, width: int, out: int, patch: int = 2):
+        super().__init__()
+        self.patch, self.proj = patch, nn.Linear(width * patch ** 2, out, bias=False)
+
+    def forward(self, x, grid):  # (B, H W, C) -> (B, H/p W/p, out)
+        p = self.patch
+        x = x.unflatten(1, (grid[0] // p, p, grid[1] // p, p)).transpose(2, 3)               # (B, H/p, W/p, p, p, C)
+        return self.proj(x.flatten(3).flatten(1, 2))
+
+
+class Split(nn.Module):
+    """One token -> p x p: linear, then depth to space; with `skip`, mixed into it by a learned share."""
+
+    def __init__(self, width: int, out: int, patch: int = 2, skip: bool = True):
+        super().__init__()
+        self.patch, self.proj = patch, nn.Linear(width, out * patch ** 2, bias=False)
+        if skip:
+            self.fac = nn.Parameter(torch.full((1,), 0.5))
+
+    def forward(self, x, grid, skip=None):  # grid of x
+        p = self.patch
+        x = self.proj(x).unflatten(2, (p, p, -1)).unflatten(1, grid).transpose(2, 3)         # (B, H, p, W, p, out)
+        x = x.flatten(1, 4)
+        return x if skip is None else torch.lerp(skip, x, self.fac.to(x.dtype))
+
+
+def zeroed(layer):
+    nn.init.zeros_(layer.weight)
+    return layer
+
+
+class HDiT(nn.Module):
+    """Hourglass diffusion transformer: velocity (B, C, H, W) of x (B, C, H, W) at time t (B,) [HDiT, arXiv 2401.11605; PMRF].
+
+    Level i works on tokens of 2^i x 2^i patches; all levels but the last attend to `kernel` x `kernel` neighbourhoods, the last to
+    everything. Names and defaults are k-diffusion's, as PMRF releases them: HDiT(**HDIT_PMRF) has 160,460,210 parameters.
+    DIFFERS: the authors' unpublished latent network drops cosine similarity and uses convolutions to resize; this one is the HDiT that
+    the paper cites, with its depth-wise convolutions as a switch (the printed 151.2 M is reached by neither).
+    """
+
+    def __init__(self, in_channels=3, widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64, mapping_width=768, mapping_depth=2,
+                 kernel=7, depthwise=False):
+        super().__init__()
+        self.patch = patch
+        self.patch_in = Merge(in_channels, widths[0], patch)
+        self.time_emb = FourierFeatures(1, mapping_width)
+        self.time_in_proj = nn.Linear(mapping_width, mapping_width, bias=False)
+        self.aug_emb = FourierFeatures(9, mapping_width)          # k-diffusion's augmentation input, always zero here: a learned constant
+        self.aug_in_proj = nn.Linear(mapping_width, mapping_width, bias=False)
+        self.mapping = Mapping(mapping_width, mapping_depth)
+        level = lambda i, k: nn.ModuleList(HDiTLayer(widths[i], 3 * widths[i], mapping_width, head_dim, k, depthwise) for _ in range(depths[i]))
+        fine = range(len(widths) - 1)
+        self.down_levels, self.up_levels = nn.ModuleList(level(i, kernel) for i in fine), nn.ModuleList(level(i, kernel) for i in fine)
+        self.mid_level = level(len(widths) - 1, 0)
+        self.merges = nn.ModuleList(Merge(widths[i], widths[i + 1]) for i in fine)
+        self.splits = nn.ModuleList(Split(widths[i + 1], widths[i]) for i in fine)
+        self.out_norm = RMSNorm(widths[0])
+        self.patch_out = Split(widths[0], in_channels, patch, skip=False)
+        zeroed(self.patch_out.proj)
+
+    def condition(self, t):  # (B,) -> (B, T); t is fed raw, as PMRF does (k-diffusion feeds log(sigma) / 4)
+        return self.mapping(self.time_in_proj(self.time_emb(t[:, None])) + self.aug_in_proj(self.aug_emb(t.new_zeros(len(t), 9))))
+
+    def forward(self, x, t):
+        side = self.patch * 2 ** len(self.merges)
+        if x.shape[-2] % side or x.shape[-1] % side:
+            raise ValueError(f"HDiT wants sides that are multiples of {side}, got {tuple(x.shape[-2:])}")
+        shape, grid, c = x.shape, tuple(x.shape[-2:]), self.condition(t)
+        x = self.patch_in(x.flatten(2).transpose(1, 2), grid)                                # (B, N, widths[0])
+        grid = (grid[0] // self.patch, grid[1] // self.patch)
+        skips = []
+        for level, merge in zip(self.down_levels, self.merges):
+            x = self.run_level(level, x, c, grid)
+            skips.append(x)
+            x, grid = merge(x, grid), (grid[0] // 2, grid[1] // 2)
+        x = self.run_level(self.mid_level, x, c, grid)
+        for level, split, skip in reversed(list(zip(self.up_levels, self.splits, skips))):
+            x, grid = split(x, grid, skip), (grid[0] * 2, grid[1] * 2)
+            x = self.run_level(level, x, c, grid)
+        x = self.patch_out(self.out_norm(x), grid)                                           # (B, H * W * C), pixels row by row
+        return x.view(shape[0], *shape[-2:], shape[1]).movedim(-1, 1)
+
+    def run_level(self, level, x, c, grid):
+        positions = axial_positions(*grid, device=x.device)       # cell centres: the mean of the 2 x 2 finer ones
+        for layer in level:
+            x = layer(x, c, positions, grid)
+        return x
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+
+def kl_divergence(mean, logvar):
+    """KL(N(mean, exp(logvar)) || N(0, 1)), summed over a latent (C, H, W), averaged over the batch: its weight grows with the crop."""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
+
+
+def vae_loss(reconstruction, hq, mean, logvar, perceptual, perceptual_weight, kl_weight):
+    """L1 + perceptual + KL, no discriminator [sec. 3.3]. Returns (total, {name: value})."""
+    parts = dict(l1=(reconstruction - hq).abs().mean(), perceptual=perceptual(reconstruction, hq), kl=kl_divergence(mean, logvar))
+    return parts["l1"] + perceptual_weight * parts["perceptual"] + kl_weight * parts["kl"], parts
+
+
+class VGGLoss(nn.Module):
+    """Weighted L1 between VGG19 features before their ReLU; a, b (B, 3, H, W) in [-1, 1] [Real-ESRGAN's layers and weights]."""
+
+    LAYERS = {2: 0.1, 7: 0.1, 16: 1.0, 25: 1.0, 34: 1.0}          # conv1_2, conv2_2, conv3_4, conv4_4, conv5_4
+
+    def __init__(self, weights: str = "", pretrained: bool = True):
+        super().__init__()
+        from torchvision.models import VGG19_Weights, vgg19
+        try:
+            network = vgg19(weights=VGG19_Weights.IMAGENET1K_V1 if pretrained and not weights else None)
+        except Exception as error:                                # no network: urllib, ssl and timeouts each have their own
+            raise UserError(f"torchvision cannot fetch vgg19 ({type(error).__name__}); give the file with --vgg, or --perceptual reader") from None
+        if weights:
+            load_strict(network, read_weights(weights), f"--vgg {weights}")
+        self.features = network.features[:35].eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+
+    def stages(self, x):
+        x, found = (x * 0.5 + 0.5 - self.mean) / self.std, []
+        for i, layer in enumerate(self.features):
+            x = F.relu(x) if isinstance(layer, nn.ReLU) else layer(x)      # not in place: the features before it are kept
+            if i in self.LAYERS:
+                found.append(x)
+        return found
+
+    def forward(self, a, b):
+        with torch.no_grad():
+            target = self.stages(b)
+        return sum(w * (x - y).abs().mean() for w, x, y in zip(self.LAYERS.values(), self.stages(a), target))
+
+
+def mmse_loss(estimate, hq):
+    """Mean squared error in [0, 1] whose minimiser is the posterior mean; clipping is part of the network (no gradient outside)."""
+    return (estimate.clamp(0, 1) - hq).square().mean()
+
+
+def interpolate(z0, z1, t):
+    """z_t = (1 - t) z0 + t z1 [Eq. 1]; t (B,), 0 the source, 1 the clean end. DIFFERS: the authors' code runs t the other way."""
+    t = t.view(-1, *[1] * (z0.dim() - 1))
+    return (1 - t) * z0 + t * z1
+
+
+def cfm_loss(velocity, z0, z1, t):
+    """E || v(z_t, t) - (z1 - z0) ||^2, mean over all elements [Eq. 2]. velocity(z, t) is any callable."""
+    return (velocity(interpolate(z0, z1, t), t) - (z1 - z0)).square().mean()
+
+
+def stratified_time(batch: int, rank: int = 0, world: int = 1, generator=None):
+    """(B,) times in [0, 1), one in each of batch * world equal strata, dealt to the processes in turn. UNSTATED: PMRF's code."""
+    stratum = torch.arange(batch) * world + rank
+    return ((stratum + torch.rand(batch, generator=generator)) / (batch * world)).clamp(max=1 - 1e-7)
+
+
+# ------------------------------------------------------------------------------------------------ sampler
+
+
+@torch.no_grad()
+def euler_sample(velocity, z0, steps: int = 25):
+    """Integrate dz/dt = v(z, t) from t = 0 to 1 with `steps` equal Euler steps; v is never asked at t = 1 [Eq. 3]."""
+    z = z0
+    for i in range(steps):
+        z = z + velocity(z, z.new_full((len(z),), i / steps)) / steps
+    return z
+
+
+def posterior_mean(mmse, lq):
+    """x_hat = clip(f(y)): (B, 3, S, S) in [-1, 1] both ways, while the network works in [0, 1]."""
+    return mmse(lq * 0.5 + 0.5).clamp(0, 1) * 2 - 1
+
+
+def latent_source(vae, estimate, sample: bool, noise):
+    """z_0 = E(x_hat) [Eq. 5, option 2]. Its distortion is that of the autoencoder: D(z_0) - x_hat is reconstruction error.
+
+    UNSTATED: the authors draw from q(z | x_hat) and their runs add noise of std 0.1 (see `add_source_noise`); the paper says E(x_hat).
+    """
+    mean, logvar = vae.encode(estimate)
+    return mean + (0.5 * logvar).exp() * noise(mean) if sample else mean
+
+
+def flow_source(nets, cfg, lq, noise):
+    """Where the flow starts, z0 (before its noise), and the estimate (B, 3, S, S) it comes from. `noise(like)` draws N(0, 1)."""
+    if cfg.space == "pixel":                                      # PMRF: the flow runs on pixels in [0, 1]
+        estimate = posterior_mean(nets["mmse"], lq)
+        return estimate * 0.5 + 0.5, estimate
+    if cfg.source == "latent_mean":                               # [Eq. 4, option 1]: E[Z_1 | y] from a network trained on latents
+        z0 = nets["mmse"](lq * 0.5 + 0.5)
+        return z0, nets["vae"].decode(z0)
+    estimate = posterior_mean(nets["mmse"], lq)
+    return latent_source(nets["vae"], estimate, cfg.source_sample, noise), estimate
+
+
+@torch.no_grad()
+def restore(nets, cfg, lq, noise, steps: int, decode=None):
+    """lq (B, 3, S, S) in [-1, 1] -> {"restored_faces", "posterior_mean"}, the same shape, clipped."""
+    z0, estimate = flow_source(nets, cfg, lq, noise)
+    z1 = euler_sample(nets["flow"], z0 + cfg.source_noise * noise(z0), steps)
+    restored = z1 * 2 - 1 if cfg.space == "pixel" else (decode or nets["vae"].decode)(z1.float())
+    return {"restored_faces": restored.float().clamp(-1, 1), "posterior_mean": estimate.float().clamp(-1, 1)}
+
+
+# ------------------------------------------------------------------------------------------------ networks and their weights
+
+
+def build(cfg, part: str) -> nn.Module:
+    """The network of one part, with the sizes of a `Train` configuration."""
+    if part == "vae":
+        return SimVAE(cfg.latent_channels, cfg.vae_widths, norm=cfg.vae_norm, resizer=cfg.vae_resizer, block=cfg.vae_block)
+    if part == "mmse":
+        predicts = cfg.latent_channels if cfg.source == "latent_mean" else 0
+        return SwinIR(cfg.mmse_dim, cfg.mmse_depths, cfg.mmse_heads, unshuffle=cfg.mmse_unshuffle, features=cfg.mmse_features,
+                      tokens=cfg.image_size // cfg.mmse_unshuffle, latent_channels=predicts)
+    channels, patch = (3, cfg.pixel_patch) if cfg.space == "pixel" else (cfg.latent_channels, cfg.flow_patch)
+    return HDiT(channels, cfg.flow_widths, cfg.flow_depths, patch, cfg.head_dim, cfg.mapping_width, kernel=cfg.neighborhood, depthwise=cfg.depthwise)
+
+
+def load_sim_vae(where: str) -> SimVAE:
+    """The released Sim-VAE, or any of its shape: a diffusers folder, its safetensors file, or a hub id. Sizes are read off the weights."""
+    path = find_checkpoint(where)
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+        if not files:
+            raise UserError(f"--vae {where}: no .safetensors file in this folder")
+        path = files[0]
+    state = {n: t.flatten() if ".norm." in n else t for n, t in read_weights(path).items()}      # some store norms as (1, C, 1, 1)
+    if "decoder.conv_in.weight" not in state:
+        raise UserError(f"--vae {where}: not a Sim-VAE (no decoder.conv_in.weight in it)")
+    count = lambda pattern: len([n for n in state if n.startswith(pattern) and n.endswith("conv1.weight")])
+    widths = [state[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[1] for i in range(99) if f"encoder.down_blocks.{i}.resnets.0.conv1.weight" in state]
+    vae = SimVAE(state["decoder.conv_in.weight"].shape[1], widths, count("encoder.down_blocks.0."), count("encoder.mid_block."))
+    load_strict(vae, state, f"--vae {where}")
+    return vae
+
+
+def load_pmrf(folder: Path) -> dict:
+    """PMRF's released blind-face model: `model.*` is the flow on pixels, `mmse_model.*` the SwinIR. A Lightning file's EMA is used if present."""
+    file = next((f for pattern in ("*.safetensors", "*.bin", "*.ckpt") for f in sorted(folder.glob(pattern))), None) if folder.is_dir() else folder
+    if file is None:
+        raise UserError(f"--checkpoint {folder}: no weights in this folder")
+    state = read_weights(file)
+    nets = {"flow": HDiT(**HDIT_PMRF), "mmse": SwinIR()}
+    for part, prefix in (("flow", "model."), ("mmse", "mmse_model.")):
+        load_strict(nets[part], {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}, f"--checkpoint {folder}, {prefix}*")
+    return nets
+
+
+def load_networks(cfg: Sample) -> tuple:
+    """(nets, Train configuration) for `sample`: from a training run, from PMRF's release, or with released parts put in."""
+    path = find_checkpoint(cfg.checkpoint)
+    config = path / "config.json" if path.is_dir() else path.with_name("config.json")
+    ours = config.exists() and '"method"' in config.read_text(errors="replace")
+    if ours:
+        config, parts = load_model(cfg.checkpoint, "latent_pmrf")
+        known = {f.name for f in dataclasses.fields(Train)}
+        trained = Train(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["train"].items() if k in known})
+    else:
+        nets = load_pmrf(path)
+        return nets, dataclasses.replace(Train(**PAPER), space="pixel")
+    nets = {}
+    for part in parts_of(trained):
+        given = getattr(cfg, part, "")
+        if given:
+            nets[part] = load_part(trained, part, given)
+            continue
+        if part not in parts:
+            raise UserError(f"--checkpoint {cfg.checkpoint}: holds {', '.join(parts)} but no {part}; train it with --stage {part}")
+        nets[part] = build(trained, part)
+        load_strict(nets[part], parts[part], f"--checkpoint {cfg.checkpoint}, {part}")
+    return nets, trained
+
+
+def load_part(cfg, part: str, where: str) -> nn.Module:
+    """A released Sim-VAE or SwinIR in place of one of our own."""
+    if part == "vae":
+        vae = load_sim_vae(where)
+        if vae.decoder.conv_in.in_channels != cfg.latent_channels:
+            raise UserError(f"--vae {where}: has {vae.decoder.conv_in.in_channels} latent channels; set --latent_channels to this")
+        return vae
+    mmse = build(cfg, "mmse")
+    load_strict(mmse, read_weights(where), f"--mmse {where}")
+    return mmse
+
+
+def parts_of(cfg) -> list:
+    return ["mmse", "flow"] if cfg.space == "pixel" else ["vae", "mmse", "flow"]
+
+
+# ------------------------------------------------------------------------------------------------ training stages
+
+
+def cosine_lr(cfg):
+    """Multiple of the peak learning rate: linear from a tenth in vae_warmup_steps, then a cosine towards the minimum."""
+    floor = cfg.vae_min_learning_rate / cfg.vae_learning_rate
+    def at(step):
+        if step < cfg.vae_warmup_steps:
+            return 0.1 + 0.9 * step / cfg.vae_warmup_steps
+        return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * min(1, (step - cfg.vae_warmup_steps) / cfg.vae_cosine_steps)))
+    return at
+
+
+def perceptual_network(cfg, device):
+    """Callable (a, b) -> scalar. The toy world has a network of its own for this; `vgg19` is the paper's."""
+    if cfg.perceptual == "none":
+        return lambda a, b: a.new_zeros(())
+    if cfg.perceptual == "vgg19":
+        return VGGLoss(cfg.vgg).to(device)
+    reader = metrics.load_reader("a").to(device)
+    return lambda a, b: sum((x - y).abs().mean() for x, y in zip(reader.stages(a), reader.stages(b)))
+
+
+def batches(cfg, run, faces, degraded: bool):
+    """batch_at(k) for `Stage.steps`: hq and, where a stage needs it, its degraded version, made on the workers."""
+    def at(k):
+        batch = faces.training(cfg.batch_size, cfg.seed, k, run.rank, run.world)
+        if not degraded:
+            return dict(hq=batch["hq"])
+        lq, hq = degrade_pair(batch["hq"], DEGRADATIONS[cfg.degradation], batch["seeds"])
+        return dict(hq=hq, lq=lq)
+    return at
+
+
+def random_crop(x, side: int):
+    top, left = (int(torch.randint(n - side + 1, ())) if n > side else 0 for n in x.shape[-2:])
+    return x[..., top:top + side, left:left + side]
+
+
+def train_vae(cfg, run, faces, nets):
+    """Stage 1: Sim-VAE on clean crops, in full precision as the authors do. Sampling the posterior, not its mean."""
+    vae, perceptual = nets["vae"], perceptual_network(cfg, run.device)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=cfg.vae_learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    stage = Stage(run, "vae", {"vae": vae}, {"vae": optimizer}, min(cfg.vae_steps, cfg.max_train_steps), lr_at=cosine_lr(cfg))
+    for _, batch in stage.steps(batches(cfg, run, faces, degraded=False)):
+        hq = random_crop(batch["hq"], cfg.vae_crop)
+        mean, logvar = vae.encode(hq)
+        z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+        loss, parts = vae_loss(vae.decode(z), hq, mean, logvar, perceptual, cfg.perceptual_weight, cfg.kl_weight)
+        stage.update(loss, loss=loss, **parts)
+    return stage
+
+
+def train_mmse(cfg, run, faces, nets):
+    """Stage 2: the posterior mean, by least squares. With --source latent_mean the target is the latent instead of the face."""
+    mmse, vae = nets["mmse"].train(), nets.get("vae")
+    optimizer = torch.optim.AdamW(mmse.parameters(), lr=cfg.mmse_learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    stage = Stage(run, "mmse", {"mmse": mmse}, {"mmse": optimizer}, min(cfg.mmse_steps, cfg.max_train_steps))
+    for _, batch in stage.steps(batches(cfg, run, faces, degraded=True)):
+        with run.autocast():
+            estimate = mmse(batch["lq"] * 0.5 + 0.5)
+        if cfg.source == "latent_mean":
+            with torch.no_grad():
+                target = vae.encode(batch["hq"])[0]
+            loss = (estimate.float() - target).square().mean()
+        else:
+            loss = mmse_loss(estimate.float(), batch["hq"] * 0.5 + 0.5)
+        stage.update(loss, mse=loss)
+    mmse.eval()
+    return stage
+
+
+def train_flow(cfg, run, faces, nets, watch=None):
+    """Stage 3: rectified flow from the source (posterior mean) to the clean face, everything else frozen.
+
+    `watch(stage, step, seconds)` may look on while it trains and returns True to end it (the ablation's equal-time rule).
+    """
+    flow, vae = nets["flow"], nets.get("vae")
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    stage = Stage(run, "flow", {"flow": flow}, {"flow": optimizer}, min(cfg.flow_steps, cfg.max_train_steps))
+    half = run.cfg.mixed_precision == "fp16"                      # the VAE overflows in fp16: it then runs in fp32
+    seconds, since = 0.0, time.perf_counter()
+    for step, batch in stage.steps(batches(cfg, run, faces, degraded=True)):
+        with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.mixed_precision == "bf16" and not half):
+            z0, _ = flow_source(nets, cfg, batch["lq"], torch.randn_like)
+            z1 = batch["hq"] * 0.5 + 0.5 if cfg.space == "pixel" else latent_source(vae, batch["hq"], cfg.source_sample, torch.randn_like)
+            z0 = (z0 + cfg.source_noise * torch.randn_like(z0)).float()
+        t = stratified_time(len(z0), run.rank, run.world).to(run.device)
+        with run.autocast():
+            loss = cfm_loss(lambda z, t: flow(z, t).float(), z0, z1.float(), t)
+        stage.update(loss, cfm=loss)
+        if watch:
+            seconds += time.perf_counter() - since
+            if watch(stage, step + 1, seconds):
+                break
+            since = time.perf_counter()
+    return stage
+
+
+TRAINERS = {"vae": train_vae, "mmse": train_mmse, "flow": train_flow}
+
+
+def train(cfg: Train) -> None:
+    run, wanted = Run(cfg), parts_of(cfg) if cfg.stage == "all" else [cfg.stage]
+    if cfg.stage not in ["all"] + parts_of(cfg):
+        raise UserError(f"--stage {cfg.stage}: --space {cfg.space} has no such stage, only {', '.join(parts_of(cfg))}")
+    check_sizes(cfg)
+    faces = Faces(cfg.data, cfg.image_size, cfg.validation_data)
+    torch.manual_seed(cfg.seed)
+    nets, weights = {part: build(cfg, part) for part in parts_of(cfg)}, {}
+    reuse = [part for part in parts_of(cfg) if part not in wanted or cfg.resume_from_checkpoint]
+    saved = finished_parts(cfg) if reuse else {}
+    for part in nets:
+        given = getattr(cfg, part, "")
+        if given:
+            nets[part] = load_part(cfg, part, given)
+            weights[part] = nets[part].state_dict()
+        elif part in reuse and part in saved:
+            load_strict(nets[part], saved[part], f"{cfg.output}, {part}")
+            weights[part] = saved[part]
+        elif part not in wanted and parts_of(cfg).index(part) < parts_of(cfg).index(cfg.stage):
+            raise UserError(f"--stage {cfg.stage} needs {part}: train it first (--stage {part}), or give --{part}")
+    run.start_log()
+    nets = {part: net.to(run.device).eval() for part, net in nets.items()}
+    for part in wanted:
+        if part in weights and (getattr(cfg, part, "") or cfg.resume_from_checkpoint):
+            run.say(f"stage {part}: finished before, taken as it is")
+            continue
+        nets[part].requires_grad_(True)
+        stage = TRAINERS[part](cfg, run, faces, nets)
+        nets[part].load_state_dict(stage.ema[part])
+        nets[part].eval().requires_grad_(False)
+        weights[part] = nets[part].state_dict()
+        if run.main:
+            save_model(cfg.output, weights, dict(method="latent_pmrf", train=dataclasses.asdict(cfg), finished=list(weights)))
+    if run.main and set(weights) == set(nets):
+        report(cfg, run, faces, nets)
+
+
+def check_sizes(cfg) -> None:
+    """Sizes that cannot work together, in words, before anything is built. Raises UserError."""
+    tokens = cfg.image_size // cfg.mmse_unshuffle
+    if cfg.image_size % (8 * cfg.mmse_unshuffle):
+        raise UserError(f"--image_size {cfg.image_size}: must be a multiple of {8 * cfg.mmse_unshuffle} (SwinIR's windows of 8 after --mmse_unshuffle)")
+    if cfg.mmse_dim % cfg.mmse_heads:
+        raise UserError(f"--mmse_dim {cfg.mmse_dim}: must be a multiple of --mmse_heads {cfg.mmse_heads}")
+    factor = cfg.pixel_patch if cfg.space == "pixel" else cfg.flow_patch * 2 ** (len(cfg.vae_widths) - 1)
+    grid = cfg.image_size // factor
+    if cfg.image_size % (factor * 2 ** (len(cfg.flow_widths) - 1)):
+        raise UserError(f"--image_size {cfg.image_size}: the flow's {len(cfg.flow_widths)} levels need a multiple of {factor * 2 ** (len(cfg.flow_widths) - 1)}")
+    if len(cfg.flow_widths) > 1 and grid // 2 ** (len(cfg.flow_widths) - 2) < cfg.neighborhood or cfg.neighborhood % 2 == 0:
+        raise UserError(f"--neighborhood {cfg.neighborhood}: must be odd and fit the smallest windowed grid, {grid // 2 ** max(0, len(cfg.flow_widths) - 2)} tokens a side")
+    if len(cfg.flow_widths) != len(cfg.flow_depths) or any(w % cfg.head_dim for w in cfg.flow_widths) or cfg.head_dim % 8:
+        raise UserError("--flow_widths: one depth in --flow_depths each, all multiples of --head_dim, which is a multiple of 8")
+    if cfg.source == "latent_mean" and cfg.space == "latent" and tokens != cfg.image_size // 2 ** (len(cfg.vae_widths) - 1):
+        raise UserError("--source latent_mean: --mmse_unshuffle must equal the VAE's factor, 2 ** (levels - 1)")
+
+
+def finished_parts(cfg) -> dict:
+    """What earlier stages left in --output; empty if there is nothing yet."""
+    if not (Path(cfg.output) / "model.safetensors").exists():
+        return {}
+    config, parts = load_model(cfg.output, "latent_pmrf")
+    return {part: tensors for part, tensors in parts.items() if part in config.get("finished", [])}
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+def restore_held_out(cfg, run, nets, batch, steps: int) -> dict:
+    """All held-out faces, in batches: lq, posterior_mean, restored_faces, reconstruction (N, 3, S, S) on the CPU."""
+    lq = degrade(batch["hq"], DEGRADATIONS[cfg.degradation], batch["seeds"])
+    rng, found = torch.Generator().manual_seed(cfg.seed), {"lq": [lq]}
+    noise = lambda like: torch.randn(like.shape, generator=rng).to(like)
+    for x, hq in zip(lq.split(32), batch["hq"].split(32)):
+        result = restore(nets, cfg, x.to(run.device), noise, steps)
+        if "vae" in nets:
+            with torch.no_grad():
+                result["reconstruction"] = nets["vae"].decode(nets["vae"].encode(hq.to(run.device))[0]).clamp(-1, 1)
+                result["bound"] = nets["vae"].decode(nets["vae"].encode(result["posterior_mean"])[0]).clamp(-1, 1)
+        for name, images in result.items():
+            found.setdefault(name, []).append(images.cpu())
+    return {name: torch.cat(images) for name, images in found.items()}
+
+
+def report(cfg, run, faces, nets) -> dict:
+    """Restore faces the networks never saw; write samples.png, curves.png, metrics.json; print the table."""
+    batch = faces.held_out(cfg.validation_faces)
+    found, hq, reader = restore_held_out(cfg, run, nets, batch, cfg.num_inference_steps), batch["hq"], metrics.load_reader("b")
+    rows = {name: metrics.toy_scores(found[name], hq, reader) for name in ("lq", "posterior_mean", "restored_faces")}
+    if "vae" in nets:
+        rows["reconstruction"] = metrics.toy_scores(found["reconstruction"], hq, reader)
+    extra = dict(faces=len(hq), seconds=round(time.time() - run.started, 1), peak_memory_gb=round(run.peak_memory_gb(), 2),
+                 parameters={part: sum(p.numel() for p in net.parameters()) for part, net in nets.items()})
+    if "vae" in nets:                                             # [Eq. 5]: how far option 2 can be from the posterior mean
+        extra["bound_psnr"] = metrics.psnr(found["bound"] * 0.5 + 0.5, found["posterior_mean"] * 0.5 + 0.5).mean().item()
+    folder = Path(cfg.output)
+    write_json(folder / "metrics.json", dict(rows=rows, **extra, protocol=metrics.toy_protocol(cfg.data, cfg.degradation, len(hq)), **versions(run.device)))
+    write_grid(folder / "samples.png", dict(lq=found["lq"], posterior_mean=found["posterior_mean"], restored=found["restored_faces"], hq=hq))
+    write_curve(folder / "curves.png", read_curves(folder / "log.jsonl"))
+    print_table(rows)
+    run.say(f"{len(hq)} held-out faces; {extra['seconds']:.0f} s, {extra['peak_memory_gb']} GB at most; pictures and numbers in {folder}")
+    return rows
+
+
+def read_curves(path) -> dict:
+    """{stage and loss: [(step, value)]} of log.jsonl; a resumed run writes a step twice, the last one counts."""
+    curves: dict = {}
+    for row in map(json.loads, Path(path).read_text().splitlines()):
+        for name in ("l1", "mse", "cfm"):
+            if name in row:
+                curves.setdefault(f"{row['stage']}: {name}", {})[row["step"]] = row[name]
+    return {name: sorted(points.items()) for name, points in curves.items()}
+
+
+def print_table(rows: dict) -> None:
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    print(f"{'':>16}" + "".join(f"{c:>15}" for c in columns))
+    for name, row in rows.items():
+        print(f"{name:>16}" + "".join(f"{row[c]:15.4g}" if isinstance(row.get(c), (int, float)) else f"{row.get(c, '-'):>15}" for c in columns), flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ restore
+
+
+def sample(cfg: Sample) -> None:
+    run = Run(cfg)
+    nets, trained = load_networks(cfg)
+    nets = {part: net.to(run.device).eval() for part, net in nets.items()}
+    decode = functools.partial(nets["vae"].decode_tiled, memory_gb=cfg.vae_memory_gb) if cfg.vae_memory_gb and "vae" in nets else None
+
+    def restore_batch(lq):
+        # Every face gets the same noise, so that its result depends on the seed and not on its place in the folder.
+        rng = torch.Generator().manual_seed(cfg.seed)
+        noise = lambda like: torch.randn(like.shape[1:], generator=rng).to(like).expand_as(like)
+        with run.autocast():
+            return restore(nets, trained, lq, noise, cfg.num_inference_steps, decode)
+
+    restore_folder(cfg, restore_batch, trained.image_size, run.device)
+
+
+# ------------------------------------------------------------------------------------------------ ablations
+
+# name -> (table, changed fields, what the paper reports for it). Paper: CelebA-Test 512 px, not comparable in size, only in order.
+ABLATIONS = {
+    "latent flow": ("space", {}, "reaches the pixel flow's FID 5.79x sooner"),
+    "pixel flow (PMRF)": ("space", dict(space="pixel"), "PSNR 26.33, FID 10.72 fully trained"),
+    "Sim-VAE": ("vae", {}, "reconstruction PSNR 42.71 (c = 32)"),
+    "group norm": ("vae", dict(vae_norm="group"), "Table 2"),
+    "SD resizers": ("vae", dict(vae_resizer="sd"), "Table 2"),
+    "SD block": ("vae", dict(vae_block="sd"), "Table 2"),
+    "SD-VAE style": ("vae", dict(vae_norm="group", vae_resizer="sd", vae_block="sd"), "Table 1: SD1.5 30.46, SDXL 32.40"),
+    "half the channels": ("vae", dict(latent_channels=4), "Table 3: 37.90 (c = 16)"),
+    "twice the channels": ("vae", dict(latent_channels=16), "Table 3: 45.06 (c = 48)"),
+    "option 2, E(posterior mean)": ("source", {}, "the paper's choice"),
+    "option 1, posterior mean of latents": ("source", dict(source="latent_mean"), "worse distortion, sec. 3.2"),
+}
+
+
+def ablate(cfg: Ablate) -> None:
+    """Each row trains only what it changes; the rest is trained once per seed and shared. Finished rows are kept in rows.json."""
+    unknown = [row for row in cfg.rows if row not in ABLATIONS]
+    if unknown:
+        raise UserError(f"--rows {unknown[0]}: no such row; there are: {', '.join(ABLATIONS)}")
+    chosen = [row for row, (table, _, _) in ABLATIONS.items() if (not cfg.rows and cfg.table in ("all", table)) or row in cfg.rows]
+    path = Path(cfg.output) / "rows.json"
+    done = json.loads(path.read_text()) if path.exists() else {}
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        for row in chosen:
+            changed = dataclasses.replace(cfg, seed=seed, table="all", rows=(), seeds=1, stage="all", **ABLATIONS[row][1])
+            key, config = f"{row}, seed {seed}", json.loads(json.dumps(dataclasses.asdict(changed)))
+            if key in done and done[key]["config"] == config:
+                print(f"{key}: finished before")
+                continue
+            print(f"--- {key}", flush=True)
+            done[key] = dict(ablation_row(changed, done.get(f"latent flow, seed {seed}")), config=config, row=row)
+            write_json(path, done)
+    print_ablation(done, chosen)
+
+
+def ablation_row(cfg, latent_row) -> dict:
+    """Train what differs from the shared networks, then measure. The pixel flow trains as many seconds as the latent one did."""
+    run, faces = Run(cfg), Faces(cfg.data, cfg.image_size, cfg.validation_data)
+    held, reader = faces.held_out(cfg.validation_faces), metrics.load_reader("b")
+    torch.manual_seed(cfg.seed)
+    nets = {}
+    for part in parts_of(cfg):
+        nets[part] = build(cfg, part).to(run.device).eval()
+        if part != "flow":
+            shared_network(cfg, run, faces, nets, part)
+    limit, curve = latent_row["seconds"] if cfg.space == "pixel" and latent_row else math.inf, []
+    average = build(cfg, "flow").to(run.device).eval()
+
+    def watch(stage, step, seconds):
+        if step % max(1, cfg.flow_steps // 10) == 0 or seconds > limit or step == cfg.flow_steps:
+            average.load_state_dict(stage.ema["flow"])
+            found = restore_held_out(cfg, run, {**nets, "flow": average}, held, cfg.num_inference_steps)
+            curve.append((step, round(seconds, 2), metrics.toy_scores(found["restored_faces"], held["hq"], reader)["fid_toy"]))
+        return seconds > limit
+
+    if cfg.space == "pixel" and latent_row:                       # equal time: as many steps as fit, far more than can fit
+        cfg = dataclasses.replace(cfg, flow_steps=10 * cfg.flow_steps)
+    train_flow(cfg, run, faces, nets, watch)
+    nets["flow"] = average
+    found = restore_held_out(cfg, run, nets, held, cfg.num_inference_steps)
+    scores = metrics.toy_scores(found["restored_faces"], held["hq"], reader)
+    if "reconstruction" in found:
+        scores["reconstruction_psnr"] = metrics.psnr(found["reconstruction"] * 0.5 + 0.5, held["hq"] * 0.5 + 0.5).mean().item()
+    return dict(scores=scores, curve=curve, steps=curve[-1][0], seconds=curve[-1][1])
+
+
+def shared_network(cfg, run, faces, nets, part: str) -> None:
+    """Train `part` into nets, or load it if an earlier row trained one with the same settings."""
+    fields = ["seed", "image_size", "data", "batch_size"] + (
+        [f.name for f in dataclasses.fields(cfg) if f.name.startswith("vae") or f.name in ("latent_channels", "perceptual")] if part == "vae" or cfg.source == "latent_mean" else [])
+    if part == "mmse":
+        fields += [f.name for f in dataclasses.fields(cfg) if f.name.startswith("mmse")] + ["degradation", "source"]
+    key = json.dumps({name: getattr(cfg, name) for name in fields}, sort_keys=True)
+    folder = Path(cfg.output) / f"{part}_{hash_text(key)}"
+    if (folder / "model.safetensors").exists():
+        load_strict(nets[part], load_model(str(folder), "latent_pmrf")[1][part], folder)
+        return
+    nets[part].requires_grad_(True)
+    stage = TRAINERS[part](cfg, run, faces, nets)
+    nets[part].load_state_dict(stage.ema[part])
+    nets[part].eval().requires_grad_(False)
+    save_model(folder, {part: nets[part].state_dict()}, dict(method="latent_pmrf", train=dataclasses.asdict(cfg), finished=[part]))
+
+
+def hash_text(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def print_ablation(done: dict, chosen: list) -> None:
+    """One line per row: mean (standard deviation) over seeds, beside the paper's words. Toy numbers, toy names."""
+    for table in dict.fromkeys(ABLATIONS[row][0] for row in chosen):
+        print(f"\n{table}, toy size")
+        for row in (r for r in chosen if ABLATIONS[r][0] == table):
+            runs = [entry for entry in done.values() if entry["row"] == row]
+            cells = []
+            for name in ("psnr", "fid_toy", "deg_toy", "lmd_toy", "reconstruction_psnr"):
+                values = [run["scores"][name] for run in runs if name in run["scores"]]
+                if values:
+                    cells.append(f"{name} {statistics.mean(values):.2f} ({statistics.pstdev(values):.2f})")
+            print(f"{row:>36}  {'  '.join(cells)}  {runs[0]['steps']} steps, {runs[0]['seconds']:.0f} s   paper: {ABLATIONS[row][2]}")
+    pairs = [(done[f"latent flow, seed {e['config']['seed']}"], e) for e in done.values()
+             if e["row"] == "pixel flow (PMRF)" and f"latent flow, seed {e['config']['seed']}" in done]
+    for latent, pixel in pairs:
+        steps, seconds = speed_up(latent["curve"], pixel["curve"])
+        print(f"speed-up to the pixel flow's last fid_toy, seed {pixel['config']['seed']}: {steps} in steps, {seconds} in seconds (paper 5.79x)")
+
+
+def speed_up(latent: list, pixel: list) -> tuple:
+    """How much sooner the latent curve [(step, seconds, fid)] reaches the last value of the pixel curve, as text."""
+    for step, seconds, fid in latent:
+        if fid <= pixel[-1][2]:
+            return f"{pixel[-1][0] / step:.2f}x", f"{pixel[-1][1] / seconds:.2f}x"
+    return "not reached", "not reached"
+
+
+if __name__ == "__main__":
+    command_line(__doc__, {
+        "train": (Train, {"toy": Train(), "paper": Train(**PAPER)}, train),
+        "sample": (Sample, {}, sample),
+        "ablate": (Ablate, {"toy": Ablate(), "paper": Ablate(**PAPER)}, ablate),
+    })

@@ -1,0 +1,518 @@
+"""common.py: the toy world, degradation, pictures, run plumbing, LoRA, and what bad input gets."""
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+import common
+from common import ATTRIBUTES, DEGRADATIONS, TOY_SPLITS, Degradation, UserError, degrade, toy_faces
+
+ROOT = Path(__file__).parent.parent
+NAMES = [name for _, name, _, _ in ATTRIBUTES]
+
+
+# ---------------------------------------------------------------- toy world
+
+def test_toy_faces_are_a_pure_function_of_their_seeds():
+    before = torch.get_rng_state()
+    batch = toy_faces(torch.tensor([3, 9]), torch.tensor([5, 1]))
+    alone = toy_faces(9, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.allclose(batch.image[1], alone.image[0], atol=1e-5) and torch.equal(batch.attributes[1], alone.attributes[0])
+    assert batch.image.shape == (2, 3, 64, 64) and batch.image.abs().max() <= 1 and batch.landmarks.shape == (2, 98, 2)
+
+
+def test_toy_splits_are_disjoint():
+    ranges = sorted(TOY_SPLITS.values(), key=lambda r: r.start)
+    assert len(ranges) == 3 and all(a.stop <= b.start for a, b in zip(ranges, ranges[1:])) and len(TOY_SPLITS["train"]) >= 1_000_000
+
+
+# Where an attribute may change the picture, as a box (left, top, right, bottom) in shares of the side.
+REGIONS = {"Eyeglasses": (0.08, 0.28, 0.92, 0.66), "Mouth_Slightly_Open": (0.2, 0.5, 0.8, 0.98), "Bangs": (0.05, 0.0, 0.95, 0.62)}
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_an_attribute_changes_only_its_region(name):
+    people = torch.arange(24)
+    base = toy_faces(people, people).attributes
+    base[:, NAMES.index("Wearing_Hat")] = 0
+    off, on = base.clone(), base.clone()
+    off[:, NAMES.index(name)], on[:, NAMES.index(name)] = 0, 1
+    a, b = toy_faces(people, people, off), toy_faces(people, people, on)
+    change = (a.image - b.image).abs().amax(1)                              # (B, S, S)
+    left, top, right, bottom = (int(64 * v) for v in REGIONS[name])
+    outside = change.clone()
+    outside[:, top:bottom, left:right] = 0
+    assert outside.max() < 0.02 and (change.flatten(1).max(1).values > 0.1).all()
+
+
+def test_attributes_do_not_move_the_face():
+    """Hair, hats and glasses leave all landmarks where they are; only expression moves mouth and lids."""
+    base = toy_faces(torch.arange(8), torch.arange(8))
+    for name in ("Eyeglasses", "Bangs", "Wearing_Hat", "Young"):
+        changed = base.attributes.clone()
+        changed[:, NAMES.index(name)] = 1 - changed[:, NAMES.index(name)]
+        assert torch.equal(toy_faces(torch.arange(8), torch.arange(8), changed).landmarks, base.landmarks), name
+
+
+def test_landmarks_sit_where_they_are_drawn():
+    """The pupils are dark or highlighted against the white beside them, and the mouth corners end the lips."""
+    plain = torch.zeros(32, 12)
+    plain[:, NAMES.index("Young")] = plain[:, NAMES.index("Brown_Hair")] = plain[:, NAMES.index("Straight_Hair")] = 1
+    faces = toy_faces(torch.arange(32), torch.zeros(32, dtype=torch.long), plain, size=256)
+    grey = faces.image.mean(1)
+    hits = 0
+    for i in range(32):
+        for point, lids in ((96, (60, 64)), (97, (68, 72))):
+            x, y = faces.landmarks[i, point].round().long().tolist()
+            iris = grey[i, y - 2:y + 3, x - 2:x + 3].min()
+            corners = faces.landmarks[i, list(lids)]
+            white = torch.stack([grey[i, int(c[1]), int(0.55 * c[0] + 0.45 * x)] for c in corners]).max()
+            hits += int(iris < white - 0.2)
+    assert hits >= 60                                                       # of 64 eyes
+
+
+def test_mean_geometry_is_the_ffhq_template():
+    faces = toy_faces(torch.arange(200), torch.arange(200), size=32)
+    faces = faces._replace(landmarks=faces.landmarks * 16)
+    eyes = faces.landmarks[:, [96, 97]].mean(0)
+    template = torch.tensor(common.FFHQ_512)
+    assert (eyes - template[:2]).abs().max() < 12
+    assert (faces.landmarks[:, [76, 82]].mean(0) - template[3:]).abs().max() < 20
+
+
+def test_captions_follow_the_attributes_and_the_tokenizer_knows_them():
+    tokenizer = common.WordTokenizer()
+    for index in range(64):
+        attributes = toy_faces(index, index, size=16).attributes[0]
+        caption = common.verbalise(attributes)
+        assert ("eyeglasses" in caption) == bool(attributes[NAMES.index("Eyeglasses")])
+        assert ("a hat" in caption) == bool(attributes[NAMES.index("Wearing_Hat")])
+        ids = tokenizer.encode(caption, 40)
+        assert len(ids) == 40 and tokenizer.encode("<unk>", 1)[0] not in ids
+    assert "eyeglasses" not in common.verbalise([0.5] * 12)                 # unknown attributes are not mentioned
+
+
+# ---------------------------------------------------------------- degradation
+
+def test_degradation_depends_on_its_seeds_alone():
+    hq = toy_faces(torch.arange(4), torch.arange(4)).image
+    for name, spec in DEGRADATIONS.items():
+        lq = degrade(hq, spec, [1, 2, 3, 4])
+        torch.manual_seed(123)
+        assert torch.equal(lq, degrade(hq, spec, [1, 2, 3, 4])), name
+        assert torch.equal(lq[2:], degrade(hq[2:], spec, [3, 4])), name
+        assert lq.shape == hq.shape and not torch.equal(lq, degrade(hq, spec, [5, 6, 7, 8])), name
+        levels = (lq + 1) * 127.5
+        assert (levels - levels.round()).abs().max() < 1e-3 and lq.min() >= -1 and lq.max() <= 1
+
+
+def test_degradation_equals_a_slow_reference():
+    """Blur by explicit sums over a reflected neighbourhood, bilinear resize by hand; no noise, no JPEG."""
+    spec = Degradation("test", blur=(6, 6), down=(16, 16), noise=(0, 0), jpeg_share=0.0, isotropic=1.0)
+    hq = toy_faces(1, 1, size=64).image
+    lq = degrade(hq, spec, [0])[0].numpy()
+    sigma, half = 6 / 8, 2                                                  # 512 -> 64: lengths shrink by 8, the kernel 41 -> 5
+    weights = np.array([[np.exp(-(x * x + y * y) / (2 * sigma ** 2)) for x in range(-half, half + 1)] for y in range(-half, half + 1)])
+    weights /= weights.sum()
+    image = np.pad(hq[0].numpy() * 0.5 + 0.5, ((0, 0), (half, half), (half, half)), mode="reflect")
+    blurred = sum(weights[i, j] * image[:, i:i + 64, j:j + 64] for i in range(5) for j in range(5))
+
+    def resize(a, n):
+        """Bilinear with pixel centres at +0.5, no antialias."""
+        m = a.shape[-1]
+        place = np.clip((np.arange(n) + 0.5) * m / n - 0.5, 0, m - 1)
+        low = np.minimum(place.astype(int), m - 2)
+        f = place - low
+        rows = a[:, low] * (1 - f)[:, None] + a[:, low + 1] * f[:, None]
+        return rows[:, :, low] * (1 - f) + rows[:, :, low + 1] * f
+
+    reference = np.round(resize(resize(blurred, 32), 64).clip(0, 1) * 255) / 127.5 - 1
+    assert np.abs(lq - reference).max() <= 1 / 127.5 + 1e-4                 # at most one grey level, where rounding flips
+
+
+def test_noise_and_thumbnail_are_as_specified():
+    flat = torch.zeros(32, 3, 64, 64)
+    spec = Degradation("test", blur=(1, 1), down=(8, 8), noise=(10, 10), jpeg_share=0.0)   # 512 / 8 = 64: no resize
+    lq = degrade(flat, spec, range(32)) * 127.5
+    assert lq.std().item() == pytest.approx(10, rel=0.03) and abs(lq.mean().item()) < 0.6
+    coarse = degrade(toy_faces(0, 0).image, dataclasses.replace(spec, down=(64, 64), noise=(0, 0)), [0])[0]
+    steps = F.interpolate(F.interpolate(coarse[None], (8, 8), mode="bilinear"), (64, 64), mode="bilinear")
+    assert (steps - coarse).abs().mean() < 0.05                             # 8 x 8 pixels carry all there is
+
+
+def test_jpeg_is_pillows_jpeg():
+    image = toy_faces(2, 2).image[0]
+    file = io.BytesIO()
+    common.to_pil(image).save(file, format="JPEG", quality=40)
+    expected = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 255
+    assert (common.jpeg(image / 2 + 0.5, 40) - expected).abs().max() < 1e-6
+
+
+def test_ranges_are_drawn_uniformly():
+    """Round kernels half the time, anisotropic ones with two sigmas: seen through the blur of a single white pixel."""
+    spec = Degradation("test", blur=(6, 20), down=(8, 8), noise=(0, 0), jpeg_share=0.0, kernel=201)
+    point = torch.full((200, 3, 64, 64), -1.0)
+    point[:, :, 32, 32] = 1
+    lq = degrade(point, spec, range(200)) + 1
+    mass = lq[:, 0] / lq[:, 0].sum((1, 2), keepdim=True).clamp(min=1e-9)
+    grid = torch.arange(64.0)
+    mx, my = (mass.sum(1) * grid).sum(1), (mass.sum(2) * grid).sum(1)
+    vx = (mass.sum(1) * (grid - mx[:, None]) ** 2).sum(1)
+    vy = (mass.sum(2) * (grid - my[:, None]) ** 2).sum(1)
+    seen = mass.sum((1, 2)) > 0                                             # wide kernels fall below one grey level
+    round_share = ((vx / vy).log().abs()[seen] < 0.02).float().mean().item()
+    assert 0.3 < round_share < 0.7
+
+
+def test_grey_turns_both_images_grey():
+    hq = toy_faces(torch.arange(3), torch.arange(3)).image
+    lq, clean = common.degrade_pair(hq, dataclasses.replace(DEGRADATIONS["difface"], grey=1.0), range(3))
+    assert (clean[:, 0] - clean[:, 1]).abs().max() < 1e-6 and (lq[:, 0] - lq[:, 2]).abs().max() < 1e-6
+
+
+def test_degrade_refuses_wrong_shapes():
+    with pytest.raises(ValueError, match="square"):
+        degrade(torch.zeros(1, 3, 8, 9), DEGRADATIONS["gfpgan"], [0])
+    with pytest.raises(ValueError, match="one seed per image"):
+        degrade(torch.zeros(2, 3, 16, 16), DEGRADATIONS["gfpgan"], [0])
+
+
+# ---------------------------------------------------------------- pictures
+
+def test_alignment_is_exact_on_the_template_and_inverts():
+    photo = toy_faces(3, 3, size=512).image[0]
+    face, transform = common.align_face(photo, common.FFHQ_512, 512)
+    assert (face - photo)[:, 4:-4, 4:-4].abs().max() < 1e-2 and torch.allclose(transform, torch.eye(3, dtype=torch.float64)[:2], atol=1e-6)
+    angle, scale = 0.3, 1.7
+    turn = scale * torch.tensor([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], dtype=torch.float64)
+    points = torch.tensor(common.FFHQ_512, dtype=torch.float64)
+    found = common.similarity(points @ turn.T + torch.tensor([5.0, -3.0]), points)
+    assert torch.allclose(found[:, :2], torch.linalg.inv(turn), atol=1e-9)
+
+
+def test_pasting_a_face_back_unchanged_changes_nothing():
+    photo = F.interpolate(toy_faces(4, 4, size=256).image, (200, 300), mode="bilinear")[0]
+    points = torch.tensor(common.FFHQ_512) * 0.25 + torch.tensor([90.0, 40.0])
+    face, transform = common.align_face(photo, points, 256)
+    back = common.paste_face(photo, face, transform)
+    assert back.shape == photo.shape and (back - photo).abs().mean() < 0.01
+    marked = common.paste_face(photo, torch.ones_like(face), transform)
+    x, y = (points[2]).long().tolist()
+    assert marked[:, y, x].min() > 0.99 and torch.equal(marked[:, :5, :5], photo[:, :5, :5])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16", "1", "LA"])
+def test_every_mode_becomes_rgb(mode, tmp_path):
+    picture = Image.fromarray((np.arange(48 * 40).reshape(48, 40) % 256).astype(np.uint8))
+    picture = Image.fromarray((np.asarray(picture).astype(np.uint16) * 257)) if mode == "I;16" else picture.convert("RGB").convert(mode)
+    path = tmp_path / ("x.tiff" if mode == "CMYK" else "x.png")
+    picture.save(path)
+    image = common.read_image(path)
+    assert image.shape == (3, 48, 40) and image.min() >= -1 and image.max() <= 1
+    if mode in ("L", "I;16"):
+        assert (image[0] * 127.5 + 127.5 - torch.from_numpy(np.arange(48 * 40).reshape(48, 40) % 256)).abs().max() < 1
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    picture = Image.new("RGB", (20, 10), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "x.jpg", exif=exif)
+    assert common.read_image(tmp_path / "x.jpg").shape == (3, 20, 10)
+
+
+def test_unreadable_pictures_are_named(tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "cut.jpg")
+    data = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[:len(data) // 2])
+    for name in ("text.png", "cut.jpg"):
+        with pytest.raises(UserError, match=name):
+            common.read_image(tmp_path / name)
+    with pytest.raises(UserError, match="no such"):
+        common.list_images(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no pictures"):
+        common.list_images(tmp_path / "empty")
+
+
+# ---------------------------------------------------------------- run plumbing
+
+@dataclass(frozen=True)
+class Tiny(common.TrainFlags):
+    """A run of a linear model."""
+    device: str = "cpu"
+    steps: int = 8
+    poison: int = -1
+
+
+def tiny_run(cfg, stop_at=None):
+    """Fit noise with a dropout network: any difference in draws, order or state shows in the weights."""
+    run = common.Run(cfg)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.3), nn.Linear(16, 4))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    stage = common.Stage(run, "tiny", {"m": model}, {"m": optimizer}, cfg.steps)
+    faces = common.Faces("", 16)
+    for step, batch in stage.steps(lambda k: faces.training(cfg.batch_size, cfg.seed, k, run.rank, run.world)):
+        x = batch["hq"].mean((2, 3))
+        noise = torch.randn(len(x), 1)
+        loss = (model(torch.cat([x, noise], 1)) - noise).square().mean() / (0 if step == cfg.poison else 1)
+        stage.update(loss, loss=loss)
+        if stop_at is not None and step + 1 == stop_at and stage.micro + 1 == cfg.gradient_accumulation_steps:
+            stage.step += 1
+            stage.save()
+            return stage
+    return stage
+
+
+def weights_of(stage):
+    return torch.cat([t.flatten() for t in [*stage.trained["m"].values(), *stage.ema["m"].values()]]).detach()
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_resume_is_bit_exact(tmp_path, pieces):
+    cfg = Tiny(output=str(tmp_path / "a"), batch_size=4, gradient_accumulation_steps=pieces)
+    straight = weights_of(tiny_run(cfg))
+    other = dataclasses.replace(cfg, output=str(tmp_path / "b"))
+    tiny_run(other, stop_at=4)
+    resumed = tiny_run(dataclasses.replace(other, resume_from_checkpoint="latest"))
+    assert torch.equal(straight, weights_of(resumed)) and straight.isfinite().all()
+
+
+WORKER = """
+import sys; sys.path[:0] = ["tests", "."]
+import torch, test_common as t, dataclasses
+torch.set_num_threads(1)
+out = sys.argv[1]
+cfg = t.Tiny(output=out + "/a", batch_size=4)
+straight = t.weights_of(t.tiny_run(cfg))
+other = dataclasses.replace(cfg, output=out + "/b")
+t.tiny_run(other, stop_at=4)
+torch.distributed.barrier()
+resumed = t.weights_of(t.tiny_run(dataclasses.replace(other, resume_from_checkpoint="latest")))
+torch.save((straight, resumed), out + f"/rank{torch.distributed.get_rank()}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_agree_and_resume_bit_exactly(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    port = 20000 + os.getpid() % 20000
+    workers = [subprocess.Popen([sys.executable, str(script), str(tmp_path)], cwd=ROOT, env=dict(
+        os.environ, PYTHONPATH=str(ROOT), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)))
+        for rank in range(2)]
+    assert [w.wait(timeout=240) for w in workers] == [0, 0]
+    (straight, resumed), (straight1, resumed1) = (torch.load(tmp_path / f"rank{r}.pt") for r in range(2))
+    assert torch.equal(straight, resumed) and torch.equal(straight, straight1) and torch.equal(resumed, resumed1)
+    alone = weights_of(tiny_run(Tiny(output=str(tmp_path / "c"), batch_size=4)))
+    assert not torch.equal(alone, straight)                                 # the second process added something
+
+
+def test_two_half_batches_equal_one_batch_in_the_gradient():
+    """Averaged micro-batches give the gradient of the whole batch."""
+    torch.manual_seed(0)
+    x, whole, halves = torch.randn(8, 4), nn.Linear(4, 1), nn.Linear(4, 1)
+    halves.load_state_dict(whole.state_dict())
+    whole(x).square().mean().backward()
+    for part in x.chunk(2):
+        (halves(part).square().mean() / 2).backward()
+    assert torch.allclose(whole.weight.grad, halves.weight.grad, atol=1e-6)
+
+
+def test_ema_has_the_ramp():
+    stage = common.Stage.__new__(common.Stage)
+    stage.ema_decay, stage.step = 0.999, 0
+    stage.trained, stage.ema = {"m": {"w": torch.ones(1)}}, {"m": {"w": torch.zeros(1)}}
+    stage.update_ema()
+    assert stage.ema["m"]["w"].item() == pytest.approx(0.9)                 # d = min(0.999, 1 / 10)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    cfg = Tiny(output=str(tmp_path), batch_size=2, checkpointing_steps=2, log_steps=1, poison=5)
+    with pytest.raises(UserError, match=r"step 5: loss is not finite.*last good checkpoint"):
+        tiny_run(cfg)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["step"] == 4 and all(t.isfinite().all() for t in state["modules"]["m"].values())
+
+
+def test_resume_refuses_other_sizes_and_damaged_files(tmp_path):
+    cfg = Tiny(output=str(tmp_path), batch_size=2, steps=2)
+    tiny_run(cfg, stop_at=1)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    state["modules"]["m"]["0.weight"] = torch.zeros(3, 3)
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="other sizes"):
+        tiny_run(dataclasses.replace(cfg, resume_from_checkpoint=str(tmp_path / "other.pt")))
+    data = (tmp_path / "state.pt").read_bytes()
+    (tmp_path / "state.pt").write_bytes(data[:len(data) // 2])
+    with pytest.raises(UserError, match="damaged"):
+        tiny_run(dataclasses.replace(cfg, resume_from_checkpoint="latest"))
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"params": Evil()}))
+    torch.save({"x": Evil()}, tmp_path / "evil2.pt")
+    for name in ("evil.pt", "evil2.pt"):
+        with pytest.raises(UserError, match=name):
+            common.read_weights(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(UserError, match="unchanged"):
+        with common.whole_file(path) as temporary:
+            temporary.write_text("half of the new")
+            raise OSError(28, "No space left on device")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_reported_in_one_line(tmp_path, monkeypatch):
+    """torch.save and safetensors on a device without space."""
+    import safetensors.torch
+    for save in (lambda p: torch.save({"a": torch.zeros(10)}, p), lambda p: safetensors.torch.save_file({"a": torch.zeros(10)}, p)):
+        with pytest.raises(UserError, match="cannot be written"):
+            with common.whole_file(tmp_path / "w"):
+                save("/dev/full")
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- LoRA
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.ModuleDict(dict(attn=nn.ModuleDict(dict(to_q=nn.Linear(6, 8), to_k=nn.Linear(6, 8))), ff=nn.Linear(6, 6)))
+
+
+def test_lora_starts_as_the_base_and_merges_exactly(tmp_path):
+    model, x = small_model(), torch.randn(5, 6)
+    before = model.attn.to_q(x).detach()
+    parameters = common.add_lora(model, ("to_q", "ff"), rank=2, alpha=8)
+    assert torch.equal(model.attn.to_q(x), before) and sum(p.numel() for p in parameters) == 2 * (6 + 8) + 2 * (6 + 6)
+    assert isinstance(model.attn.to_k, nn.Linear) and not model.attn.to_k.weight.requires_grad
+    for layer in common.lora_layers(model).values():
+        nn.init.normal_(layer.lora_B.weight)
+    after = model.attn.to_q(x).detach()
+    common.save_lora(model, tmp_path / "lora.safetensors")
+    fresh = small_model()
+    common.add_lora(fresh, ("to_q", "ff"), rank=2, alpha=8)
+    common.load_lora(fresh, tmp_path / "lora.safetensors")
+    assert torch.allclose(fresh.attn.to_q(x), after, atol=1e-6) and not torch.allclose(after, before)
+    common.merge_lora(model)
+    assert isinstance(model.attn.to_q, nn.Linear) and torch.allclose(model.attn.to_q(x), after, atol=1e-5)
+
+
+def test_lora_of_another_rank_is_refused(tmp_path):
+    model = small_model()
+    common.add_lora(model, ("to_q",), rank=2, alpha=2)
+    common.save_lora(model, tmp_path / "lora.safetensors")
+    other = small_model()
+    common.add_lora(other, ("to_q",), rank=4, alpha=4)
+    with pytest.raises(UserError, match="rank 2"):
+        common.load_lora(other, tmp_path / "lora.safetensors")
+
+
+# ---------------------------------------------------------------- command line
+
+@dataclass(frozen=True)
+class Verb:
+    """Do it."""
+    batch_size: int = 4                    # how many at a time
+    learning_rate: float = 1e-3            # step size
+    widths: tuple[int, ...] = (1, 2)       # several numbers
+    flag: bool = False                     # on or off
+
+
+def call(*argv):
+    seen = []
+    common.command_line("Doc.", {"do": (Verb, {"a": Verb(), "b": Verb(batch_size=9)}, seen.append)}, list(argv))
+    return seen[0]
+
+
+def test_flags_presets_and_overrides():
+    assert call("do") == Verb() and call("do", "--preset", "b", "--flag", "--widths", "5", "6").batch_size == 9
+    assert call("do", "--preset", "b", "--batch_size", "2", "--widths", "7") == Verb(batch_size=2, widths=(7,))
+
+
+@pytest.mark.parametrize("argv, words", [
+    (("do", "--batch_size", "0"), "--batch_size 0: must be at least 1"), (("do", "--learning_rate", "-1"), "--learning_rate"),
+    (("do", "--learning_rate", "nan"), "--learning_rate"), (("do", "--batchsize", "3"), "did you mean --batch_size"),
+    (("do", "--batch_size", "many"), "invalid int value"), (("undo",), "invalid choice"), ((), "required")])
+def test_a_wrong_command_is_one_line_and_a_status(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(*argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1
+
+
+def test_help_texts_are_the_comments_beside_the_fields():
+    texts = common.field_help(common.TrainFlags)
+    assert set(texts) == {f.name for f in dataclasses.fields(common.TrainFlags)} and all(texts.values())
+    assert common.field_help(Verb)["batch_size"] == "how many at a time"
+
+
+# ---------------------------------------------------------------- restoring folders
+
+@dataclass(frozen=True)
+class Restore(common.SampleFlags):
+    output: str = ""
+
+
+def test_restore_folder_takes_what_it_can_and_names_the_rest(tmp_path, capsys):
+    source = tmp_path / "in"
+    source.mkdir()
+    for name, size in (("a.png", (64, 64)), ("tall.png", (30, 90)), ("dot.png", (1, 1)), ("huge.jpg", (3000, 20))):
+        Image.new("RGB", size, "green").save(source / name)
+    Image.new("RGB", (64, 64), "red").save(source / "a.jpg")                # the same stem twice
+    (source / "broken.png").write_bytes(b"\x89PNG\r\n")
+    cfg = Restore(input=str(source), output=str(tmp_path / "out"), batch_size=2)
+    done = common.restore_folder(cfg, lambda lq: {"restored_faces": -lq, "posterior_mean": lq}, 64, "cpu")
+    said = capsys.readouterr().out
+    assert done == 5 and "skipped" in said and "broken.png" in said and "30x90 resized to 64x64" in said
+    names = {p.name for p in (tmp_path / "out" / "restored_faces").iterdir()}
+    assert names == {"a.png", "a.png.png", "tall.png", "dot.png", "huge.png"} or len(names) == 5
+    assert json.loads((tmp_path / "out" / "args.json").read_text())["restored"] == 5
+    only_bad = Restore(input=str(source / "broken.png"), output=str(tmp_path / "out2"))
+    with pytest.raises(UserError, match="nothing was restored"):
+        common.restore_folder(only_bad, lambda lq: {"restored_faces": lq}, 64, "cpu")
+
+
+def test_whole_photographs_every_face_is_restored_and_pasted(tmp_path):
+    photo = Image.new("RGB", (400, 200), "gray")
+    photo.save(tmp_path / "p.png")
+    template = np.array(common.FFHQ_512) * 0.25
+    faces = [(template + [20, 30]).tolist(), (template + [230, 40]).tolist()]
+    (tmp_path / "points.json").write_text(json.dumps({"p.png": faces}))
+    cfg = Restore(input=str(tmp_path / "p.png"), output=str(tmp_path / "out"), landmarks=str(tmp_path / "points.json"))
+    assert common.restore_folder(cfg, lambda lq: {"restored_faces": torch.ones_like(lq)}, 64, "cpu") == 2
+    result = common.read_image(tmp_path / "out" / "restored_photos" / "p.png")
+    assert result.shape == (3, 200, 400)
+    for five in faces:
+        x, y = (int(v) for v in five[2])
+        assert result[:, y, x].min() > 0.98                                 # both faces are white now
+    assert result[:, 5, 5].max() < 0.1
+    assert (tmp_path / "out" / "restored_faces" / "p_01.png").exists()
+    (tmp_path / "points.json").write_text("[1, 2")
+    with pytest.raises(UserError, match="--landmarks"):
+        common.restore_folder(cfg, lambda lq: {"restored_faces": lq}, 64, "cpu")

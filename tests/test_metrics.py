@@ -1,0 +1,350 @@
+"""Metrics against closed forms, loops, numpy and scipy; measuring networks against short rewrites."""
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+
+import metrics
+
+f64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, alone or in the suite."""
+    torch.manual_seed(0)
+
+
+def number(value):
+    """A metric's value as a float, whether it comes per image or as one number."""
+    return float(torch.as_tensor(value).double().mean())
+
+
+def redraw(net):
+    """The network in eval mode with parameters and running statistics away from their initial values."""
+    for p in itertools.chain(net.parameters(), (b for n, b in net.named_buffers() if "running" in n)):
+        p.data = torch.randn_like(p) / p[0].numel() ** .5 if p.dim() > 1 else p + .1 * torch.randn_like(p)
+    return net.eval()
+
+
+def test_psnr_is_ten_log_ten_of_the_mean_square():
+    """Images in [0, 1]: an offset of 0.1 is 20 dB, of 0.01 is 40 dB; symmetric."""
+    a = torch.rand(2, 3, 32, 32) * .5
+    assert number(metrics.psnr(a, a + .1)) == pytest.approx(20, abs=1e-3)
+    assert number(metrics.psnr(a + .01, a)) == pytest.approx(40, abs=1e-2)
+
+
+def slow_ssim(a, b):
+    """SSIM of two single-channel float64 images: 11 x 11 Gaussian window, sigma 1.5, no padding."""
+    window = torch.exp(-(torch.arange(11, dtype=f64) - 5) ** 2 / (2 * 1.5 ** 2))
+    window = torch.outer(window, window) / window.sum() ** 2
+    blur = lambda v: F.conv2d(v.double(), window[None, None])
+    ma, mb = blur(a), blur(b)
+    va, vb, cov = blur(a * a) - ma ** 2, blur(b * b) - mb ** 2, blur(a * b) - ma * mb
+    c1, c2 = .01 ** 2, .03 ** 2
+    return ((2 * ma * mb + c1) * (2 * cov + c2) / ((ma ** 2 + mb ** 2 + c1) * (va + vb + c2))).mean().item()
+
+
+def test_ssim_equals_a_gaussian_window_loop_on_grey_images():
+    """On R = G = B it is the SSIM of the grey (or of BT.601 luma, (16 + 219 grey) / 255); 1 at equality."""
+    a = torch.rand(1, 1, 24, 30, dtype=f64)
+    b = (a + .2 * torch.randn_like(a)).clamp(0, 1)
+    flat = torch.full_like(a, .3), torch.full_like(a, .5)
+    assert slow_ssim(*flat) == pytest.approx((.3 + 1e-4) / (.34 + 1e-4))                # 2 m n / (m^2 + n^2)
+    for x, y in ((a, b), (b, a), flat, (a, a)):
+        got = number(metrics.ssim(x.expand(-1, 3, -1, -1), y.expand(-1, 3, -1, -1)))
+        luma = [(16 + 219 * v) / 255 for v in (x, y)]
+        assert min(abs(got - slow_ssim(x, y)), abs(got - slow_ssim(*luma))) < 1e-4
+
+
+def samples(mean, covariance, n=64):
+    """n points whose sample mean and (n - 1) covariance are exactly these."""
+    x = torch.randn(n, len(mean), dtype=f64)
+    x = x - x.mean(0)
+    x = x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
+    return x @ torch.linalg.cholesky(covariance).T + mean
+
+
+def test_frechet_distance_of_gaussians_in_closed_form():
+    """Diagonal covariances: |m1 - m2|^2 + sum (s1 - s2)^2; zero between equal sets; symmetric."""
+    m1, m2, s1, s2 = torch.rand(4, 5, dtype=f64) + .2
+    x, y = samples(m1, torch.diag(s1 ** 2)), samples(m2, torch.diag(s2 ** 2), 90)
+    want = ((m1 - m2) ** 2 + (s1 - s2) ** 2).sum().item()
+    for p, q, expected in ((x, y, want), (y, x, want), (x, x, 0)):
+        assert number(metrics.frechet_distance(p, q)) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_frechet_distance_equals_scipy_sqrtm():
+    """|dm|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)); finite and right for fewer samples than features."""
+    x, y = (torch.randn(n, 12, dtype=f64) @ torch.randn(12, 12, dtype=f64) + n / 100 for n in (200, 150))
+    c1, c2 = np.cov(x.numpy().T), np.cov(y.numpy().T)
+    want = np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real) + (x.mean(0) - y.mean(0)).square().sum()
+    assert number(metrics.frechet_distance(x.float(), y.float())) == pytest.approx(want.item(), rel=1e-4)
+    x = torch.randn(10, 40, dtype=f64)
+    assert number(metrics.frechet_distance(x, x + .5)) == pytest.approx(10, abs=1e-2)
+
+
+def test_mmd_rbf_equals_a_double_loop():
+    """1000 (mean kxx + mean kyy - 2 mean kxy), diagonals included, k = exp(-|a - b|^2 / (2 sigma^2))."""
+    x, y = torch.randn(7, 4, dtype=f64) * 8, torch.randn(9, 4, dtype=f64) * 8 + 3
+    for kwargs, sigma, scale in (({}, 10., 1000.), ({"sigma": 3., "scale": 2.}, 3., 2.)):
+        kernel = lambda a, b: sum(math.exp(-float((p - q).square().sum()) / (2 * sigma ** 2))
+                                  for p in a for q in b) / (len(a) * len(b))
+        want = scale * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y))
+        assert number(metrics.mmd_rbf(x, y, **kwargs)) == pytest.approx(want, rel=1e-6)
+
+
+def test_mmd_rbf_is_zero_for_equal_sets_and_does_not_depend_on_chunks():
+    """MMD(x, x) = 0; thousands of rows in any order give the value of the whole kernel matrices."""
+    x, y = torch.randn(3001, 3) * 5, torch.randn(2500, 3) * 5 + 1
+    assert number(metrics.mmd_rbf(x, x)) == pytest.approx(0, abs=1e-2)
+    kernel = lambda a, b: (-torch.cdist(a.double(), b.double()) ** 2 / 200).exp().mean().item()
+    want = 1000 * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y))
+    assert number(metrics.mmd_rbf(x, y)) == pytest.approx(want, rel=1e-3)
+    assert number(metrics.mmd_rbf(x[torch.randperm(3001)], y.flip(0))) == pytest.approx(want, rel=1e-3)
+
+
+def test_identity_angle_in_degrees():
+    """0, 90, 180 and 60 degrees whatever the lengths; never nan where rounding takes the cosine past 1."""
+    a, b = torch.eye(512)[:2]
+    for other, degrees in ((5 * a, 0), (2 * b, 90), (-3 * a, 180), (a + 3 ** .5 * b, 60)):
+        assert number(metrics.identity_angle(a[None], other[None])) == pytest.approx(degrees, abs=.1)
+    e = torch.randn(200, 512)
+    assert torch.as_tensor(metrics.identity_angle(e, e)).max() < .1                          # false for nan
+    assert torch.as_tensor(metrics.identity_angle(e, -e)).min() > 179.9
+
+
+def test_landmark_distance_is_the_mean_euclidean_distance():
+    """A shift of all points by (3, 4) is 5 px, of half of them 2.5 px; not divided by any face size."""
+    a, half = torch.rand(2, 98, 2) * 512, torch.arange(98)[:, None] % 2
+    for factor, want in ((1, 5), (half, 2.5)):
+        got = metrics.landmark_distance(a, a + factor * torch.tensor([3., 4.]))
+        assert number(got) == pytest.approx(want, rel=1e-4)
+
+
+def numpy_affine(L, H, w):
+    """Weighted least squares by numpy's pinv: the 2 x 3 matrix and the weighted sum of squares it leaves."""
+    L, H, w = (v.detach().double().numpy() for v in (L, H, w))
+    design, root = np.concatenate([L, np.ones((len(L), 1))], 1), np.sqrt(w)[:, None]
+    A = (np.linalg.pinv(root * design) @ (root * H)).T
+    return A, float((w[:, None] * (design @ A.T - H) ** 2).sum())
+
+
+@pytest.mark.parametrize("k", [4, 20, 98])
+def test_eq14_eq15_equal_numpy_least_squares(k):
+    """Matrix and value are numpy's, with and without weights, per item of leading batch dimensions."""
+    (L, H), w = torch.randn(2, 2, 3, k, 2, dtype=f64), torch.rand(2, 3, k, dtype=f64)
+    for weights in (w, None):
+        d, A = metrics.affine_landmark_distance(L, H, weights), metrics.affine_fit(L, H, weights)
+        assert d.shape == (2, 3) and A.shape == (2, 3, 2, 3)
+        for i, j in itertools.product(range(2), range(3)):
+            want_A, want = numpy_affine(L[i, j], H[i, j], w[i, j] if weights is w else torch.ones(k))
+            np.testing.assert_allclose(A[i, j].numpy(), want_A, atol=1e-8)
+            assert d[i, j].item() == pytest.approx(want, abs=1e-9)
+
+
+def test_eq14_invariances():
+    """Any affine map (mirrors too) of L is undone; H's similarity scales by s^2, weights linearly."""
+    d = lambda L, H, w=None: metrics.affine_landmark_distance(L, H, w).item()
+    (L, H), w = torch.randn(2, 20, 2, dtype=f64), torch.rand(20, dtype=f64)
+    base, (shear, turn) = d(L, H, w), torch.tensor([[[1.2, .7], [-.3, .9]], [[.6, -.8], [.8, .6]]], dtype=f64)
+    assert d(L, L @ shear.T + 3, w) == pytest.approx(0, abs=1e-12)                    # an affine copy
+    assert d(L @ shear.T - 2, H, w) == pytest.approx(base)
+    assert d(L * torch.tensor([-1., 1.]), H, w) == pytest.approx(base)                # mirror
+    assert d(L, 2.5 * H @ turn.T + 7, w) == pytest.approx(2.5 ** 2 * base)
+    assert d(L, H, 3 * w) == pytest.approx(3 * base)
+    assert base < (w[:, None] * (L - H) ** 2).sum().item()                       # the identity is one choice
+    assert abs(d(H, L, w) - base) > 1e-3 * base                                       # not symmetric
+    w[7] = 0                                                                          # a dropped point
+    assert d(L, H.index_fill(0, torch.tensor(7), 1e4), w) == pytest.approx(d(L, H, w), rel=1e-6)
+
+
+@pytest.mark.parametrize("k, direction", [(1, 0), (2, 0), (3, 0), (8, (2, -1)), (8, (0, 1)), (8, (0, 0))])
+def test_eq14_degenerate_points(k, direction):
+    """Fewer than three, collinear or coincident points: the minimum still exists (numpy's pinv)."""
+    L, H = torch.randn(2, k, 2, dtype=f64) * 100 + 256
+    if direction:
+        L = 200 + 90 * torch.randn(k, 1, dtype=f64) * torch.tensor(direction)
+    want = numpy_affine(L, H, torch.ones(k))[1]
+    for dtype, tolerance in ((f64, 1e-6), (torch.float32, 1e-3)):
+        d = metrics.affine_landmark_distance(L.to(dtype), H.to(dtype))
+        assert torch.isfinite(metrics.affine_fit(L.to(dtype), H.to(dtype))).all()
+        assert d.item() == pytest.approx(want, rel=tolerance, abs=10 * tolerance)
+
+
+def test_eq14_by_hand_and_in_float32_at_512_pixels():
+    """A unit-square corner moved by (a, b) costs (a^2 + b^2) / 4; eye points at 512 px are right to 1e-4."""
+    L, H = torch.tensor([[[0., 0], [1, 0], [1, 1], [0, 1]], [[0, 0], [1, 0], [1, 1], [.6, .2]]])
+    assert metrics.affine_landmark_distance(L, H).item() == pytest.approx(.25, rel=1e-4)    # a = .6, b = -.8
+    for _ in range(20):
+        L = torch.rand(34, 2) * torch.tensor([160., 40.]) + torch.tensor([180., 220.])
+        H = L @ torch.tensor([[1.02, .03], [-.02, .98]]) + torch.randn(34, 2)
+        got = metrics.affine_landmark_distance(L, H).item()
+        assert got == pytest.approx(numpy_affine(L, H, torch.ones(34))[1], rel=1e-4)
+
+
+def test_eq14_has_the_right_gradient():
+    """Finite differences in L, H and the weights, through a rank-3 configuration."""
+    L, H = torch.randn(2, 6, 2, dtype=f64, requires_grad=True)
+    w = torch.rand(6, dtype=f64, requires_grad=True)
+    assert torch.autograd.gradcheck(metrics.affine_landmark_distance, (L, H, w))
+
+
+def slow_dists(convs, alpha, beta, x, y):
+    """DISTS from its 13 VGG-16 convolutions: L2 pooling between stages, two terms per channel."""
+    window = torch.outer(torch.tensor([1., 2., 1.]), torch.tensor([1., 2., 1.])) / 16
+
+    def features(v):
+        out, convs_left = [v], iter(convs)
+        h = (v - torch.tensor([[[.485]], [[.456]], [[.406]]])) / torch.tensor([[[.229]], [[.224]], [[.225]]])
+        for stage, depth in enumerate((2, 2, 3, 3, 3)):
+            if stage:
+                kernel = window.expand(h.shape[1], 1, 3, 3)
+                h = (F.conv2d(h ** 2, kernel, stride=2, padding=1, groups=h.shape[1]) + 1e-12).sqrt()
+            for conv in itertools.islice(convs_left, depth):
+                h = F.relu(F.conv2d(h, conv.weight, conv.bias, padding=1))
+            out.append(h)
+        return [o.double().flatten(2) for o in out]
+
+    terms = [[], []]
+    for a, b in zip(features(x), features(y)):
+        ma, mb, va, vb = a.mean(-1), b.mean(-1), a.var(-1, correction=0), b.var(-1, correction=0)
+        covariance = (a * b).mean(-1) - ma * mb
+        terms[0].append((2 * ma * mb + 1e-6) / (ma ** 2 + mb ** 2 + 1e-6))
+        terms[1].append((2 * covariance + 1e-6) / (va + vb + 1e-6))
+    s1, s2 = (torch.cat(t, 1) for t in terms)
+    return 1 - (alpha.flatten() * s1 + beta.flatten() * s2).sum(1) / (alpha.sum() + beta.sum())
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 33)])
+def test_dists_equals_a_slow_reimplementation(size):
+    """Same VGG weights, random alpha and beta: zero at equality, symmetric, and equal to the formulas."""
+    net = metrics.DISTS().eval()
+    convs = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d) and m.groups == 1]
+    assert [m.out_channels for m in convs] == [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6
+    assert net.alpha.shape == net.beta.shape == (1, 1475, 1, 1)
+    a, b = torch.rand(2, 2, 3, *size)
+    with torch.no_grad():
+        for m in convs:
+            m.weight.normal_(0, (2 / m.weight[0].numel()) ** .5), m.bias.normal_(0, .1)
+        net.alpha.uniform_(), net.beta.uniform_()
+        want = slow_dists(convs, net.alpha.double(), net.beta.double(), a, b)
+        assert number(net(a, b)) == pytest.approx(number(want), rel=1e-3) and number(want) > .01
+        assert number(net(b, a)) == pytest.approx(number(net(a, b)), rel=1e-4)
+        assert number(net(a, a)) == pytest.approx(0, abs=1e-5)
+
+
+def test_measuring_networks_have_the_published_sizes():
+    """Parameters in millions, to the printed precision, on the meta device."""
+    with torch.device("meta"):
+        nets = metrics.IResNet(50), metrics.IResNet(101), metrics.FAN98()
+    assert [round(sum(p.numel() for p in n.parameters()) / 1e6, 2) for n in nets] == [43.59, 65.15, 24.15]
+
+
+def norm(m, x):
+    """Batch norm with running statistics."""
+    return F.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias)
+
+
+def test_iresnet_equals_a_functional_reimplementation():
+    """BN-conv-BN-PReLU-conv(stride)-BN blocks, subsampled or conv1x1-BN shortcuts, BN-fc-BN head."""
+    net, seen = redraw(metrics.IResNet(50)), []
+    modules = dict(net.named_modules())
+    kind = lambda *types: [(n, m) for n, m in modules.items() if isinstance(m, types)]
+    convs, shortcuts = ([m for _, m in kind(torch.nn.Conv2d) if m.kernel_size == (k, k)] for k in (3, 1))
+    parents = {n.rpartition(".")[0] for n, m in kind(torch.nn.Conv2d) if m.kernel_size == (1, 1)}
+    beside = [m for n, m in kind(torch.nn.BatchNorm2d) if n.rpartition(".")[0] in parents]
+    norms = iter([m for n, m in kind(torch.nn.BatchNorm2d) if n.rpartition(".")[0] not in parents])
+    convs, shortcuts, prelus = iter(convs), iter(zip(shortcuts, beside)), (m for _, m in kind(torch.nn.PReLU))
+    stem = next(convs)
+    stem.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad():
+        got = net(torch.rand(1, 3, 112, 112) * 2 - 1)
+        x = F.prelu(norm(next(norms), F.conv2d(seen[0], stem.weight, padding=1)), next(prelus).weight)
+        for units in (3, 4, 14, 3):
+            for stride in [2] + [1] * (units - 1):
+                first, second = next(convs), next(convs)
+                h = F.conv2d(norm(next(norms), x), first.weight, padding=1)
+                h = F.prelu(norm(next(norms), h), next(prelus).weight)
+                h = norm(next(norms), F.conv2d(h, second.weight, stride=stride, padding=1))
+                if first.in_channels == first.out_channels:
+                    x = x[..., ::stride, ::stride]                               # max-pool of window 1
+                else:
+                    conv, bn = next(shortcuts)
+                    x = norm(bn, F.conv2d(x, conv.weight, stride=stride))
+                x = x + h
+        (_, fc), (_, last) = kind(torch.nn.Linear)[0], kind(torch.nn.BatchNorm1d)[0]
+        want = norm(last, F.linear(norm(next(norms), x).flatten(1), fc.weight, fc.bias))
+    got = got[0] if isinstance(got, tuple) else got
+    assert x.shape == (1, 512, 7, 7) and got.shape == (1, 512) and last.weight is None
+    torch.testing.assert_close(F.normalize(got), F.normalize(want), rtol=1e-3, atol=1e-5)
+
+
+def test_arcface_gray_equals_a_functional_reimplementation():
+    """ResNet-18 of IR blocks on 1 x 128 x 128 with GFPGAN's names (one PReLU per block, used twice)."""
+    net = redraw(metrics.ArcFaceGray())
+    modules = dict(net.named_modules())
+    act = lambda name, x: F.prelu(x, modules[name].weight)
+    x = torch.rand(2, 1, 128, 128) * 2 - 1
+    with torch.no_grad():
+        got = net(x)
+        x = F.max_pool2d(act("prelu", norm(net.bn1, F.conv2d(x, net.conv1.weight, padding=1))), 2)
+        for i, j in itertools.product(range(1, 5), range(2)):
+            block, stride = modules[f"layer{i}.{j}"], 2 if i > 1 and j == 0 else 1
+            h = norm(block.bn1, F.conv2d(norm(block.bn0, x), block.conv1.weight, padding=1))
+            h = F.conv2d(act(f"layer{i}.{j}.prelu", h), block.conv2.weight, stride=stride, padding=1)
+            if stride == 2:
+                x = norm(block.downsample[1], F.conv2d(x, block.downsample[0].weight, stride=2))
+            x = act(f"layer{i}.{j}.prelu", norm(block.bn2, h) + x)
+        want = norm(net.bn5, F.linear(norm(net.bn4, x).flatten(1), net.fc5.weight, net.fc5.bias))
+    assert got.shape == (2, 512) and modules["prelu"].weight.numel() == 1
+    torch.testing.assert_close(F.normalize(got), F.normalize(want), rtol=1e-3, atol=1e-5)
+
+
+def test_fan98_returns_heatmaps_and_leaves_its_input_alone():
+    """256 px in, 98 landmark (+ 1 boundary) maps of 64 x 64 out; batch and single image agree."""
+    net, x = metrics.FAN98().eval(), torch.rand(2, 3, 256, 256)
+    kept = x.clone()
+    with torch.no_grad():
+        both, one = (out[-1] if isinstance(out, (list, tuple)) else out for out in (net(x), net(x[1:])))
+    assert both.shape in ((2, 98, 64, 64), (2, 99, 64, 64))
+    torch.testing.assert_close(both[1:], one, rtol=1e-3, atol=1e-4)
+    assert torch.equal(x, kept) and both.std() > 0
+
+
+def test_farl_attributes_equal_transformers_clip_and_a_hand_written_head():
+    """Trunk = CLIPVisionModel ViT-B/16 on the same weights; head = softmax mix of mean, max, CLS."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+    net, seen = redraw(metrics.FaRLAttributes()), []
+    w = net.state_dict()
+    assert sum(v.numel() for k, v in w.items() if k.startswith("head.")) == 35_371
+    clip = CLIPVisionModel(CLIPVisionConfig(hidden_size=768, intermediate_size=3072, patch_size=16)).eval()
+    names = {"embeddings.class_embedding": "class_embedding", "pre_layrnorm.weight": "ln_pre.weight",
+             "embeddings.patch_embedding.weight": "conv1.weight", "pre_layrnorm.bias": "ln_pre.bias",
+             "embeddings.position_embedding.weight": "positional_embedding"}
+    parts = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+             "self_attn.out_proj": "attn.out_proj"}
+    state = {k: w["backbone." + v] for k, v in names.items()}
+    for i, p in itertools.product(range(12), ("weight", "bias")):
+        ours, theirs = f"backbone.transformer.resblocks.{i}.", f"encoder.layers.{i}."
+        state |= {f"{theirs}{k}.{p}": w[f"{ours}{v}.{p}"] for k, v in parts.items()}
+        qkv = w[f"{ours}attn.in_proj_{p}"].chunk(3)
+        state |= {f"{theirs}self_attn.{n}_proj.{p}": v for n, v in zip("qkv", qkv)}
+    assert sum("backbone" in k for k in w) == len(state) - 4 * 12                       # q, k, v are one here
+    prefix = "vision_model." * any(k.startswith("vision_model.") for k in clip.state_dict())
+    missing, unexpected = clip.load_state_dict({prefix + k: v for k, v in state.items()}, strict=False)
+    assert not unexpected and all("post_layernorm" in k or "position_ids" in k for k in missing)
+    net.backbone.conv1.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad():
+        got = net(torch.rand(1, 3, 224, 224))
+        tokens = clip(pixel_values=seen[0]).last_hidden_state
+        parts = tokens[:, 1:].mean(1), tokens[:, 1:].amax(1), tokens[:, 0]
+        mixed = sum(s * F.layer_norm(v, (768,), w[f"head.norm_{k}.weight"], w[f"head.norm_{k}.bias"])
+                    for k, (v, s) in enumerate(zip(parts, w["head.weights"].flatten().softmax(0))))
+        want = F.linear(mixed, w["head.final_fc.weight"], w["head.final_fc.bias"])
+    assert got.shape == (1, 40) and seen[0].shape == (1, 3, 224, 224)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
