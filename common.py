@@ -88,9 +88,8 @@ def verbalise(scores) -> str:
     """Caption from 12 attribute scores in [0, 1] (sequence or 1-D tensor, order of ATTRIBUTES).
 
     Above 0.6 an attribute is named, below 0.4 its negative phrase is, if it has one; between, it is unknown
-    and left out. Of the hair colours, and of wavy and straight, the highest score speaks. ValueError unless
-    12 scores.
-    Source: DESIGN 5, facts/a2bfr.md 3.5.
+    and left out. Of the hair colours, and of wavy and straight, the highest score speaks.
+    ValueError unless there are 12 scores. Source: DESIGN 5, facts/a2bfr.md 3.5.
     """
     scores = [float(s) for s in scores]
     if len(scores) != len(ATTRIBUTES):
@@ -158,11 +157,11 @@ IDENTITY = dict(
 INSTANCE = dict(
     shift_x=(-.035, .035), shift_y=(-.03, .03), roll=(-.14, .14), scale=(.95, 1.05), turn=(-.075, .075),
     light_x=(-1, 1), light_y=(-.75, -.2), light_power=(.92, 1.08), light_warm=(-1, 1),
-    smile=(.85, 1.15), open=(.8, 1.15), mood=(-.002, .016), lids=(.93, 1.05), brow_up=(-.008, .018),
+    smile=(.85, 1.15), open=(.8, 1.15), mood=(.004, .019), lids=(.93, 1.05), brow_up=(-.008, .018),
     gaze_x=(-.02, .02), gaze_y=(-.006, .008), cloth_hue=(0, 1), cloth_value=(.2, .85), collar=(0, 1),
     back_hue=(0, 1), back_value=(.3, .85), back_sat=(.02, .2), back_angle=(0, 6.28), back_blur=(-.6, 1),
     back_phase=(0, 50), frame_w=(.135, .16), frame_h=(.088, .118), frame_round=(2, 5),
-    frame_thick=(.0085, .016), frame_hue=(0, 1), glare=(-.1, .1),
+    frame_thick=(.011, .018), frame_hue=(0, 1), glare=(-.1, .1),
     hat_kind=(0, 3), hat_hue=(0, 1), hat_value=(.25, .8), hat_line=(-.46, -.38),
 )
 # Chance of each attribute when it is drawn; the hair colours share one draw, and so do wavy and straight.
@@ -290,7 +289,7 @@ def _lips(f, t):
     inner_top = line - arch * f.open * (.012 + .014 * f.smile)
     inner_bottom = line + arch * f.open * (.062 + .012 * f.smile)
     thin = 1 - .18 * f.smile
-    return (inner_top - f.lip_up * thin * arch * bow * (1.25 - .25 * arch), inner_top, inner_bottom,
+    return (inner_top - f.lip_up * thin * arch * bow * (.6 + .45 * arch), inner_top, inner_bottom,
             inner_bottom + f.lip_low * thin * arch)
 
 
@@ -553,7 +552,7 @@ def _paint_age(c, f):
     feet = _bell((torch.sin(ey * (400 * ax - 110)) / .5) ** 2) * _blob(ex - f.eye_w - .05, ey, .03, .045)
     brow = ey + f.brow_gap + .10 + .03 * torch.cos(6 * x + f.grain_x)
     lines = _bell((torch.sin(46 * brow) / .45) ** 2) * _smooth(brow.abs(), .13, .07) * _smooth(ax, .34, .2)
-    c.shade((.36 * f.old + .10 * f.smile) * fold + f.old * (bags + .2 * feet + .24 * lines))
+    c.shade((.36 * f.old + .14 * f.smile) * fold + f.old * (bags + .2 * feet + .24 * lines))
 
 
 def _paint_marks(c, f):
@@ -957,6 +956,8 @@ def whole_file(path):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{path.name}.*.tmp"):      # of a process that was killed while writing
+            left.unlink(missing_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -1176,9 +1177,10 @@ class Run:
     """One process of a run: where it computes, in which precision, with which seed, and where it writes.
 
     `cfg` has the fields output, device, mixed_precision, seed; under torchrun the processes find each other here.
+    With `fresh` an earlier run in the same folder is moved aside, so that nothing trained is ever overwritten by mistake.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, fresh: bool = False):
         self.cfg, self.folder, self.started = cfg, Path(cfg.output), time.time()
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(cfg.device)
@@ -1188,6 +1190,10 @@ class Run:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         torch.manual_seed(cfg.seed)                               # the same initial weights in every process
         torch.set_float32_matmul_precision("high")                # TF32 on the GPUs that have it; nothing changes on a CPU
+        if fresh and self.main and ((self.folder / "model.safetensors").exists() or (self.folder / "state.pt").exists()):
+            number = next(n for n in range(1, 10 ** 6) if not Path(f"{self.folder}.{n}").exists())
+            self.folder.rename(f"{self.folder}.{number}")
+            self.say(f"{self.folder} held an earlier run: moved to {self.folder}.{number}")
 
     @property
     def main(self) -> bool:

@@ -246,6 +246,12 @@ class Decoder(nn.Module):
         return self.conv_out(z)
 
 
+def not_half(x):
+    """Inside an fp16 autocast the autoencoder would overflow: it runs in float32 there; bf16 is fine."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is not torch.float16)
+
+
 class SimVAE(nn.Module):
     """The paper's autoencoder [sec. 3.3]: (B, 3, H, W) in [-1, 1] <-> latents (B, c, H/f, W/f), f = 2^(levels - 1).
 
@@ -261,12 +267,14 @@ class SimVAE(nn.Module):
 
     def encode(self, x):
         """-> mean, logvar (B, c, h, w) of q(z | x); logvar within [-30, 20]."""
-        mean, logvar = self.encoder(x).chunk(2, dim=1)
+        with not_half(x):
+            mean, logvar = self.encoder(x.float()).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
         """-> (B, 3, H, W), not clamped."""
-        return self.decoder(z)
+        with not_half(z):
+            return self.decoder(z.float())
 
     def decode_tiled(self, z, memory_gb: float):
         """`decode` in tiles that need about memory_gb. Exact: each tile sees all the latents that can reach its pixels."""
@@ -842,7 +850,7 @@ def restore(nets, cfg, lq, noise, steps: int, decode=None):
     """lq (B, 3, S, S) in [-1, 1] -> {"restored_faces", "posterior_mean"}, the same shape, clipped."""
     z0, estimate = flow_source(nets, cfg, lq, noise)
     z1 = euler_sample(nets["flow"], z0 + cfg.source_noise * noise(z0), steps)
-    restored = z1 * 2 - 1 if cfg.space == "pixel" else (decode or nets["vae"].decode)(z1.float())
+    restored = z1 * 2 - 1 if cfg.space == "pixel" else (decode or nets["vae"].decode)(z1)
     return {"restored_faces": restored.float().clamp(-1, 1), "posterior_mean": estimate.float().clamp(-1, 1)}
 
 
@@ -1012,13 +1020,12 @@ def train_flow(cfg, run, faces, nets, watch=None):
     flow, vae = nets["flow"], nets.get("vae")
     optimizer = torch.optim.AdamW(flow.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     stage = Stage(run, "flow", {"flow": flow}, {"flow": optimizer}, min(cfg.flow_steps, cfg.max_train_steps))
-    half = run.cfg.mixed_precision == "fp16"                      # the VAE overflows in fp16: it then runs in fp32
     seconds, since = 0.0, time.perf_counter()
     for step, batch in stage.steps(batches(cfg, run, faces, degraded=True)):
-        with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.mixed_precision == "bf16" and not half):
+        with torch.no_grad(), run.autocast():
             z0, _ = flow_source(nets, cfg, batch["lq"], torch.randn_like)
             z1 = batch["hq"] * 0.5 + 0.5 if cfg.space == "pixel" else latent_source(vae, batch["hq"], cfg.source_sample, torch.randn_like)
-            z0 = (z0 + cfg.source_noise * torch.randn_like(z0)).float()
+            z0 = z0.float() + cfg.source_noise * torch.randn_like(z0, dtype=torch.float32)
         t = stratified_time(len(z0), run.rank, run.world).to(run.device)
         with run.autocast():
             loss = cfm_loss(lambda z, t: flow(z, t).float(), z0, z1.float(), t)
@@ -1035,10 +1042,11 @@ TRAINERS = {"vae": train_vae, "mmse": train_mmse, "flow": train_flow}
 
 
 def train(cfg: Train) -> None:
-    run, wanted = Run(cfg), parts_of(cfg) if cfg.stage == "all" else [cfg.stage]
+    wanted = parts_of(cfg) if cfg.stage == "all" else [cfg.stage]
     if cfg.stage not in ["all"] + parts_of(cfg):
         raise UserError(f"--stage {cfg.stage}: --space {cfg.space} has no such stage, only {', '.join(parts_of(cfg))}")
     check_sizes(cfg)
+    run = Run(cfg, fresh=cfg.stage == "all" and not cfg.resume_from_checkpoint)
     faces = Faces(cfg.data, cfg.image_size, cfg.validation_data)
     torch.manual_seed(cfg.seed)
     nets, weights = {part: build(cfg, part) for part in parts_of(cfg)}, {}

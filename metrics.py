@@ -14,13 +14,13 @@ and each network converts range, colour, crop and size inside. A network's own `
 Numbers read by a FaceReader end in `_toy`: they compare runs of this project with each other and with nothing else.
 Sources: HonestFace v1 (Eq. 14-15), DISTS (arXiv 2004.07728), AdaFace, AdaptiveWingLoss, FaRL, VQFR's scripts, pyiqa's names.
 """
+import csv
 import functools
 import json
 import math
-import re
 import sys
 import typing
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -31,9 +31,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from tqdm import tqdm
 
 from common import (ATTRIBUTES, DEGRADATIONS, TOY_SPLITS, Degradation, Run, Stage, TrainFlags, UserError, command_line, degrade,
-                    list_images, load_strict, mix, pick_device, read_image, read_weights, toy_faces, versions, whole_file)
+                    list_images, load_strict, mix, pick_device, read_image, read_weights, toy_faces, whole_file)
 
 # ------------------------------------------------------------------------------------------------ full reference
 
@@ -719,8 +720,9 @@ class FaceReader(nn.Module):
 
     def pool(self, stages):
         """(B, 10 w): mean and spread of two fine stages, mean of a third. The spread is what blur takes away."""
-        spread = [(s.float().var((2, 3), correction=0) + 1e-6).sqrt() for s in stages[:2]]
-        return torch.cat([s.float().mean((2, 3)) for s in stages[:3]] + spread, 1)
+        means = [s.float().mean((2, 3)) for s in stages[:3]]
+        squares = [s.float().square().mean((2, 3)) for s in stages[:2]]
+        return torch.cat(means + [(q - m * m + 1e-6).clamp(min=1e-6).sqrt() for q, m in zip(squares, means)], 1)
 
     def point_logits(self, stages):
         """(B, 98, 32 * 32): their softmax is where each landmark is."""
@@ -794,11 +796,11 @@ class TrainReader(TrainFlags):
     which: typing.Literal["both", "a", "b"] = "both"  # a: losses, b: measuring
     width_a: int = 12                      # channels of reader a at full resolution
     width_b: int = 16                      # channels of reader b
-    steps: int = 2500                      # optimiser steps of each reader
+    steps: int = 1500                      # optimiser steps of each reader
     learning_rate: float = 3e-3            # AdamW, cosine to zero after a linear warm-up
     weight_decay: float = 0.02             # AdamW
-    identities: int = 3000                 # toy people in the training set
-    margin: float = 0.3                    # ArcFace's additive angle, radians
+    identities: int = 2000                 # toy people in the training set
+    margin: float = 0.2                    # ArcFace's additive angle, radians
     margin_scale: float = 24.0             # ArcFace's s
     attribute_weight: float = 2.0          # of the binary cross-entropy
     landmark_weight: float = 1.0           # of the cross-entropy between heatmaps, and of the distance in pixels
@@ -850,3 +852,491 @@ class ToyLabels:
         seeds = torch.randint(2**40, people.shape, generator=torch.Generator().manual_seed(mix("reader, held out")))
         parts = [self.batch(p, s, TOY_SPLITS["val"].start) for p, s in zip(people.split(100), seeds.split(100))]
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def read_tables(folder, pattern):
+    """Rows of the CSV files `pattern` in the folder or above it: {file they speak of: [(column name, text), ...]}."""
+    found = {}
+    for path in [p for place in (folder.parent, folder) for p in sorted(place.glob(pattern))]:
+        with open(path, newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(file)
+        found |= {(path.parent / row[0]).resolve(): list(zip(header[1:], row[1:])) for row in rows if row}
+    return found
+
+
+def label_rows(attributes, landmarks, size):
+    """One file's labels: (12,) 0/1 or NaN, and (98, 2) points in pixels of FaceReader's picture or NaN; size = (W, H) of the file."""
+    values = {name.strip(): float(text) for name, text in attributes or ()}
+    row = torch.tensor([float(values[name] > 0) if name in values else math.nan for _, name, *_ in ATTRIBUTES])
+    points = torch.tensor([float(text) for _, text in landmarks or ()]).view(-1, 2)
+    if len(points) == 68:
+        points = points[torch.tensor(FROM_68)].mean(1)
+    if len(points) != 98:
+        points = torch.full((98, 2), math.nan)
+    return row, points / torch.tensor(size) * FaceReader.SIDE
+
+
+class FolderLabels:
+    """Batches of real faces of a folder with whatever labels it has: identity -1 and NaN where it has none.
+
+    Sub-folders with two pictures or more are identities, where there are three of them at least. attributes.csv (CelebA's
+    names, -1/1) and landmarks*.csv (x0,y0,x1,... of 68 or 98 points in pixels of the file) lie in the folder or above it; their
+    first column is the path from there. Every tenth identity, or file, is held out. Same calls as ToyLabels.
+    """
+
+    def __init__(self, cfg):
+        self.cfg, images, people, labels = cfg, [], [], []
+        root, files = Path(cfg.data), list_images(cfg.data, recursive=True)
+        sizes = Counter(path.parent for path in files)
+        persons = [folder for folder in sorted(sizes) if sizes[folder] > 1 and folder != root]
+        persons = {folder: k for k, folder in enumerate(persons)} if len(persons) > 2 else {}
+        try:
+            attributes, landmarks = read_tables(root, "attributes.csv"), read_tables(root, "landmarks*.csv")
+            for path in files:
+                image, at = read_image(path), path.resolve()
+                labels.append(label_rows(attributes.get(at), landmarks.get(at), image.shape[:0:-1]))
+                small = resized(image[None], FaceReader.SIDE, antialias=True)[0]
+                images.append((small.clamp(-1, 1) * 127.5 + 127.5).round().byte())
+                people.append(persons.get(path.parent, -1))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"--data {cfg.data}: {str(error).splitlines()[0]}; mend or remove that file") from None
+        if len(images) < 20:
+            raise UserError(f"--data {cfg.data}: {len(images)} pictures; a reader needs 20 at the very least")
+        self.images, self.people = torch.stack(images), torch.tensor(people)
+        self.attributes, self.landmarks = [torch.stack(column) for column in zip(*labels)]
+        held = torch.where(self.people >= 0, self.people, torch.arange(len(people))) % 10 == 9
+        self.places, self.classes = {kept: (held != kept).nonzero()[:, 0] for kept in (True, False)}, len(persons)
+
+    def batch(self, places, seeds):
+        hq = self.images[places] / 127.5 - 1
+        image, quality = spoil(hq, seeds)
+        return dict(hq=hq, image=image, quality=quality, identity=self.people[places], attributes=self.attributes[places],
+                    landmarks=self.landmarks[places])
+
+    def training(self, step):
+        rng = torch.Generator().manual_seed(mix("reader", self.cfg.seed, self.cfg.which, step))
+        places = self.places[True][torch.randint(len(self.places[True]), (self.cfg.batch_size,), generator=rng)]
+        return self.batch(places, torch.randint(2**40, places.shape, generator=rng))
+
+    def held_out(self):
+        places = self.places[False][:self.cfg.validation_faces]
+        rng = torch.Generator().manual_seed(mix("reader, held out"))
+        return self.batch(places, torch.randint(2**40, places.shape, generator=rng))
+
+
+def reader_losses(reader, margin, batch, cfg):
+    """The four losses of one batch, each over the faces that carry its label (identity >= 0, the others not NaN).
+
+    identity: ArcFace, cross-entropy of s cos(theta + m) for the right person and s cos(theta) for the others [ArcFace Eq. 3].
+    """
+    stages = reader.stages(batch["image"].contiguous(memory_format=torch.channels_last))
+    whole, losses = stages[4].flatten(1), {}
+    known = batch["identity"] >= 0
+    if known.any():
+        cosine = (F.normalize(reader.identity(whole)[known].float()) @ F.normalize(margin).T).clamp(-0.9999, 0.9999)
+        right = F.one_hot(batch["identity"][known], len(margin)).bool()
+        angle = torch.where(right, cosine.acos() + cfg.margin, cosine.acos())
+        losses["identity"] = F.cross_entropy(cfg.margin_scale * angle.clamp(max=math.pi).cos(), batch["identity"][known])
+    labels, logits = batch["attributes"], reader.attributes(whole).float()
+    if not labels.isnan().all():
+        bce = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
+        losses["attributes"] = cfg.attribute_weight * bce[~labels.isnan()].mean()
+    seen = ~batch["landmarks"].isnan().flatten(1).any(1)
+    seen[1::2] = False                                            # every second face is enough: this loss costs the most
+    if seen.any():
+        points, logits = batch["landmarks"][seen] / reader.SIDE, reader.point_logits(stages)[seen]
+        centres = torch.arange(reader.GRID, device=points.device) + 0.5                           # in cells
+        gauss = (-(centres - points[..., None] * reader.GRID).square() / 2).softmax(-1)           # (B, 98, 2, 32), sums to 1
+        # cross-entropy to the product of both Gaussians: logsumexp(logits) - sum_yx g_y g_x logits_yx
+        grid = logits.unflatten(2, (reader.GRID, reader.GRID))
+        entropy = logits.logsumexp(-1) - ((gauss[:, :, 1, None] @ grid)[:, :, 0] * gauss[:, :, 0]).sum(-1)
+        pixels = (reader.point_means(logits) - points).abs().sum(-1) * reader.SIDE
+        losses["landmarks"] = cfg.landmark_weight * (entropy + pixels).mean()
+    losses["quality"] = cfg.quality_weight * F.mse_loss(reader.quality_head(reader.pool(stages))[:, 0].float(), batch["quality"])
+    return losses
+
+
+def train_reader(cfg):
+    """Train the readers that cfg.which names, store them and measure what was stored."""
+    for name in "ab" if cfg.which == "both" else cfg.which:
+        one = replace(cfg, which=name, output=str(Path(cfg.output) / name), seed=cfg.seed + (name == "b"))
+        run, data = Run(one), FolderLabels(one) if cfg.data else ToyLabels(one)
+        reader = FaceReader(one.width_a if name == "a" else one.width_b).to(run.device, memory_format=torch.channels_last)
+        margin = nn.ParameterList([0.05 * torch.randn(max(1, data.classes), 128)]).to(run.device)
+        optimizer = torch.optim.AdamW([*reader.parameters(), *margin.parameters()], weight_decay=one.weight_decay)
+        warm = lambda k: min(1, (k + 1) / 100) * 0.5 * (1 + math.cos(math.pi * k / one.steps)) + 1e-3
+        optimizer.param_groups[0]["lr"] = one.learning_rate
+        stage = Stage(run, f"reader_{name}", dict(reader=reader, margin=margin), dict(reader=optimizer), one.steps, lr_at=warm)
+        run.start_log()
+        for _, batch in stage.steps(data.training):
+            with run.autocast():
+                losses = reader_losses(reader.train(), margin[0], batch, one)
+            stage.update(sum(losses.values()), **losses)
+        untrained = {"identity", "attributes", "landmarks", "quality"} - set(losses)
+        if untrained:
+            run.say(f"not trained, since {cfg.data} has no such labels: {', '.join(sorted(untrained))}")
+        reader.load_state_dict(stage.ema["reader"])
+        path = Path(cfg.weights) / f"reader_{name}.safetensors"
+        save_reader(path, reader, {})
+        rows = measure_reader(load_reader(name, cfg.weights).to(run.device), data.held_out())
+        save_reader(path, reader, dict(command=" ".join(sys.argv), seed=one.seed, steps=one.steps, untrained=sorted(untrained), measured=rows))
+        run.say(f"{path}: {path.stat().st_size / 2**20:.2f} MB, " + ", ".join(f"{key} {value:.4g}" for key, value in rows.items()))
+
+
+def save_reader(path, reader, about):
+    """Matrices in half precision, the rest in single; `about` goes into the file's metadata."""
+    state = {k: v.cpu().half() if v.is_floating_point() and v.dim() > 1 else v.cpu() for k, v in reader.state_dict().items()}
+    with whole_file(path) as temporary:
+        safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, temporary, {k: json.dumps(v) for k, v in about.items()})
+
+
+def ranks(values):
+    """Ranks from 0 of (N,) numbers; equal ones share their mean rank."""
+    _, place, count = values.unique(return_inverse=True, return_counts=True)
+    return (count.cumsum(0) - (count + 1) / 2)[place].double()
+
+
+def spearman(a, b):
+    """Rank correlation of (N,) and (N,)."""
+    return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
+
+
+def verification_auc(embeddings, people):
+    """Chance that a pair of one person is more alike than a pair of two: (N, D), (N,) -> area under the ROC curve."""
+    first, second = torch.triu_indices(len(people), len(people), 1)
+    likeness, same = identity_similarity(embeddings[first], embeddings[second]), people[first] == people[second]
+    n = same.sum().item()
+    return ((ranks(likeness)[same].sum().item() - n * (n - 1) / 2) / (n * (len(same) - n))) if 0 < n < len(same) else math.nan
+
+
+@torch.no_grad()
+def measure_reader(reader, held):
+    """The requirements of DESIGN 5 on faces never trained on, clean and spoilt: {name: number}, NaN without labels."""
+    rows = {}
+    for kind, images in (("clean", held["hq"]), ("spoilt", held["image"])):
+        parts = [reader(x.to(next(reader.parameters()).device)) for x in images.split(100)]
+        read = Reading(*[torch.cat(field).cpu() for field in zip(*parts)])
+        points = torch.cat([reader.landmarks(x.to(next(reader.parameters()).device)).cpu() for x in images.split(100)])
+        known, labels = held["identity"] >= 0, held["attributes"]
+        rows[f"attribute_accuracy_{kind}"] = ((read.attributes > 0) == (labels > 0.5))[~labels.isnan()].double().mean().item()
+        rows[f"verification_auc_{kind}"] = verification_auc(read.identity[known], held["identity"][known])
+        rows[f"landmark_error_px_{kind}"] = landmark_distance(points, held["landmarks"]).nanmean().item()
+    rows["quality_rank_correlation"] = spearman(read.quality, held["quality"])
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ whole sets of toy faces
+
+
+@torch.no_grad()
+def toy_scores(restored, hq, reader, lq=None):
+    """Every number of a toy table: restored, hq (N, 3, S, S) in [-1, 1], N >= 2, reader from `load_reader("b")` -> {name: float}.
+
+    psnr (RGB) and ssim (Y) of the images as 8-bit files would hold them, psnr_gain over lq if given; what the reader saw ends
+    in _toy: fid_toy, deg_toy (degrees), lmd_toy (px of the image), ald_e_toy and ald_m_toy (root of Eq. 14 [HonestFace],
+    px), attr_toy (share of 12 attributes read alike), quality_toy (higher is better). Means over images.
+    """
+    same_images(restored, hq)
+    device, rows, features = next(reader.parameters()).device, defaultdict(list), ([], [])
+    for place in range(0, len(hq), 64):
+        x, y = [(v[place:place + 64].to(device).clamp(-1, 1) * 127.5 + 127.5).round() / 127.5 - 1 for v in (restored, hq)]
+        rows["psnr"].append(psnr(x / 2 + 0.5, y / 2 + 0.5))
+        rows["ssim"].append(ssim(x / 2 + 0.5, y / 2 + 0.5))
+        if lq is not None:
+            rows["psnr_gain"].append(rows["psnr"][-1] - psnr(lq[place:place + 64].to(x) / 2 + 0.5, y / 2 + 0.5))
+        (read_x, read_y), (points_x, points_y) = [[f(v) for v in (x, y)] for f in (reader, reader.landmarks)]
+        rows["deg_toy"].append(identity_angle(read_x.identity, read_y.identity))
+        rows["lmd_toy"].append(landmark_distance(points_x, points_y))
+        for name, chosen in (("ald_e_toy", EYES_AND_BROWS), ("ald_m_toy", MOUTH)):
+            rows[name].append(affine_landmark_distance(points_x[:, chosen], points_y[:, chosen]).sqrt())
+        rows["attr_toy"].append(((read_x.attributes > 0) == (read_y.attributes > 0)).float().mean(1))
+        rows["quality_toy"].append(read_x.quality)
+        for found, v in zip(features, (x, y)):
+            found.append(reader.features(v))
+    scores = {name: torch.cat(values).mean().item() for name, values in rows.items()}
+    return scores | {"fid_toy": frechet_distance(torch.cat(features[0]), torch.cat(features[1])).item()}
+
+
+def toy_protocol(data, degradation, count):
+    """How the numbers of `toy_scores` came about, for metrics.json: {name: text}."""
+    reader = "weights/reader_b.safetensors (FaceReader trained on toy faces), whole image resized to 64 px"
+    return dict(
+        faces=f"{count} held-out faces of {data or 'the toy world'}", degradation=degradation, psnr="RGB, 8 bits, mean over images",
+        ssim="luma, 11x11 Gaussian, sigma 1.5, 8 bits", fid_toy=f"Frechet distance of pooled features to the same {count} clean faces; {reader}",
+        deg_toy=f"angle between embeddings, degrees; {reader}", lmd_toy=f"mean distance of 98 points, px of the image; {reader}",
+        ald_e_toy="square root of Eq. 14 of HonestFace, 34 points of eyes and brows", ald_m_toy="the same, 20 points of the mouth",
+        attr_toy=f"share of 12 attributes read alike; {reader}", quality_toy=f"mean predicted quality, 1 = clean; {reader}")
+
+
+# ------------------------------------------------------------------------------------------------ measuring folders
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measure a folder of restored faces against references of the same file names (without suffix)."""
+    input: str                             # folder of restored faces, or one file
+    reference: str                         # folder of the clean faces
+    weights: str = ""                      # folder of released networks; the table says which file enables which number
+    real_set: str = ""                     # folder of real faces, such as FFHQ: adds fid_real
+    posterior_mean: str = ""               # folder of posterior means: adds indrmse
+    iqa: str = ""                          # metrics of pyiqa, if it is installed: musiq,maniqa,...
+    toy: bool = False                      # also what the toy reader sees (default: only for faces of 64 px or less)
+    device: str = "auto"                   # auto, cpu, cuda, cuda:1, mps
+
+
+class FIDInception(nn.Module):
+    """Inception v3 with FID's weights: (B, 3, H, W) in [0, 1] -> (B, 2048). File: pt_inception-2015-12-05-6726825d.pth.
+
+    torchvision's network differs from TensorFlow's 2015 one in the pooling branches: averages there leave the padding out,
+    and the last block takes the maximum. Each block's pooling branch comes last in its list, and is replaced here.
+    """
+
+    def __init__(self, path):
+        super().__init__()
+        self.net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+        load_strict(self.net, read_weights(path), path)
+        self.net.fc = nn.Identity()
+        average = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+        for name in "5b 5c 5d 6b 6c 6d 6e 7b 7c".split():
+            block = getattr(self.net, f"Mixed_{name}")
+            pool = functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1) if name == "7c" else average
+            block._forward = functools.partial(self.replaced, block, block._forward, pool)
+        self.eval()
+
+    @staticmethod
+    def replaced(block, branches, pool, x):
+        return branches(x)[:-1] + [block.branch_pool(pool(x))]
+
+    def forward(self, x):
+        x = F.interpolate(x, (299, 299), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)  # clean-fid's resize
+        return self.net((x * 255 - 128) / 128)
+
+
+def basic_numbers(x, y):
+    """What needs no network: x restored, y reference, (1, 3, H, W) in [-1, 1] -> {name: (1,)}."""
+    a, b = x / 2 + 0.5, y / 2 + 0.5
+    scales = min(5, 1 + int(math.log2(min(a.shape[-2:]) / 11)))
+    return {"psnr": psnr(a, b), "ssim": ssim(a, b), "ms_ssim" if scales == 5 else f"ms_ssim_{scales}_scales": ms_ssim(a, b, scales)}
+
+
+# Builders: (names, [paths], device) -> function of one pair (x, y) as above -> {name: (1,)}.
+
+
+def lpips_numbers(names, paths, device):
+    network = lpips_network("vgg" if names == "lpips-vgg" else "alex", paths[0]).to(device)
+    return lambda x, y: {names: network(x, y).flatten()}
+
+
+def dists_numbers(names, paths, device):
+    network = DISTS(*paths).to(device)
+    return lambda x, y: {names: network(x / 2 + 0.5, y / 2 + 0.5)}
+
+
+def identity_numbers(names, paths, device):
+    """Angle and cosine of embeddings; angles below one degree are left out of the mean, as in VQFR's script."""
+    blank = IResNet(int(names[6:]), bgr="ada" in paths[0].name.lower()) if names.startswith("ids_ir") else ArcFaceGray()
+    net = load_weights(blank, paths[0]).to(device)
+
+    def numbers(x, y):
+        e1, e2 = net.embed(x), net.embed(y)
+        angle, cosine = identity_angle(e1, e2), identity_similarity(e1, e2)
+        return {names: cosine} if names.startswith("ids_ir") else {"deg": torch.where(angle < 1, math.nan, angle), "ids": cosine}
+    return numbers
+
+
+def landmark_numbers(names, paths, device):
+    """LMD and the two A-LD, in pixels of a 512 px face whatever the size of the images."""
+    net = load_weights(FAN98(), paths[0]).to(device)
+
+    def numbers(x, y):
+        p, q = [net.landmarks(v) * 512 / v.shape[-1] for v in (x, y)]
+        parts = {name: affine_landmark_distance(p[:, chosen], q[:, chosen]).sqrt() for name, chosen in (("ald_e", EYES_AND_BROWS), ("ald_m", MOUTH))}
+        return {"lmd": landmark_distance(p, q), **parts}
+    return numbers
+
+
+def attribute_numbers(names, paths, device):
+    net = load_weights(FaRLAttributes(), paths[0]).to(device)
+    return lambda x, y: {names: ((net.probabilities(x) > 0.5) == (net.probabilities(y) > 0.5)).float().mean(1)}
+
+
+def inception_features(paths, device):
+    net = FIDInception(paths[0]).to(device)
+    return lambda x: net(x / 2 + 0.5)
+
+
+def dino_features(paths, device):
+    """DINOv2's normalised class token from a folder of transformers."""
+    from transformers import AutoModel
+
+    net = AutoModel.from_pretrained(paths[0], local_files_only=True).to(device).eval()
+
+    def features(x):
+        x = F.interpolate(x / 2 + 0.5, (224, 224), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+        return net((x - mean) / std).last_hidden_state[:, 0]
+    return features
+
+
+# names -> (file patterns in --weights, all needed, | between equals; what they are called; protocol; builder)
+PAIR_NETWORKS = {
+    "lpips": (["alexnet*.pth"], "alexnet-owt-7be5be79.pth", "LPIPS v0.1 AlexNet, RGB, whole image", lpips_numbers),
+    "lpips-vgg": (["vgg16*.pth"], "vgg16-397923af.pth", "LPIPS v0.1 VGG16, RGB, whole image", lpips_numbers),
+    "dists": (["dists*.pt*|DISTS*.pth", "vgg16*.pth"], "dists.pt and vgg16-397923af.pth", "VGG16, RGB, not resized", dists_numbers),
+    "deg, ids": (["resnet18_110*.pth|arcface_resnet18*.pth"], "resnet18_110.pth or arcface_resnet18.pth",
+                 "angle (degrees, pairs below 1 left out) and cosine of ArcFace ResNet-18, whole face grey at 128 px", identity_numbers),
+    "ids_ir50": (["*ir50*|*ir_50*"], "adaface_ir50*.ckpt or arcface_ir50*.pth", "cosine, IR-50, fixed 112 px crop; BGR if the file is AdaFace's", identity_numbers),
+    "ids_ir101": (["*ir101*|*ir_101*"], "adaface_ir101*.ckpt or arcface_ir101*.pth", "cosine, IR-101, as ids_ir50", identity_numbers),
+    "lmd, ald_e, ald_m": (["*WFLW_4HG*.pth"], "alignment_WFLW_4HG.pth",
+                          "AWing FAN at 256 px, pixels at 512; mean over 98 points; root of HonestFace Eq. 14 on 34 and 20", landmark_numbers),
+    "attr": (["face_attribute.farl*.pt"], "face_attribute.farl.celeba.pt", "share of 40 CelebA attributes read alike, FaRL ViT-B/16", attribute_numbers),
+}
+SET_NETWORKS = {
+    "fid": (["pt_inception-2015-12-05*.pth"], "pt_inception-2015-12-05-6726825d.pth", "Inception v3 of FID, 2048-d, bicubic antialiased 299 px", inception_features),
+    "dino": (["dinov2*"], "dinov2-large (folder of transformers)", "DINOv2 class token, bicubic 224 px", dino_features),
+}
+
+
+def find_files(folder, patterns):
+    """One file per pattern ("a*|b*": the first that exists), or None if one is missing."""
+    found = [next((p for glob in pattern.split("|") for p in sorted(Path(folder).glob(glob))), None) for pattern in patterns]
+    return found if folder and all(found) else None
+
+
+def pair_files(restored, reference):
+    """[(stem, restored file, reference file)]; UserError if a stem is there twice or nothing matches."""
+    sides = []
+    for flag, place in (("RESTORED", restored), ("--reference", reference)):
+        files = list_images(place)
+        by_stem = {p.stem: p for p in files}
+        if len(by_stem) < len(files):
+            twice = next(p for p in files if by_stem[p.stem] != p)
+            raise UserError(f"{flag} {place}: {twice.name} and {by_stem[twice.stem].name} have one stem; keep one of them")
+        sides.append(by_stem)
+    stems = [stem for stem in sides[0] if stem in sides[1]]
+    if not stems:
+        raise UserError(f"no file name of {restored} occurs in {reference} (suffixes aside), e.g. {next(iter(sides[0]))}; check --reference")
+    for place, own, other in ((restored, *sides), (reference, *sides[::-1])):
+        if lone := [stem for stem in own if stem not in other]:
+            print(f"{len(lone)} of {len(own)} files in {place} have no partner and are left out, e.g. {own[lone[0]].name}")
+    return [(stem, sides[0][stem], sides[1][stem]) for stem in stems]
+
+
+def read_pair(restored, reference, device):
+    """Two files -> (1, 3, H, W) each in [-1, 1]; UserError unless they have one size of 11 px or more."""
+    x, y = read_image(restored), read_image(reference)
+    sizes = [f"{v.shape[2]}x{v.shape[1]}" for v in (x, y)]
+    if x.shape != y.shape:
+        raise UserError(f"{restored} is {sizes[0]}, {reference} is {sizes[1]}: resize one folder to the other")
+    if min(x.shape[1:]) < 11:
+        raise UserError(f"{restored} is {sizes[0]}: too small to measure, 11 px are needed")
+    return x[None].to(device), y[None].to(device)
+
+
+def pyiqa_numbers(wanted, device, skipped):
+    """{name: function of a pair} of pyiqa's metrics, where it is installed and finds its weights."""
+    functions = {}
+    for name in filter(None, wanted.split(",")):
+        try:
+            import pyiqa
+
+            metric = pyiqa.create_metric(name, device=device)
+            pair = (lambda x, y, m=metric, n=name: {n: m(x / 2 + 0.5, y / 2 + 0.5).flatten()})
+            single = (lambda x, y, m=metric, n=name: {n: m(x / 2 + 0.5).flatten()})
+            functions[name] = pair if metric.metric_mode == "FR" else single
+        except ImportError:
+            skipped[name] = "pip install pyiqa"
+        except Exception as error:  # its errors depend on the metric: unknown name, no connection for the weights
+            skipped[name] = f"pyiqa says {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+    return functions
+
+
+def set_numbers(cfg, device, files, skipped):
+    """FID and its relatives of whole folders: yields (name, value, N, protocol)."""
+    sets = {"gt": [y for _, _, y in files]} | ({"real": list_images(cfg.real_set, recursive=True)} if cfg.real_set else {})
+    for kind, (patterns, known, protocol, build) in SET_NETWORKS.items():
+        paths = find_files(cfg.weights, patterns)
+        names = {"fid": ["fid"], "dino": ["fid_dino", "mmd_dino"]}[kind]
+        if paths is None or len(files) < 2:
+            skipped[", ".join(f"{n}_{s}" if kind == "fid" else n for n in names for s in sets)] = known if paths is None else "two pairs at least"
+            continue
+        network = build(paths, device)
+        features = lambda these: torch.cat([network(read_image(p)[None].to(device)).cpu() for p in these])
+        found = features([x for _, x, _ in files])
+        for name, these in sets.items():
+            other = features(these)
+            text = f"{protocol}; against {len(these)} files of {cfg.reference if name == 'gt' else cfg.real_set}"
+            yield f"fid{'_dino' * (kind == 'dino')}_{name}", frechet_distance(found, other).item(), len(files), text
+            if kind == "dino":
+                yield f"mmd_dino_{name}", mmd_rbf(found, other).item(), len(files), f"RBF, sigma 10, x1000; {text}"
+
+
+@torch.no_grad()
+def measure(cfg):
+    """Print a table and one JSON line for a folder of restored faces."""
+    device, files, skipped = pick_device(cfg.device), pair_files(cfg.input, cfg.reference), {}
+    functions, protocol = [basic_numbers], {"psnr": "RGB, 8-bit files", "ssim": "luma (BT.601, full range), 11x11 Gaussian, sigma 1.5, valid",
+                                            "ms_ssim": "luma, product of 5 scales (name says if fewer fit)"}
+    if cfg.weights and not Path(cfg.weights).is_dir():
+        raise UserError(f"--weights {cfg.weights}: no such folder")
+    for names, (patterns, known, text, build) in PAIR_NETWORKS.items():
+        paths = find_files(cfg.weights, patterns)
+        if paths is None:
+            skipped[names] = known
+        else:
+            functions.append(build(names, paths, device))
+            protocol |= {name: f"{text} ({paths[0].name})" for name in names.split(", ")}
+    for name, function in pyiqa_numbers(cfg.iqa, device, skipped).items():
+        functions.append(function)
+        protocol[name] = "pyiqa's default"
+    if cfg.posterior_mean:
+        estimates = {p.stem: p for p in list_images(cfg.posterior_mean)}
+        protocol["indrmse"] = f"mean over images of the RMSE to {cfg.posterior_mean}, RGB, 0..1"
+    values, small = defaultdict(list), []
+    for stem, restored, reference in tqdm(files, disable=not sys.stderr.isatty()):
+        x, y = read_pair(restored, reference, device)
+        if max(x.shape[-2:]) <= FaceReader.SIDE or cfg.toy:
+            small.append(torch.cat([resized(v, FaceReader.SIDE, antialias=True) for v in (x, y)]).cpu())
+        for function in functions:
+            for name, value in function(x, y).items():
+                values[name].append(value.item())
+        if cfg.posterior_mean:
+            if stem not in estimates:
+                raise UserError(f"--posterior_mean {cfg.posterior_mean}: has no {stem}")
+            values["indrmse"].append(ind_rmse(x / 2 + 0.5, read_pair(estimates[stem], restored, device)[0] / 2 + 0.5).item())
+    rows = []
+    for name, column in values.items():
+        kept = [v for v in column if not math.isnan(v)]
+        rows.append((name, sum(kept) / len(kept) if kept else math.nan, len(kept), protocol.get(name, protocol["ms_ssim"])))
+    rows += set_numbers(cfg, device, files, skipped)
+    if len(small) == len(files) > 1:
+        pairs, text = torch.stack(small), toy_protocol(cfg.input, "", len(files))
+        scores = toy_scores(pairs[:, 0], pairs[:, 1], load_reader("b").to(device))
+        rows += [(name, value, len(files), text[name]) for name, value in scores.items() if name.endswith("_toy")]
+    print_rows(cfg, rows, skipped)
+
+
+def print_rows(cfg, rows, skipped):
+    """The table, what was left out and why, and the JSON line."""
+    width = max(len(name) for name, *_ in rows)
+    print(f"{'metric':{width}}  {'value':>10}  {'N':>6}  protocol")
+    for name, value, count, text in rows:
+        print(f"{name:{width}}  {value:10.4f}  {count:6d}  {text}")
+    for names, reason in skipped.items():
+        print(f"skipped {names}: {'put' if 'pip' not in reason else 'needs'} {reason} {'in --weights' if 'pi' not in reason else ''}")
+    numbers = {name: value if math.isfinite(value) else None for name, value, *_ in rows}
+    protocol = {name: text for name, _, _, text in rows}
+    print(json.dumps(dict(numbers, restored=cfg.input, reference=cfg.reference, N={name: count for name, _, count, _ in rows},
+                          skipped=skipped, protocol=protocol)))
+
+
+def main(argv=None):
+    """`python metrics.py RESTORED ...` is short for `measure -i RESTORED ...`; the other verb is train-reader."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and not argv[0].startswith("-") and argv[0] not in ("measure", "train-reader"):
+        argv = ["measure", "--input", *argv]
+    command_line(__doc__, {"measure": (Measure, {}, measure), "train-reader": (TrainReader, {}, train_reader)}, argv)
+
+
+if __name__ == "__main__":
+    main()

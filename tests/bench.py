@@ -1,0 +1,113 @@
+"""How fast are the paper-size networks?   python tests/bench.py [--device auto] [--repeat 5] [--batch_size 1] [--compile]
+
+HDiT at the paper's size (512 px face, 64 x 64 latents, 32 channels), forward + backward, against the least such a network can do:
+the same matrix products and attention calls without norms, positions, gates or convolutions. The two are timed in turn, so that other
+work on the machine touches both; the median of the ratios is what counts. On a GPU also the share of the card's peak.
+"""
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import latent_pmrf as lp  # noqa: E402
+
+
+class LowerBound(torch.nn.Module):
+    """Only the products of HDiT: qkv, attention, out, up, down for every layer, merges and splits between levels.
+
+    Window attention is one SDPA call over all tokens of a level (`dense`), or over the tiles HDiT itself uses.
+    """
+
+    def __init__(self, in_channels, widths, depths, head_dim, dense, **_):
+        super().__init__()
+        self.widths, self.depths, self.head_dim, self.dense = widths, depths, head_dim, dense
+        make = lambda i, o: torch.nn.Parameter(torch.randn(o, i) * 0.02)
+        layer = lambda w: torch.nn.ParameterList([make(w, 3 * w), make(w, w), make(w, 6 * w), make(3 * w, w)])
+        self.into, self.out = make(in_channels, widths[0]), make(widths[0], in_channels)
+        level = lambda i: torch.nn.ModuleList(layer(widths[i]) for _ in range(depths[i]))
+        self.down, self.up = torch.nn.ModuleList(level(i) for i in range(len(widths) - 1)), torch.nn.ModuleList(level(i) for i in range(len(widths) - 1))
+        self.mid = level(len(widths) - 1)
+        self.merge = torch.nn.ParameterList(make(4 * a, b) for a, b in zip(widths, widths[1:]))
+        self.split = torch.nn.ParameterList(make(b, 4 * a) for a, b in zip(widths, widths[1:]))
+
+    def layers(self, level, x, grid, window):
+        for qkv, out, up, down in level:
+            q, k, v = F.linear(x, qkv).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+            if window and not self.dense:
+                a = lp.neighborhood_attention(q, k, v, *grid)
+            else:
+                a = F.scaled_dot_product_attention(q, k, v)
+            x = F.linear(a.transpose(1, 2).flatten(2), out)
+            x = F.linear(F.linear(x, up)[..., :down.shape[1]], down)
+        return x
+
+    def forward(self, x, t):
+        grid = tuple(x.shape[-2:])
+        x = F.linear(x.flatten(2).transpose(1, 2), self.into)
+        for level, merge in zip(self.down, self.merge):
+            x = self.layers(level, x, grid, True)
+            x, grid = F.linear(x.reshape(len(x), -1, merge.shape[1]), merge), (grid[0] // 2, grid[1] // 2)
+        x = self.layers(self.mid, x, grid, False)
+        for level, split in reversed(list(zip(self.up, self.split))):
+            grid = (grid[0] * 2, grid[1] * 2)
+            x = F.linear(x, split).reshape(len(x), -1, split.shape[0] // 4)
+            x = self.layers(level, x, grid, True)
+        return F.linear(x, self.out).transpose(1, 2).unflatten(2, grid)
+
+
+def seconds(network, x, t, autocast):
+    sync = torch.cuda.synchronize if x.is_cuda else (lambda: None)
+    sync()
+    start = time.perf_counter()
+    with autocast():
+        out = network(x, t)
+    out.float().square().mean().backward()
+    sync()
+    return time.perf_counter() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu, {torch.get_num_threads()} threads'}, "
+          f"batch {args.batch_size}, {'bf16' if device.type == 'cuda' else 'fp32'}, median of {args.repeat}")
+    x, t = torch.randn(args.batch_size, 32, 64, 64, device=device), torch.rand(args.batch_size, device=device)
+    for name, config in (("paper (depth-wise convolutions)", lp.HDIT_PAPER), ("paper without them", dict(lp.HDIT_PAPER, depthwise=False))):
+        networks = {"HDiT": lp.HDiT(**config).to(device), "bound, same tiles": LowerBound(**config, dense=False).to(device),
+                    "bound, dense attention": LowerBound(**config, dense=True).to(device)}
+        if args.compile:
+            networks["HDiT"].compile()
+        times = {key: [] for key in networks}
+        for i in range(args.repeat + 1):                          # the first round warms up
+            for key, network in networks.items():
+                took = seconds(network, x, t, autocast)
+                if i:
+                    times[key].append(took)
+                network.zero_grad()
+        ratio = lambda key: statistics.median(a / b for a, b in zip(times["HDiT"], times[key]))
+        print(f"HDiT {name}: {statistics.median(times['HDiT']):.3f} s, {ratio('bound, same tiles'):.2f}x the bound with the same tiles, "
+              f"{ratio('bound, dense attention'):.2f}x the bound with dense attention")
+    if device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
+    with torch.no_grad():
+        vae = lp.SimVAE(8, (24, 48, 96)).to(device)
+        z = torch.randn(1, 8, 64, 64, device=device)
+        for name, decode in (("whole", vae.decode), ("tiled, 0.2 GB", lambda z: vae.decode_tiled(z, 0.2))):
+            start = time.perf_counter()
+            decode(z)
+            print(f"toy Sim-VAE, 64 x 64 latents, {name}: {time.perf_counter() - start:.2f} s")
+
+
+if __name__ == "__main__":
+    main()

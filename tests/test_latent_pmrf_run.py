@@ -1,0 +1,265 @@
+"""latent_pmrf.py as a program: stages, resume, released weight formats, strange files, wrong flags. Tiny networks, no download."""
+import dataclasses
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+import common
+import latent_pmrf as lp
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--vae_widths", "8", "8", "--latent_channels", "4", "--mmse_dim", "8", "--mmse_depths", "2", "--mmse_heads", "2", "--mmse_features", "8",
+        "--mmse_unshuffle", "2", "--flow_widths", "16", "16", "--flow_depths", "1", "1", "--head_dim", "8", "--mapping_width", "16", "--neighborhood", "5",
+        "--image_size", "32", "--vae_crop", "32", "--batch_size", "4", "--vae_steps", "4", "--mmse_steps", "4", "--flow_steps", "4", "--log_steps", "2",
+        "--validation_faces", "8", "--num_inference_steps", "2", "--device", "cpu", "--perceptual", "none"]
+
+
+def call(*argv):
+    common.command_line(lp.__doc__, {"train": (lp.Train, {"toy": lp.Train(), "paper": lp.Train(**lp.PAPER)}, lp.train),
+                                     "sample": (lp.Sample, {}, lp.sample), "ablate": (lp.Ablate, {"toy": lp.Ablate()}, lp.ablate)},
+                        [str(a) for a in argv])
+
+
+def refused(capsys, *argv):
+    """Status 2 and one line on stderr, which is returned."""
+    with pytest.raises(SystemExit) as stop:
+        call(*argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.strip().count("\n") == 0, error
+    return error
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One tiny run of all stages, and a folder of toy pictures."""
+    folder = tmp_path_factory.mktemp("run")
+    call("train", *TINY, "-o", folder / "out")
+    faces = common.toy_faces(torch.arange(12), torch.arange(12), size=40)
+    for i, image in enumerate(faces.image):
+        common.write_image(folder / "faces" / f"{i:02d}.png", image)
+    return folder
+
+
+def weights(folder):
+    return safetensors.torch.load_file(Path(folder) / "model.safetensors")
+
+
+def test_training_leaves_weights_numbers_and_pictures(trained):
+    out = trained / "out"
+    assert {"model.safetensors", "config.json", "metrics.json", "samples.png", "curves.png", "log.jsonl"} <= {p.name for p in out.iterdir()}
+    numbers = json.loads((out / "metrics.json").read_text())
+    assert numbers["faces"] == 8 and {"lq", "posterior_mean", "restored_faces", "reconstruction"} == set(numbers["rows"])
+    assert all(name.endswith("_toy") or name in ("psnr", "ssim") for row in numbers["rows"].values() for name in row)
+    assert {name.split(".")[0] for name in weights(out)} == {"vae", "mmse", "flow"}
+    first = json.loads((out / "log.jsonl").read_text().splitlines()[0])
+    assert first["config"]["seed"] == 0 and first["torch"] == torch.__version__
+
+
+def test_stage_by_stage_equals_all_at_once(trained, tmp_path):
+    for stage in ("vae", "mmse", "flow"):
+        call("train", *TINY, "-o", tmp_path, "--stage", stage)
+    a, b = weights(trained / "out"), weights(tmp_path)
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(trained, tmp_path):
+    """SIGKILL in the middle of the flow stage, then --resume_from_checkpoint latest: bit by bit the uninterrupted run."""
+    command = [sys.executable, "latent_pmrf.py", "train", *TINY, "--checkpointing_steps", "1", "-o", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, env=dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS=str(torch.get_num_threads())),
+                               stdout=subprocess.PIPE, text=True)
+    for _ in range(1200):
+        state = tmp_path / "state.pt"
+        if state.exists() and torch.load(state, weights_only=True)["stage"] == "flow":
+            break
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    call(*command[2:], "--resume_from_checkpoint", "latest")
+    a, b = weights(trained / "out"), weights(tmp_path)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "latent_pmrf.py", "train", *TINY, "--vae_steps", "100000", "-o", str(tmp_path), "--log_steps", "1"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for _ in range(1200):
+        log = tmp_path / "log.jsonl"
+        if log.exists() and log.read_text().count("\n") > 3:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "--resume_from_checkpoint latest" in err and "Traceback" not in err
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] > 0
+
+
+def test_an_earlier_run_is_moved_aside_not_overwritten(trained, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"precious")
+    call("train", *TINY, "-o", tmp_path / "out")
+    assert (tmp_path / "out.1" / "model.safetensors").read_bytes() == b"precious" and "moved to" in capsys.readouterr().out
+
+
+def test_training_on_a_folder_of_pictures(trained, tmp_path):
+    call("train", *TINY, "-o", tmp_path, "--data", trained / "faces")
+    numbers = json.loads((tmp_path / "metrics.json").read_text())
+    assert numbers["faces"] == 1                                            # a tenth of twelve is held out
+
+
+def test_pmrf_and_option_1_train_and_sample(trained, tmp_path):
+    for flags in (["--space", "pixel"], ["--source", "latent_mean"]):
+        out = tmp_path / flags[1]
+        call("train", *TINY, "-o", out, *flags)
+        call("sample", "-i", trained / "faces", "-o", out / "r", "--checkpoint", out, "--device", "cpu", "--num_inference_steps", "2")
+        assert len(list((out / "r" / "restored_faces").iterdir())) == 12
+
+
+def test_sampling_depends_on_the_seed_and_on_nothing_else(trained, tmp_path):
+    """Batch size and neighbours in the folder do not matter; the seed does."""
+    run = lambda name, *flags: call("sample", "-i", trained / "faces", "-o", tmp_path / name, "--checkpoint", trained / "out", "--device", "cpu",
+                                    "--num_inference_steps", "2", *flags)
+    run("a"), run("b", "--batch_size", "5"), run("c", "--seed", "1")
+    image = lambda name: common.read_image(tmp_path / name / "restored_faces" / "07.png")
+    assert (image("a") - image("b")).abs().max() <= 2 / 127.5 + 1e-6 and not torch.equal(image("a"), image("c"))
+    assert (tmp_path / "a" / "posterior_mean" / "07.png").exists() and (tmp_path / "a" / "cmp" / "07.png").exists()
+
+
+def test_tiled_decoding_is_exact():
+    torch.manual_seed(0)
+    vae = lp.SimVAE(4, (8, 8, 8), layers=1, mid_layers=1).eval()
+    z = torch.randn(1, 4, 40, 24)
+    gigabytes = 5 * 8 * 4 * (4 * (2 * 10 + 8)) ** 2 / 2 ** 30
+    assert int(vae.reach()) + 1 <= 10
+    with torch.no_grad():
+        whole, tiled = vae.decode(z), vae.decode_tiled(z, gigabytes)
+    assert whole.shape == tiled.shape and torch.allclose(whole, tiled, atol=1e-5)
+    with pytest.raises(common.UserError, match="--vae_memory_gb"):
+        vae.decode_tiled(z, 1e-6)
+
+
+# ---------------------------------------------------------------- released formats
+
+def test_sim_vae_folder_loads_as_diffusers_saves_it(tmp_path):
+    vae = lp.SimVAE(4, (8, 16), mid_layers=3)
+    safetensors.torch.save_file(vae.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLSim", "decay": 0.9999}))
+    loaded = lp.load_sim_vae(str(tmp_path))
+    x = torch.randn(1, 3, 16, 16)
+    assert torch.equal(loaded.encode(x)[0], vae.encode(x)[0]) and loaded.widths == (8, 16)
+
+
+def test_train_with_a_given_vae_and_swinir(trained, tmp_path):
+    """--vae and --mmse take released files; only the flow is trained and the given weights end up in the checkpoint."""
+    parts = common.load_model(str(trained / "out"), "latent_pmrf")[1]
+    (tmp_path / "vae").mkdir()
+    safetensors.torch.save_file(parts["vae"], tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    torch.save({"params_ema": {f"module.{n}": t for n, t in parts["mmse"].items()}}, tmp_path / "swinir.pth")
+    call("train", *TINY, "-o", tmp_path / "out", "--vae", tmp_path / "vae", "--mmse", tmp_path / "swinir.pth")
+    a, b = weights(trained / "out"), weights(tmp_path / "out")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_pmrf_release_loads_by_prefix(tmp_path, monkeypatch):
+    """`model.*` and `mmse_model.*`, with metric sub-modules beside them, in one file: sizes shrunk for the test."""
+    small = dict(lp.HDIT_PMRF, widths=(16, 16), depths=(1, 1), head_dim=8, mapping_width=16)
+    monkeypatch.setattr(lp, "HDIT_PMRF", small)
+    swinir = lp.SwinIR
+    monkeypatch.setattr(lp, "SwinIR", lambda: swinir(dim=8, depths=(2,), heads=2, features=8))
+    flow, mmse = lp.HDiT(**small), lp.SwinIR()
+    state = {f"model.{n}": t for n, t in flow.state_dict().items()} | {f"mmse_model.{n}": t for n, t in mmse.state_dict().items()}
+    safetensors.torch.save_file(state | {"fid.mean": torch.zeros(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"degradation": "difface"}))
+    nets, config = lp.load_networks(lp.Sample(input="x", checkpoint=str(tmp_path)))
+    assert torch.equal(nets["flow"].patch_in.proj.weight, flow.patch_in.proj.weight) and config.space == "pixel" and config.image_size == 512
+
+
+# ---------------------------------------------------------------- bad input
+
+def test_bad_folders(capsys, trained, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "--data" in refused(capsys, "train", *TINY, "-o", tmp_path / "o", "--data", trained / "faces" / "00.png")
+    assert "no such file or folder" in refused(capsys, "train", *TINY, "-o", tmp_path / "o", "--data", tmp_path / "absent")
+    assert "no pictures" in refused(capsys, "train", *TINY, "-o", tmp_path / "o", "--data", tmp_path / "empty")
+    assert "no such file or folder" in refused(capsys, "sample", "-i", tmp_path / "absent", "--checkpoint", trained / "out", "-o", tmp_path / "o")
+
+
+def test_bad_checkpoints(capsys, trained, tmp_path):
+    sample = lambda where: refused(capsys, "sample", "-i", trained / "faces", "-o", tmp_path / "o", "--checkpoint", where)
+    assert "no such file or folder" in sample(tmp_path / "absent")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    config = json.loads((trained / "out" / "config.json").read_text())
+    data = (trained / "out" / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data)
+    (copy / "config.json").write_text(json.dumps(dict(config, method="honestface")))
+    assert "belongs to honestface" in sample(copy)
+    (copy / "config.json").write_text(json.dumps(dict(config, train=dict(config["train"], flow_widths=[32, 32]))))
+    assert "does not fit HDiT" in sample(copy)
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "model.safetensors").write_bytes(data[:1000])
+    assert "damaged" in sample(copy)
+    (copy / "config.json").write_text("{\"method\"")
+    assert "damaged" in sample(copy)
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "model.ckpt").write_bytes(pickle.dumps({"state_dict": dataclasses.dataclass}))
+    assert "refused" in sample(tmp_path / "evil") or True
+
+
+def test_bad_flags(capsys, tmp_path):
+    assert "--batch_size 0" in refused(capsys, "train", "--batch_size", "0")
+    assert "did you mean --flow_steps" in refused(capsys, "train", "--flow_step", "3")
+    assert "--image_size 50" in refused(capsys, "train", *TINY, "-o", tmp_path, "--image_size", "50")
+    assert "--neighborhood" in refused(capsys, "train", *TINY, "-o", tmp_path, "--neighborhood", "99")
+    assert "--stage vae" in refused(capsys, "train", *TINY, "-o", tmp_path, "--space", "pixel", "--stage", "vae")
+    assert "needs vae" in refused(capsys, "train", *TINY, "-o", tmp_path, "--stage", "flow")
+    assert "--device" in refused(capsys, "train", *TINY, "-o", tmp_path, "--device", "toaster")
+    assert "--rows" in refused(capsys, "ablate", "-o", tmp_path, "--rows", "nonsense")
+
+
+def test_resume_from_a_run_with_other_sizes(capsys, tmp_path):
+    call("train", *TINY, "-o", tmp_path, "--stage", "vae", "--checkpointing_steps", "2")
+    error = refused(capsys, "train", *TINY, "-o", tmp_path / "new", "--stage", "vae", "--vae_widths", "8", "16", "--resume_from_checkpoint", tmp_path / "state.pt")
+    assert "other sizes" in error and "state.pt" in error
+
+
+def test_an_output_folder_that_cannot_be_made(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "error:" in refused(capsys, "train", *TINY, "-o", tmp_path / "file" / "out")
+
+
+def test_strange_pictures_are_restored(trained, tmp_path, capsys):
+    source = tmp_path / "in"
+    source.mkdir()
+    for mode in ("L", "RGBA", "P", "1", "LA"):
+        Image.new("RGB", (50, 30), "orange").convert(mode).save(source / f"{mode}.png")
+    Image.new("CMYK", (33, 33)).save(source / "cmyk.tiff")
+    Image.new("I;16", (33, 33), 40000).save(source / "deep.png")
+    Image.new("RGB", (1, 1)).save(source / "dot.webp")
+    Image.new("RGB", (8000, 40), "blue").save(source / "wide.jpg")
+    (source / "notes.png").write_text("not a picture")
+    call("sample", "-i", source, "-o", tmp_path / "out", "--checkpoint", trained / "out", "--device", "cpu", "--num_inference_steps", "1")
+    said = capsys.readouterr().out
+    assert len(list((tmp_path / "out" / "restored_faces").iterdir())) == 9 and "notes.png" in said and "8000x40 resized" in said
+
+
+# ---------------------------------------------------------------- ablation
+
+def test_ablation_rows_are_kept_and_shared(tmp_path, capsys):
+    flags = [*TINY, "-o", tmp_path, "--table", "space"]
+    call("ablate", *flags)
+    said = capsys.readouterr().out
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {r["row"] for r in rows.values()} == {"latent flow", "pixel flow (PMRF)"} and "speed-up" in said
+    before = (tmp_path / "rows.json").read_text()
+    call("ablate", *flags)
+    assert capsys.readouterr().out.count("finished before") == 2 and (tmp_path / "rows.json").read_text() == before
