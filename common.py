@@ -403,7 +403,7 @@ def _lattice(device):
 
 def _noise(x, y):
     """Smooth noise in [-1, 1], one random number per unit cell: (B, H, W) coordinates -> (B, H, W)."""
-    grid = torch.stack([x, y], -1) / 32  # grid_sample counts half the lattice as 1
+    grid = torch.stack([x, y], -1).mul_(1 / 32)  # grid_sample counts half the lattice as 1
     lattice = _lattice(x.device).expand(len(x), -1, -1, -1)
     return F.grid_sample(lattice, grid, padding_mode="reflection", align_corners=False)[:, 0]
 
@@ -474,19 +474,24 @@ def _paint_background(c, f, x, y):
     c.image.copy_(torch.lerp(f.back, f.back2, mix.clamp_(0, 1)[:, None]))
 
 
-def _paint_body(c, f, hair, rho):
-    """Clothing, the hair behind the neck, the neck in the shadow of the chin, and the ears."""
+def _paint_clothes(c, f):
+    fold = .9 + .08 * _noise(4 * c.x + f.grain_y, 2.5 * c.y) + .12 * c.x * f.light_x
+    c.paint(f.cloth * fold[:, None], _cover(.86 + .26 * (c.x.abs() - f.neck_w).clamp(min=0) - c.y, c.px))
+
+
+def _paint_back_hair(c, f, hair):
+    mask = _cover(_meet(hair.distance, c.y - f.hair_len - hair.ragged), c.px)
+    c.paint(hair.colour * .62, mask * (1 - f.hat * _smooth(c.y, -.35, -.42)))
+
+
+def _paint_neck(c, f, rho):
+    """The neck in the shadow of the chin, the collar, and the ears."""
     x, y, ax, px = c.x, c.y, c.x.abs(), c.px
-    fold = .9 + .08 * _noise(4 * x + f.grain_y, 2.5 * y) + .12 * x * f.light_x
-    c.paint(f.cloth * fold[:, None], _cover(.86 + .26 * (ax - f.neck_w).clamp(min=0) - y, px))
-    behind = _meet(hair.distance, y - f.hair_len - hair.ragged)
-    c.paint(hair.colour * .62, _cover(behind, px) * (1 - f.hat * _smooth(y, -.35, -.42)))
     side = ax - f.neck_w - .9 * (y - .84).clamp(min=0) ** 1.5
-    neckline = .95 - .1 * f.collar + (.05 + .15 * f.collar) * (1 - 1.1 * ax / f.neck_w)
-    neck = _cover(_meet(side, y - neckline, -y), px)
+    collar = y - .95 + .1 * f.collar - (.05 + .15 * f.collar) * (1 - 1.1 * ax / f.neck_w)
     lit = (.66 + .2 * f.light_x * x / f.neck_w) * (1 - .6 * _smooth(rho, 1.35, 1))
-    c.paint(f.skin * lit[:, None], neck)
-    c.paint(f.cloth * .6, _line(y - neckline - .012, .012, px) * _cover(side, px))
+    c.paint(f.skin * lit[:, None], _cover(_meet(side, collar, -y), px))
+    c.paint(f.cloth * .6, _line(collar - .012, .012, px) * _cover(side, px))
     ear_y = y - f.eye_y - .09
     ear_x = ax - f.face_w - .012 + .22 * ear_y
     lit = .86 + .13 * f.light_x * x.sign()
@@ -661,8 +666,8 @@ def _paint_glasses(c, f):
     """Frames between round and square, bridge, temples, and a reflection across both lenses."""
     x, y, px = c.x.abs() - f.eye_x - .012, c.y - f.eye_y - .012, c.px
     p, inner = f.frame_round, f.eye_x + .012 - f.frame_w
-    rho = ((x.abs() / f.frame_w).clamp(min=1e-3) ** p + (y.abs() / f.frame_h).clamp(min=1e-3) ** p) ** (1 / p)
-    lens = (rho - 1) * f.frame_h
+    lens = (x.abs() / f.frame_w).clamp(min=1e-3) ** p + (y.abs() / f.frame_h).clamp(min=1e-3) ** p
+    lens = (lens ** (1 / p) - 1) * f.frame_h
     streak = _smooth((c.x - f.eye_x * c.x.sign() + .7 * y - f.glare).abs(), .05, .03)
     c.shade(.22 * f.glasses * _line(lens - .025, f.frame_thick, px) * (y > 0))
     c.paint(f.white * 1.1, f.glasses * _cover(lens, px) * (.07 + .30 * streak))
@@ -681,8 +686,8 @@ def _paint_hat(c, f, face):
     width = f.face_w + .085 + f.hair_vol + .03 * f.wavy
     line = f.hat_line + .12 * (x / width) ** 2
     up = (y - f.hat_line - .05).clamp(max=0) / (.52 + .04 * brimmed)
-    crown = ((x / width).abs().clamp(min=1e-3) ** 2.6 + up.abs().clamp(min=1e-3) ** 2.6) ** (1 / 2.6)
-    crown = (crown - 1) * width
+    crown = (x / width).abs() ** 2.6 + up.abs() ** 2.6
+    crown = (crown - 1) * width / 2.6  # good near the edge, where it matters
     knit = .10 * beanie * torch.sin(40 * x / (1.15 - .5 * (y + .45) ** 2))
     seam = .18 * cap * _bell(((x.abs() - .25 * (y + .98).clamp(min=0).sqrt()) / .02) ** 2)
     lit = .95 + .30 * x * f.light_x - .5 * (y + .72) ** 2 + knit - seam
@@ -711,7 +716,10 @@ def _paint(f, size):
     hair, rho = _hair_field(c, f), _contour(f, x, y)
     face = _cover((rho - 1) * f.face_w, c.px)
     _paint_background(c, f, screen_x, screen_y)
-    _paint_body(c, f, hair, rho)
+    _paint_clothes(c.crop(_window(size, 6, 8)), f)
+    _paint_back_hair(c, f, hair)
+    window = _window(size, 3, 8)
+    _paint_neck(c.crop(window), f, rho[window])
     window = _window(size, 1, 8, 1, 7)
     head, eyes = c.crop(window), c.crop(_window(size, 2, 5))
     _paint_head(head, f, rho[window])
@@ -773,7 +781,7 @@ def toy_faces(identity, instance, attributes=None, size=64) -> ToyFaces:
     landmarks = _landmarks(SimpleNamespace(**{name: v[:, None] for name, v in vars(f).items()}), size)
     vars(f).update(_colours(f, attributes))
     images = []
-    step = max(1, 2**15 // size**2)  # faces painted at a time: their layers stay in the cache
+    step = max(1, 2**16 // size**2)  # faces painted at a time: their layers stay in the cache
     for i in range(0, len(identity), step):
         chunk = {name: v[i:i + step, ..., None, None].float() for name, v in vars(f).items()}
         images.append(_paint(SimpleNamespace(**chunk), size))
