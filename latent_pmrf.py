@@ -14,7 +14,7 @@ per-pixel LayerNorm, no attention) to reconstruct faces almost exactly, because 
     t          t           (B,)                 [0, 1]    0 is the degraded end, 1 the clean end
     v_t(z_t)   velocity    (B, c, h, w)                   HDiT, which sees z_t and t only, never y
 
-    [Eq. 1] interpolate   [Eq. 2] cfm_loss   [Eq. 3] euler_sample   [Eq. 4-5] latent_source: option 2 errs as much as D(E(.)) does
+    [Eq. 1] interpolate   [Eq. 2] euler_sample   [Eq. 3] cfm_loss   [Eq. 4-5] latent_source: option 2 errs as much as D(E(.)) does
 
 Run `python latent_pmrf.py train` (toy world, CPU, minutes) or `train --preset paper --data FFHQ`; then `sample -i FACES -o OUT`.
 `--space pixel` is PMRF itself. Left out: Real-ESRGAN degradation for natural images, tiled velocity for pictures beyond one face.
@@ -53,7 +53,7 @@ class Train(TrainFlags):
     mmse: str = ""                         # trained SwinIR to use, e.g. swinir_restoration512_L1.pth of DifFace
     # Sim-VAE
     latent_channels: int = 8               # c of the latent; paper 32
-    vae_widths: tuple[int, ...] = (24, 48, 96)  # channels per level, halved resolution between them; paper 128 256 512 512
+    vae_widths: tuple[int, ...] = (16, 32, 64)  # channels per level, halved resolution between them; paper 128 256 512 512
     vae_norm: typing.Literal["layer", "group"] = "layer"  # Table 2: per-pixel LayerNorm or GroupNorm
     vae_resizer: typing.Literal["sim", "sd"] = "sim"  # Table 2: channels change in the resizer, or SD-style in the next block
     vae_block: typing.Literal["sim", "sd"] = "sim"  # Table 2: one norm and one activation, or SD-VAE's two
@@ -61,12 +61,12 @@ class Train(TrainFlags):
     vgg: str = ""                          # file of torchvision's vgg19 weights (default: torchvision fetches them)
     perceptual_weight: float = 0.05        # authors' file; the paper's text says Real-ESRGAN's 1.0
     kl_weight: float = 1e-6                # of the KL summed over a latent
-    vae_steps: int = 700                   # paper 150 000
+    vae_steps: int = 4000                  # paper 150 000
     vae_learning_rate: float = 2e-3        # peak; paper 1e-4
     vae_min_learning_rate: float = 1e-4    # end of the cosine; paper 1e-6
-    vae_cosine_steps: int = 700            # horizon of the cosine; authors 200 000 for a run of 150 000
+    vae_cosine_steps: int = 4000           # horizon of the cosine; authors 200 000 for a run of 150 000
     vae_warmup_steps: int = 50             # linear, from a tenth of the peak; paper 500
-    vae_crop: int = 64                     # side of the random crop the VAE sees; paper 256
+    vae_crop: int = 32                     # side of the random crop the VAE sees; paper 256
     # posterior mean
     mmse_dim: int = 60                     # SwinIR width; DifFace 180
     mmse_depths: tuple[int, ...] = (4, 4)  # Swin layers per residual group; DifFace 6 x 8
@@ -797,7 +797,7 @@ def interpolate(z0, z1, t):
 
 
 def cfm_loss(velocity, z0, z1, t):
-    """E || v(z_t, t) - (z1 - z0) ||^2, mean over all elements [Eq. 2]. velocity(z, t) is any callable."""
+    """E || v(z_t, t) - (z1 - z0) ||^2, mean over all elements [Eq. 3]. velocity(z, t) is any callable."""
     return (velocity(interpolate(z0, z1, t), t) - (z1 - z0)).square().mean()
 
 
@@ -812,7 +812,7 @@ def stratified_time(batch: int, rank: int = 0, world: int = 1, generator=None):
 
 @torch.no_grad()
 def euler_sample(velocity, z0, steps: int = 25):
-    """Integrate dz/dt = v(z, t) from t = 0 to 1 with `steps` equal Euler steps; v is never asked at t = 1 [Eq. 3]."""
+    """Integrate dz/dt = v(z, t) from t = 0 to 1 with `steps` equal Euler steps; v is never asked at t = 1 [Eq. 2]."""
     z = z0
     for i in range(steps):
         z = z + velocity(z, z.new_full((len(z),), i / steps)) / steps

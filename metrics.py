@@ -1,18 +1,18 @@
 """Numbers that say how good a restored face is, and the networks that measure faces.
 
-    full reference    psnr, ssim, ms_ssim, lpips_distance, DISTS       two images in [0, 1] -> one number per image
-    distributions     frechet_distance, mmd_rbf                        two sets of features (N, D)
-    faces             identity_angle, identity_similarity, landmark_distance, affine_fit, affine_landmark_distance, ind_rmse
-    real networks     ArcFaceGray, IResNet, FAN98, FaRLAttributes      released parameter names: `load_weights` is the loader
-    toy network       FaceReader, load_reader                          stands in for all four where nothing can be downloaded
-    whole sets        toy_scores; `python metrics.py RESTORED --reference DIR [--weights DIR]`
+    full reference  psnr, ssim, ms_ssim, lpips_distance, DISTS    two images in [0, 1] -> one number per image
+    distributions   frechet_distance, mmd_rbf                     two sets of features (N, D) -> one number
+    faces           identity_angle, landmark_distance, affine_fit, affine_landmark_distance, ...
+    real networks   ArcFaceGray, IResNet, FAN98, FaRLAttributes   released parameter names, for load_weights
+    toy network     FaceReader, load_reader                       stands in for all four, needs no download
+    whole sets      toy_scores, and `python metrics.py RESTORED --reference DIR [--weights DIR]`
 
-The four real networks and FaceReader share their calls, so that one can replace another: `embed(x)` -> unit vectors,
-`landmarks(x)` -> (B, 98, 2) pixels of x, `heatmaps(x)`, `probabilities(x)`; x is (B, 3, S, S) RGB in [-1, 1] of any size,
-and each network converts range, colour, crop and size inside. A network's own `forward` takes what its authors feed it.
+Real networks and FaceReader share their calls, so that one can replace another: `embed(x)` -> unit vectors,
+`landmarks(x)` -> (B, 98, 2) pixels of x, `heatmaps(x)`, `probabilities(x)`. There x is (B, 3, S, S) RGB in
+[-1, 1] of any size; range, colour, crop and size are converted inside. `forward` takes what the authors feed.
 
-Numbers read by a FaceReader end in `_toy`: they compare runs of this project with each other and with nothing else.
-Sources: HonestFace v1 (Eq. 14-15), DISTS (arXiv 2004.07728), AdaFace, AdaptiveWingLoss, FaRL, VQFR's scripts, pyiqa's names.
+Numbers read by a FaceReader end in `_toy`: they compare runs of this project, and with nothing else.
+Sources: HonestFace (Eq. 14, 15), DISTS (arXiv 2004.07728), AdaFace, AdaptiveWingLoss, FaRL, VQFR, pyiqa.
 """
 import csv
 import functools
@@ -20,6 +20,7 @@ import json
 import math
 import sys
 import typing
+import warnings
 from collections import Counter, OrderedDict, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,36 +34,37 @@ import torch.nn.functional as F
 import torchvision
 from tqdm import tqdm
 
-from common import (ATTRIBUTES, DEGRADATIONS, TOY_SPLITS, Degradation, Run, Stage, TrainFlags, UserError, command_line, degrade,
-                    list_images, load_strict, mix, pick_device, read_image, read_weights, toy_faces, whole_file)
+from common import (ATTRIBUTES, DEGRADATIONS, TOY_SPLITS, Degradation, Run, Stage, TrainFlags, UserError,
+                    command_line, degrade, list_images, load_strict, mix, pick_device, read_image,
+                    read_weights, toy_faces, whole_file)
 
-# ------------------------------------------------------------------------------------------------ full reference
+# ------------------------------------------------------------------------ full reference
 
 
 def same_images(a, b):
     """ValueError unless a and b are both (B, C, H, W) of one shape."""
     if a.dim() != 4 or a.shape != b.shape:
-        raise ValueError(f"wants two batches (B, C, H, W) of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(f"wants two equal shapes (B, C, H, W), got {tuple(a.shape)} and {tuple(b.shape)}")
 
 
 def psnr(a, b):
-    """10 log10(1 / MSE) over the RGB pixels: (B, 3, H, W) x 2 in [0, 1] -> (B,) dB; inf where the images are equal."""
+    """10 log10(1 / MSE), RGB: (B, 3, H, W) twice in [0, 1] -> (B,) dB; inf where the images are equal."""
     same_images(a, b)
     return -10 * (a - b).square().flatten(1).mean(1).log10()
 
 
 def luma(x):
-    """(B, 3, H, W) RGB -> (B, 1, H, W), BT.601 weights, full range: the Y of pyiqa's SSIM (YIQ, not studio-range YCbCr)."""
+    """(B, 3, H, W) RGB -> (B, 1, H, W): BT.601, full range, the Y of YIQ on which pyiqa computes SSIM."""
     return (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
 
 
 def ssim_maps(a, b):
-    """SSIM and its contrast-structure factor, both (B, C, H-10, W-10): Gaussian window 11, sigma 1.5, no padding."""
+    """SSIM and its contrast-structure factor, (B, C, H - 10, W - 10) each: 11x11 Gaussian of sigma 1.5."""
     x = torch.arange(11, dtype=a.dtype, device=a.device) - 5
     window = torch.exp(-x.square() / (2 * 1.5**2))
     window = (window / window.sum()).expand(a.shape[1], 1, 1, 11)
 
-    def blur(v):  # separable, one channel at a time
+    def blur(v):  # separable, each channel by itself, valid windows only
         return F.conv2d(F.conv2d(v, window, groups=v.shape[1]), window.transpose(2, 3), groups=v.shape[1])
 
     mu_a, mu_b = blur(a), blur(b)
@@ -72,70 +74,67 @@ def ssim_maps(a, b):
 
 
 def ssim(a, b, y_channel=True):
-    """Structural similarity [Wang et al. 2004]: (B, 3, H, W) x 2 in [0, 1] -> (B,), 1 for equal images.
+    """Structural similarity [Wang et al. 2004]: (B, 3, H, W) twice in [0, 1] -> (B,), 1 for equal images.
 
-    Mean of the map over valid windows; on luma as pyiqa's `ssim`, or averaged over RGB. ValueError below 11 px.
-    DIFFERS: pyiqa rounds luma to 8 bits first (changes the fourth digit).
+    Mean over the windows, of luma as pyiqa's `ssim`, or averaged over RGB. ValueError below 11 px.
+    DIFFERS: pyiqa first rounds luma to 8 bits, which moves the fourth digit.
     """
     same_images(a, b)
     if min(a.shape[-2:]) < 11:
-        raise ValueError(f"ssim needs images of at least 11 px, got {tuple(a.shape[-2:])}")
+        raise ValueError(f"ssim needs images of 11 px or more, got {tuple(a.shape[-2:])}")
     a, b = (luma(a), luma(b)) if y_channel else (a, b)
     return ssim_maps(a, b)[0].flatten(1).mean(1)
 
 
 def ms_ssim(a, b, scales=5, y_channel=True):
-    """Multi-scale SSIM, product form [Wang et al. 2003]: (B, 3, H, W) x 2 in [0, 1] -> (B,).
+    """Multi-scale SSIM, product form [Wang et al. 2003]: (B, 3, H, W) twice in [0, 1] -> (B,).
 
-    prod_j mean(structure_j)^w_j * mean(SSIM_M)^w_M, halved by 2x2 means between scales. Five scales need 176 px; with
-    fewer, the first weights are used, rescaled to sum 1, and the number is another measure. ValueError if too small.
+    prod_j mean(structure_j)^w_j mean(SSIM_M)^w_M, images halved by 2x2 means between scales. Five scales need
+    176 px. With fewer the first weights, rescaled to sum 1, make another measure: name it. Else ValueError.
     """
     same_images(a, b)
-    fits = 1 + int(math.log2(max(1.0, min(a.shape[-2:]) / 11)))
-    if min(a.shape[-2:]) < 11 or not 1 <= scales <= min(5, fits):
-        raise ValueError(f"images of {tuple(a.shape[-2:])} allow 1 to {min(5, fits)} scales, asked for {scales}")
+    fit = min(5, int(math.log2(max(1, min(a.shape[-2:])) / 11) + 1))
+    if not 1 <= scales <= fit:
+        raise ValueError(f"ms_ssim: images of {tuple(a.shape[-2:])} have {max(0, fit)} scales, not {scales}")
     weights = a.new_tensor([0.0448, 0.2856, 0.3001, 0.2363, 0.1333])[:scales]
     a, b = (luma(a), luma(b)) if y_channel else (a, b)
     factors = []
     for scale in range(scales):
         full, structure = ssim_maps(a, b)
         factors.append((full if scale == scales - 1 else structure).flatten(1).mean(1).clamp(min=0))
-        a, b = [F.avg_pool2d(v, 2) for v in (a, b)]
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
     return (torch.stack(factors, 1) ** (weights / weights.sum())).prod(1)
 
 
-def backbone_file(name, folder=""):
-    """The file of torchvision's vgg16 or alexnet in `folder`, else in torch hub's cache. UserError names what is missing."""
-    for place in ([Path(folder)] if folder else []) + [Path(torch.hub.get_dir()) / "checkpoints"]:
-        for path in sorted(place.glob(f"{name}*.pth")):
-            return path
-    known = {"alexnet": "alexnet-owt-7be5be79.pth", "vgg16": "vgg16-397923af.pth"}[name]
-    raise UserError(f"{known} (torchvision's {name}) is needed and is neither in {folder or 'a given folder'} nor in torch hub's cache")
-
-
 def lpips_network(net="alex", backbone=""):
-    """lpips.LPIPS v0.1 with its trained heads; `net` alex (pyiqa's `lpips`) or vgg (the usual loss, VQFR's metric).
+    """lpips.LPIPS v0.1 with its trained heads, frozen; `net` alex (pyiqa's `lpips`) or vgg (the usual loss).
 
-    backbone: file of torchvision's alexnet or vgg16 weights, default torch hub's cache; nothing is ever downloaded.
-    Call it with images in [-1, 1] as a loss, or through `lpips_distance`. UserError if the backbone is absent.
+    backbone: file of torchvision's alexnet or vgg16; by default torch hub's cache is searched, and nothing is
+    ever fetched. Call it with images in [-1, 1] as a loss, or use lpips_distance. UserError without file.
     """
-    path = backbone or backbone_file({"alex": "alexnet", "vgg": "vgg16"}[net])
-    network, state = lpips.LPIPS(net=net, pnet_rand=True, verbose=False), read_weights(path)  # pnet_rand: do not download
-    # lpips calls the layer features.5 of torchvision slice2.5
-    wanted = {name: "features." + name.split(".", 1)[1] for name in network.net.state_dict()}
-    load_strict(network.net, {name: state[source] for name, source in wanted.items() if source in state}, path)
+    known = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}[net]
+    path = Path(backbone or Path(torch.hub.get_dir()) / "checkpoints" / known)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; LPIPS ({net}) needs torchvision's {known}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lpips 0.1.4 calls torchvision in an outdated way
+        network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)  # pnet_rand: do not fetch the backbone
+    # lpips calls torchvision's features.5 slice2.5
+    state = read_weights(path)
+    names = {name: "features." + name.split(".", 1)[1] for name in network.net.state_dict()}
+    load_strict(network.net, {name: state[theirs] for name, theirs in names.items() if theirs in state}, path)
     return network.eval().requires_grad_(False)
 
 
 def lpips_distance(a, b, network=None):
-    """LPIPS [Zhang et al. 2018]: (B, 3, H, W) x 2 in [0, 1] -> (B,); network of `lpips_network` (default alex)."""
+    """LPIPS [Zhang et al. 2018]: (B, 3, H, W) twice in [0, 1] -> (B,); default network alex."""
     same_images(a, b)
     network = network or lpips_network().to(a.device)
     return network(2 * a - 1, 2 * b - 1).flatten()
 
 
 class L2Pool(nn.Module):
-    """sqrt(blur(x^2)) at stride 2: DISTS's pooling, a Hann window of 3 x 3 with zeros outside [DISTS Eq. 4]."""
+    """sqrt(blur(x^2)) at stride 2, 3x3 Hann window, zeros outside, for max-pooling [DISTS Eq. 4]."""
 
     def forward(self, x):  # (B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2))
         hann = x.new_tensor([0.25, 0.5, 0.25])
@@ -144,13 +143,14 @@ class L2Pool(nn.Module):
 
 
 class DISTS(nn.Module):
-    """Deep image structure and texture similarity: (B, 3, H, W) x 2 in [0, 1] -> (B,), 0 for equal images, symmetric.
+    """Deep image structure and texture similarity: (B, 3, H, W) twice in [0, 1] -> (B,), 0 for equal images.
 
-    D = 1 - sum_c (alpha_c l_c + beta_c s_c) over the channels of the image itself and of VGG16's relu1_2 ... relu5_3, with
-    l = (2 mu_a mu_b + c) / (mu_a^2 + mu_b^2 + c) for texture and s = (2 cov + c) / (var_a + var_b + c) for structure.
-    [DISTS Eq. 5-7, released code.] weights: the authors' weights.pt (keys alpha, beta); without it every stage gets its
-    trained total in equal parts, an approximation. vgg_weights: file of torchvision's vgg16; without it the features are
-    random (`pretrained` is False) and the number is a texture distance of this run only. The side is not resized to 256.
+    D = 1 - sum_c (alpha_c l_c + beta_c s_c) over the channels of the image itself and of VGG16's relu1_2 ..
+    relu5_3: l = (2 mu_a mu_b + c) / (mu_a^2 + mu_b^2 + c) compares texture, s = (2 cov + c) / (var_a + var_b
+    + c) structure [DISTS Eq. 5-7; released code]. The image is not resized to 256 px. weights: the authors'
+    file of alpha and beta; without it each stage gets its trained total in equal parts, which is an
+    approximation. vgg_weights: file of torchvision's vgg16; without it `pretrained` is False and the features
+    are random: a texture distance that means something within one run only. UserError for a bad file.
     """
     TAPS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # index in VGG16's features -> channels
     ALPHA = (0.0632, 0.0386, 0.0779, 0.1531, 0.2747, 0.2686)  # sums of the trained weights per stage
@@ -162,19 +162,17 @@ class DISTS(nn.Module):
         self.features = nn.Sequential(*[L2Pool() if isinstance(m, nn.MaxPool2d) else m for m in layers])
         self.pretrained = vgg_weights is not None
         if self.pretrained:
-            state = {k.removeprefix("features."): v for k, v in read_weights(vgg_weights).items() if k.startswith("features.")}
-            load_strict(self.features, state, vgg_weights)
-        sizes = (3, *self.TAPS.values())
-        spread = [torch.cat([torch.full((n,), s / n) for s, n in zip(sums, sizes)]) for sums in (self.ALPHA, self.BETA)]
-        self.register_buffer("alpha", spread[0].view(1, -1, 1, 1))  # (1, 1475, 1, 1), as released
-        self.register_buffer("beta", spread[1].view(1, -1, 1, 1))
+            state = {k.removeprefix("features."): v for k, v in read_weights(vgg_weights).items()}
+            load_strict(self.features, {k: v for k, v in state.items() if k[0].isdigit()}, vgg_weights)
+        for name, sums in (("alpha", self.ALPHA), ("beta", self.BETA)):  # (1, 1475, 1, 1), as released
+            parts = [torch.full((n,), total / n) for n, total in zip((3, *self.TAPS.values()), sums)]
+            self.register_buffer(name, torch.cat(parts).view(1, -1, 1, 1))
         if weights is not None:
-            state = read_weights(weights)
-            load_strict(self, {**{f"features.{k}": v for k, v in self.features.state_dict().items()}, **state}, weights)
+            load_strict(self, self.state_dict() | read_weights(weights), weights)
         self.eval().requires_grad_(False)
 
     def stages(self, x):
-        """[(B, 3, H, W), (B, 64, H, W), (B, 128, H/2, W/2), ...], six of them; the first is x itself."""
+        """[(B, 3, H, W), (B, 64, H, W), (B, 128, H/2, W/2), ...]: x itself, then five stages of VGG16."""
         mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
         found, h = [x], (x - mean) / std
         for index, layer in enumerate(self.features):
@@ -192,58 +190,57 @@ class DISTS(nn.Module):
             cov = (x * y).mean((2, 3)) - mu_x * mu_y
             texture.append((2 * mu_x * mu_y + 1e-6) / (mu_x**2 + mu_y**2 + 1e-6))
             structure.append((2 * cov + 1e-6) / (var_x + var_y + 1e-6))
-        total = self.alpha.sum() + self.beta.sum()
         score = torch.cat(texture, 1) * self.alpha.flatten() + torch.cat(structure, 1) * self.beta.flatten()
-        return 1 - score.sum(1) / total
+        return 1 - score.sum(1) / (self.alpha.sum() + self.beta.sum())
 
 
-# ------------------------------------------------------------------------------------------------ distributions
+# ------------------------------------------------------------------------ distributions
 
 
 def frechet_distance(x, y):
-    """FID's formula |mu_x - mu_y|^2 + tr(Sx + Sy - 2 (Sx Sy)^(1/2)) on features (N, D), (M, D) -> scalar, float64.
+    """|mu_x - mu_y|^2 + tr(Sx + Sy - 2 (Sx Sy)^(1/2)), FID's formula: features (N, D), (M, D) -> scalar.
 
-    With roots Sx = Rx^T Rx, Sy = Ry^T Ry (QR of the centred features), the trace of (Sx Sy)^(1/2) is the sum of the
-    singular values of Rx Ry^T: no matrix square root, no epsilon, and nothing breaks when N < D. [Heusel et al. 2017]
-    ValueError below two rows. Biased upwards for few rows: compare sets of equal N only.
+    float64. With roots Sx = Rx^T Rx, Sy = Ry^T Ry (QR of the centred features) tr (Sx Sy)^(1/2) is the sum of
+    the singular values of Rx Ry^T: no matrix square root, no epsilon, nothing breaks when N < D.
+    Biased upwards for few rows: compare sets of equal N [Heusel et al. 2017]. ValueError below two rows.
     """
     if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
-        raise ValueError(f"wants features (N, D) and (M, D), N, M >= 2, got {tuple(x.shape)} and {tuple(y.shape)}")
+        raise ValueError(f"wants (N, D) and (M, D), N, M >= 2, got {tuple(x.shape)} and {tuple(y.shape)}")
     x, y = x.double(), y.double()
-    roots = [torch.linalg.qr((v - v.mean(0)) / (len(v) - 1) ** 0.5, mode="r")[1] for v in (x, y)]  # (min(N, D), D)
-    cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
-    spread = roots[0].square().sum() + roots[1].square().sum()
-    return ((x.mean(0) - y.mean(0)).square().sum() + spread - 2 * cross).clamp(min=0)
+    rx, ry = [torch.linalg.qr((v - v.mean(0)) / (len(v) - 1) ** 0.5, mode="r")[1] for v in (x, y)]
+    spread = rx.square().sum() + ry.square().sum() - 2 * torch.linalg.svdvals(rx @ ry.T).sum()
+    return ((x.mean(0) - y.mean(0)).square().sum() + spread).clamp(min=0)
 
 
 def mmd_rbf(x, y, sigma=10.0, scale=1000.0):
-    """scale * (mean k(x, x) + mean k(y, y) - 2 mean k(x, y)), k = exp(-|a - b|^2 / (2 sigma^2)); (N, D), (M, D) -> scalar.
+    """scale (mean k(x, x) + mean k(y, y) - 2 mean k(x, y)): features (N, D), (M, D) -> scalar.
 
-    Biased V-statistic (diagonals count), float64, 1024 rows at a time. Defaults of CMMD [Jayasumana et al. 2024], which
-    Latent-PMRF applies to DINOv2 features.
+    k(a, b) = exp(-|a - b|^2 / (2 sigma^2)). Biased V-statistic (the diagonals count), float64, 1024 rows
+    at a time. The defaults are CMMD's [Jayasumana et al. 2024]; Latent-PMRF applies them to DINOv2 features.
     """
     x, y = x.double(), y.double()
 
     def kernel(a, b):
-        sums = [torch.exp(-torch.cdist(part, b).square() / (2 * sigma**2)).sum() for part in a.split(1024)]
+        sums = [torch.exp(-torch.cdist(rows, b).square() / (2 * sigma**2)).sum() for rows in a.split(1024)]
         return sum(sums) / (len(a) * len(b))
 
     return scale * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y))
 
 
-# ------------------------------------------------------------------------------------------------ faces
+# ------------------------------------------------------------------------ faces
 
-# WFLW-98; "left" is the left of the picture. UNSTATED: HonestFace names the sets of A-LD without their points. 34 and 20
-# points reproduce the ratio of its two columns, and the square root of Eq. 14 reproduces their size.
+# WFLW-98 indices; "left" is the left of the picture. UNSTATED: HonestFace does not list the points of A-LD.
+# 34 for eyes and brows and 20 for the mouth give the ratio of its two columns, the root of Eq. 14 their size.
 EYES_AND_BROWS = tuple(range(33, 51)) + tuple(range(60, 76))
 MOUTH = tuple(range(76, 96))
 LEFT_EYE, RIGHT_EYE = tuple(range(60, 68)), tuple(range(68, 76))
-# Each of the 98 points as the mean of two of the 68 points of iBUG (brows: their middle line, pupils: between the corners).
-FROM_68 = (tuple((k // 2, (k + 1) // 2) for k in range(33)) + tuple((k, k) for k in (17, 18, 19, 20, 21, 21, 20, 19, 18))
-           + tuple((k, k) for k in (22, 23, 24, 25, 26, 25, 24, 23, 22)) + tuple((k, k) for k in range(27, 36))
-           + ((36, 36), (37, 37), (37, 38), (38, 38), (39, 39), (40, 40), (40, 41), (41, 41))
-           + ((42, 42), (43, 43), (43, 44), (44, 44), (45, 45), (46, 46), (46, 47), (47, 47))
-           + tuple((k, k) for k in range(48, 68)) + ((36, 39), (42, 45)))
+# Each of the 98 points as the mean of two of iBUG's 68: brows by their middle line, pupils from the corners.
+FROM_68 = tuple(
+    [(k // 2, (k + 1) // 2) for k in range(33)]
+    + [(k, k) for k in (17, 18, 19, 20, 21, 21, 20, 19, 18, 22, 23, 24, 25, 26, 25, 24, 23, 22)]
+    + [(k, k) for k in range(27, 36)]
+    + [(k + i, k + j) for k in (36, 42) for i, j in zip((0, 1, 1, 2, 3, 4, 4, 5), (0, 1, 2, 2, 3, 4, 5, 5))]
+    + [(k, k) for k in range(48, 68)] + [(36, 39), (42, 45)])
 
 
 def identity_similarity(e1, e2):
@@ -252,87 +249,93 @@ def identity_similarity(e1, e2):
 
 
 def identity_angle(e1, e2):
-    """Angle between embeddings (..., D) of any length -> (...) in degrees, 0..180 ("Deg." of VQFR).
+    """Angle between embeddings (..., D) of any length -> (...), 0 to 180 degrees ("Deg." of VQFR).
 
-    2 atan2(|u - v|, |u + v|) for unit u, v: arccos of the cosine, but exact near 0 and never NaN.
+    2 atan2(|u - v|, |u + v|) of unit vectors is the arccos of their cosine, but exact near 0 and never NaN.
     """
     u, v = F.normalize(e1, dim=-1), F.normalize(e2, dim=-1)
     return torch.rad2deg(2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1)))
 
 
-def landmark_distance(a, b):
-    """LMD: mean Euclidean distance of points (..., K, 2) x 2 -> (...), in their unit (papers: pixels at 512)."""
-    if a.shape != b.shape or a.shape[-1] != 2:
+def same_points(a, b):
+    """ValueError unless a and b are both (..., K, 2) of one shape, K >= 1."""
+    if a.shape != b.shape or a.dim() < 2 or a.shape[-1] != 2 or a.shape[-2] < 1:
         raise ValueError(f"wants points (..., K, 2) twice, got {tuple(a.shape)} and {tuple(b.shape)}")
+
+
+def landmark_distance(a, b):
+    """LMD: mean Euclidean distance of points (..., K, 2) twice -> (...); papers: pixels at 512."""
+    same_points(a, b)
     return (a - b).norm(dim=-1).mean(-1)
 
 
-def affine_normal_form(L, H, weights):
-    """Solve Eq. 14 in centred, scaled float64 coordinates. Returns the 2x2 part, both centres, weights and H's residual."""
-    if L.shape[-1] != 2 or L.shape != H.shape or L.shape[-2] < 1:
-        raise ValueError(f"wants points (..., K, 2) twice, got {tuple(L.shape)} and {tuple(H.shape)}")
-    w = torch.ones(L.shape[:-1]) if weights is None else torch.as_tensor(weights)
+def affine_solution(L, H, weights):
+    """Minimise Eq. 14 -> M (..., 2, 2), centres of L, H (..., 1, 2), weights (..., K), residuals; float64.
+
+    The map is h = M (l - centre_l) + centre_h. In pixels the matrix that Eq. 15 inverts has condition 1e7;
+    with points centred and scaled it has about 25. The pseudo-inverse serves where A is not unique.
+    """
+    same_points(L, H)
+    w = torch.ones(()) if weights is None else torch.as_tensor(weights)
     w = w.to(L.device, torch.float64).expand(L.shape[:-1])
     if (w < 0).any():
         raise ValueError("weights of landmarks must not be negative")
-    # In pixels the Gram matrix of Eq. 15 has condition 1e7; centred and scaled to unit size it has about 25.
-    tolerance = 1e-9 if L.dtype == torch.float64 else 1e-5
-    total = w.sum(-1, keepdim=True).clamp(min=1e-300)[..., None]
-    centre_l, centre_h = [(w[..., None] * p.double()).sum(-2, keepdim=True) / total for p in (L, H)]  # (..., 1, 2)
+    total = w.sum(-1)[..., None, None].clamp(min=1e-300)
+    centre_l, centre_h = [(w[..., None] * p.double()).sum(-2, keepdim=True) / total for p in (L, H)]
     l, h = L.double() - centre_l, H.double() - centre_h
     size = ((w[..., None] * l.square()).sum((-2, -1), keepdim=True) / total).sqrt().detach().clamp(min=1e-12)
-    root = w.sqrt()[..., None]
-    # The pseudo-inverse gives a minimiser where the points lie on a line or coincide and A is not unique.
-    matrix = (torch.linalg.pinv(root * l / size, rtol=tolerance) @ (root * h)).mT / size  # (..., 2, 2)
+    root, tolerance = w.sqrt()[..., None], 1e-9 if L.dtype == torch.float64 else 1e-5  # below: rounding of L
+    matrix = (torch.linalg.pinv(root * l / size, rtol=tolerance) @ (root * h)).mT / size
     return matrix, centre_l, centre_h, w, l @ matrix.mT - h
 
 
 def affine_fit(L, H, weights=None):
-    """A* = H W L'^T (L' W L'^T)^-1 with l' = (x, y, 1) [Eq. 15]: points (..., K, 2) x 2 -> (..., 2, 3), type of L.
+    """A* = H W L'^T (L' W L'^T)^-1, l' = (x, y, 1) [Eq. 15]: points (..., K, 2) twice -> (..., 2, 3).
 
-    The affine map of L that comes nearest to H. weights (K,) or (..., K) >= 0, default 1; a zero drops its point. Where
-    the points are collinear or fewer than three Eq. 15 has no inverse, and the minimiser of least norm is returned.
+    The affine map of L that comes nearest to H. weights (K,) or (..., K), default 1; 0 drops a point,
+    ValueError below. Where the points lie on a line or are fewer than three, Eq. 15 has no inverse and the
+    smallest minimiser is returned.
     """
-    matrix, centre_l, centre_h, *_ = affine_normal_form(L, H, weights)
+    matrix, centre_l, centre_h, *_ = affine_solution(L, H, weights)
     return torch.cat([matrix, centre_h.mT - matrix @ centre_l.mT], -1).to(L.dtype)
 
 
 def affine_landmark_distance(L, H, weights=None):
-    """A-LD: d(L, H; W) = min_A sum_k w_k |A l'_k - h_k|^2 [Eq. 14]: points (..., K, 2) x 2 -> (...), squared unit of H.
+    """A-LD: d(L, H; W) = min_A sum_k w_k |A l'_k - h_k|^2 [Eq. 14]: points (..., K, 2) twice -> (...).
 
-    Not symmetric: measured in the frame of H, blind to any affine change of L (pose, scale, even a mirror). Stable for
-    collinear points; differentiable where they are not. DIFFERS: tables report its square root (see EYES_AND_BROWS).
+    Not symmetric: measured in squared units of H, blind to any affine change of L (pose, scale, mirroring).
+    Defined for points on a line, differentiable where they are not. Tables show its root (EYES_AND_BROWS).
     """
-    *_, w, residual = affine_normal_form(L, H, weights)
+    *_, w, residual = affine_solution(L, H, weights)
     return (w * residual.square().sum(-1)).sum(-1).to(L.dtype)
 
 
 def ind_rmse(restored, estimate):
-    """IndRMSE: RMSE against the posterior mean, which stands for the unknown truth: (B, 3, H, W) x 2 in [0, 1] -> (B,).
+    """IndRMSE: RMSE to the posterior mean, for want of the truth: (B, 3, H, W) twice in [0, 1] -> (B,).
 
-    Latent-PMRF averages these roots over images. DIFFERS from PMRF's script, the root of the mean over images, in 0..255.
+    Latent-PMRF averages these roots over images; PMRF's script takes the root of the mean, on 0..255.
     """
     same_images(restored, estimate)
     return (restored - estimate).square().flatten(1).mean(1).sqrt()
 
 
 def five_points(landmarks98):
-    """Left eye, right eye, nose tip, left and right mouth corner from WFLW-98 points: (..., 98, 2) -> (..., 5, 2)."""
+    """WFLW points (..., 98, 2) -> (..., 5, 2): left eye, right eye, nose tip, left and right mouth corner."""
     eyes = [landmarks98[..., list(eye), :].mean(-2) for eye in (LEFT_EYE, RIGHT_EYE)]
     return torch.stack([*eyes, *landmarks98[..., [54, 76, 82], :].unbind(-2)], -2)
 
 
 def decode_heatmaps(heatmaps, size):
-    """(B, K, h, w) -> (B, K, 2) points in pixels of an image of `size` (side, or (height, width)).
+    """(B, K, h, w) -> (B, K, 2) points in pixels of an image of `size` (its side, or height and width).
 
-    Cell of the maximum, a quarter cell towards its larger neighbour in x and in y, the centre of a cell at +0.5 [AWing].
-    DIFFERS: neighbours beyond the border repeat it; in the released code one border point disturbs all the others.
+    The cell of the maximum, a quarter cell towards the larger neighbour in x and in y, centre +0.5 [AWing].
+    DIFFERS: neighbours beyond the border repeat it; in the released code one point there disturbs all others.
     """
     height, width = (size, size) if isinstance(size, int) else size
     h, w = heatmaps.shape[-2:]
     flat = heatmaps.flatten(2)
-    at = flat.argmax(-1)
-    x, y = at % w, at // w
+    place = flat.argmax(-1)
+    x, y = place % w, place // w
 
     def value(column, row):
         return flat.gather(2, (row.clamp(0, h - 1) * w + column.clamp(0, w - 1))[..., None])[..., 0]
@@ -341,11 +344,11 @@ def decode_heatmaps(heatmaps, size):
     return torch.stack([(x + 0.5 + 0.25 * dx) * width / w, (y + 0.5 + 0.25 * dy) * height / h], -1)
 
 
-# ------------------------------------------------------------------------------------------------ networks that measure faces
+# ------------------------------------------------------------------------ networks that measure faces
 
 
 def resized(x, side, antialias=False):
-    """(B, C, H, W) -> (B, C, side, side), bilinear, pixel centres at +0.5; not antialiased, as cv2 and GFPGAN do it."""
+    """(B, C, H, W) -> (B, C, side, side), bilinear, pixel centres at +0.5; default: no antialias, as cv2."""
     if x.shape[-2:] == (side, side):
         return x
     return F.interpolate(x, (side, side), mode="bilinear", align_corners=False, antialias=antialias)
@@ -354,21 +357,21 @@ def resized(x, side, antialias=False):
 def load_weights(module, path):
     """Released weights into `module`, every name and shape checked; returns the module in eval mode.
 
-    .pth, .pt, .ckpt or .safetensors; tensors only, no code is run. Unwraps state_dict/params/params_ema/model and takes off
-    `module.` and `model.` (a Lightning file keeps its network under `model.` beside a head that is not wanted).
-    UserError, one line: missing, damaged or of another network.
+    .pth, .pt, .ckpt or .safetensors; tensors only, no code is run. Unwraps state_dict/params/params_ema/model
+    and takes off `module.` and `model.` (a Lightning file keeps its network under `model.` beside a head that
+    is not wanted). UserError, one line: missing, damaged or of another network.
     """
     state = read_weights(path)
     if any(name.startswith("model.") for name in state):
         state = {name.removeprefix("model."): v for name, v in state.items() if name.startswith("model.")}
-    own = module.state_dict()
-    counters = {n: v for n, v in own.items() if n.endswith("num_batches_tracked")}  # absent in files older than torch 0.4.1
-    load_strict(module, {**counters, **state}, path)
+    # BatchNorm's counters are absent from files older than torch 0.4.1
+    counters = {name: v for name, v in module.state_dict().items() if name.endswith("num_batches_tracked")}
+    load_strict(module, counters | state, path)
     return module.eval()
 
 
 class GrayBlock(nn.Module):
-    """x -> PReLU(shortcut(x) + BN conv PReLU BN conv BN(x)); one PReLU serves twice [arcface-pytorch's IRBlock]."""
+    """x -> PReLU(shortcut(x) + BN conv PReLU BN conv BN(x)); one PReLU serves twice."""
 
     def __init__(self, width, out, stride):
         super().__init__()
@@ -387,9 +390,9 @@ class GrayBlock(nn.Module):
 
 
 class ArcFaceGray(nn.Module):
-    """ResNet-18 on grey faces, (B, 1, 128, 128) in [-1, 1] -> (B, 512): the network behind "Deg." and GFPGAN's identity loss.
+    """ResNet-18 on grey faces: (B, 1, 128, 128) in [-1, 1] -> (B, 512), not normalised.
 
-    Files: resnet18_110.pth (VQFR), arcface_resnet18.pth (GFPGAN).
+    The network behind "Deg." (VQFR's resnet18_110.pth) and GFPGAN's identity loss (arcface_resnet18.pth).
     """
 
     def __init__(self):
@@ -397,8 +400,9 @@ class ArcFaceGray(nn.Module):
         self.conv1 = nn.Conv2d(1, 64, 3, padding=1, bias=False)
         self.bn1, self.prelu = nn.BatchNorm2d(64), nn.PReLU()
         self.maxpool = nn.MaxPool2d(2)
-        for k, (width, out, stride) in enumerate(((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)), 1):
-            setattr(self, f"layer{k}", nn.Sequential(GrayBlock(width, out, stride), GrayBlock(out, out, 1)))
+        for k, (width, out) in enumerate(((64, 64), (64, 128), (128, 256), (256, 512)), 1):
+            first = GrayBlock(width, out, 1 if k == 1 else 2)
+            self.add_module(f"layer{k}", nn.Sequential(first, GrayBlock(out, out, 1)))
         self.bn4, self.dropout = nn.BatchNorm2d(512), nn.Dropout()
         self.fc5, self.bn5 = nn.Linear(512 * 8 * 8, 512), nn.BatchNorm1d(512)
 
@@ -408,21 +412,21 @@ class ArcFaceGray(nn.Module):
         return self.bn5(self.fc5(self.dropout(self.bn4(x)).flatten(1)))
 
     def embed(self, x):
-        """(B, 3, S, S) aligned faces in [-1, 1] -> (B, 512) unit vectors. The whole picture in grey at 128 px, no crop [VQFR]."""
+        """(B, 3, S, S) aligned faces in [-1, 1] -> (B, 512) unit vectors; whole, grey, at 128 px [VQFR]."""
         gray = (x * x.new_tensor([0.2989, 0.5870, 0.1140]).view(3, 1, 1)).sum(1, keepdim=True)
         return F.normalize(self(resized(gray, 128)))
 
 
 class IRBlock(nn.Module):
-    """x -> shortcut(x) + BN conv(stride) PReLU BN conv BN(x), no activation after [AdaFace's BasicBlockIR]."""
+    """x -> shortcut(x) + BN conv(stride) PReLU BN conv BN(x), no activation after."""
 
     def __init__(self, width, out, stride):
         super().__init__()
         self.shortcut_layer = nn.MaxPool2d(1, stride) if width == out else nn.Sequential(
             nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out))
         self.res_layer = nn.Sequential(
-            nn.BatchNorm2d(width), nn.Conv2d(width, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out), nn.PReLU(out),
-            nn.Conv2d(out, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out))
+            nn.BatchNorm2d(width), nn.Conv2d(width, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out),
+            nn.PReLU(out), nn.Conv2d(out, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out))
 
     def forward(self, x):
         return self.res_layer(x) + self.shortcut_layer(x)
@@ -431,8 +435,8 @@ class IRBlock(nn.Module):
 class IResNet(nn.Module):
     """IR-18/34/50/101 of AdaFace and TFace: (B, 3, 112, 112) in [-1, 1] -> (B, 512), not normalised.
 
-    AdaFace's pair (unit vector, norm) is `embed_with_norm`. bgr: AdaFace's weights expect BGR, ArcFace's RGB; the wrong
-    order costs accuracy without any error, so it is an argument. ValueError for another depth.
+    AdaFace's pair (unit vector, norm) is `embed_with_norm`. bgr: AdaFace's weights expect BGR, ArcFace's RGB;
+    the wrong order costs accuracy without any error, so it is an argument. ValueError for another depth.
     """
     UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 101: (3, 13, 30, 3)}
 
@@ -441,21 +445,22 @@ class IResNet(nn.Module):
         if depth not in self.UNITS:
             raise ValueError(f"IResNet depth must be one of {sorted(self.UNITS)}, got {depth}")
         self.bgr = bgr
-        self.input_layer = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
+        stem = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        self.input_layer = nn.Sequential(stem, nn.BatchNorm2d(64), nn.PReLU(64))
         blocks, width = [], 64
         for out, units in zip((64, 128, 256, 512), self.UNITS[depth]):
-            for k in range(units):  # the first unit of every stage halves the resolution, the first stage's too
+            for k in range(units):  # the first unit of every stage halves the resolution, even of the first
                 blocks.append(IRBlock(width, out, 2 if k == 0 else 1))
                 width = out
         self.body = nn.Sequential(*blocks)
-        self.output_layer = nn.Sequential(nn.BatchNorm2d(512), nn.Dropout(0.4), nn.Flatten(), nn.Linear(512 * 7 * 7, 512),
-                                          nn.BatchNorm1d(512, affine=False))
+        self.output_layer = nn.Sequential(nn.BatchNorm2d(512), nn.Dropout(0.4), nn.Flatten(),
+                                          nn.Linear(512 * 7 * 7, 512), nn.BatchNorm1d(512, affine=False))
 
     def forward(self, x):
         return self.output_layer(self.body(self.input_layer(x)))
 
     def embed_with_norm(self, x):
-        """(B, 3, S, S) FFHQ-aligned faces in [-1, 1] -> unit vectors (B, 512) and their norms before (B, 1)."""
+        """(B, 3, S, S) FFHQ-aligned faces in [-1, 1] -> unit vectors (B, 512), former norms (B, 1)."""
         x = crop_112(x)
         feature = self(x.flip(1) if self.bgr else x)
         return F.normalize(feature), feature.norm(dim=1, keepdim=True)
@@ -465,20 +470,20 @@ class IResNet(nn.Module):
         return self.embed_with_norm(x)[0]
 
 
-CROP_112 = (65, 61, 448, 445)  # left, top, right, bottom of ArcFace's 112 px template in the 512 px FFHQ template
+CROP_112 = (65, 61, 448, 445)  # left, top, right, bottom of ArcFace's 112 px template in FFHQ's 512 px one
 
 
 def crop_112(x):
-    """ArcFace's crop of FFHQ-aligned faces: (B, 3, S, S) -> (B, 3, 112, 112), a fixed box, differentiable, antialiased.
+    """ArcFace's crop of FFHQ-aligned faces: (B, 3, S, S) -> (B, 3, 112, 112), a fixed box, differentiable.
 
-    The least-squares similarity between both five-point templates is this box to within 0.01 degree of rotation.
+    The least-squares similarity between the two five-point templates is this box to 0.01 degree of rotation.
     """
     left, top, right, bottom = [round(v * x.shape[-1] / 512) for v in CROP_112]
     return resized(x[..., top:bottom, left:right], 112, antialias=True)
 
 
 class CoordConv(nn.Module):
-    """Convolution that also sees where it is: rows, columns, radius, and both again where the last face outline was.
+    """Convolution that also sees rows, columns and radius, then rows and columns on the last face outline.
 
     The released code swaps the axes: its "x" varies along rows. Trained so, kept so.
     """
@@ -500,15 +505,17 @@ class CoordConv(nn.Module):
 
 
 class FANBlock(nn.Module):
-    """Hierarchical block of FAN: three 3x3 convolutions in a row, all three results concatenated, plus the input."""
+    """FAN's block: three 3x3 convolutions in a row, their results side by side, plus the input."""
 
     def __init__(self, width, out):
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(width), nn.Conv2d(width, out // 2, 3, padding=1, bias=False)
-        self.bn2, self.conv2 = nn.BatchNorm2d(out // 2), nn.Conv2d(out // 2, out // 4, 3, padding=1, bias=False)
-        self.bn3, self.conv3 = nn.BatchNorm2d(out // 4), nn.Conv2d(out // 4, out // 4, 3, padding=1, bias=False)
+        half, quarter = out // 2, out // 4
+        self.bn1, self.conv1 = nn.BatchNorm2d(width), nn.Conv2d(width, half, 3, padding=1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(half), nn.Conv2d(half, quarter, 3, padding=1, bias=False)
+        self.bn3, self.conv3 = nn.BatchNorm2d(quarter), nn.Conv2d(quarter, quarter, 3, padding=1, bias=False)
         if width != out:
-            self.downsample = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, out, 1, bias=False))
+            shortcut = nn.Conv2d(width, out, 1, bias=False)
+            self.downsample = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), shortcut)
 
     def forward(self, x):
         a = self.conv1(F.relu(self.bn1(x)))
@@ -538,10 +545,10 @@ class Hourglass(nn.Module):
 
 
 class FAN98(nn.Module):
-    """Four stacked hourglasses of AdaptiveWingLoss: (B, 3, 256, 256) RGB in [0, 1] -> heatmaps (B, 98, 64, 64), peaks near 1.
+    """Four stacked hourglasses of AdaptiveWingLoss: (B, 3, 256, 256) RGB in [0, 1] -> (B, 98, 64, 64).
 
-    File: alignment_WFLW_4HG.pth of facexlib. `stacks` returns what the authors return: 4 x (B, 99, 64, 64), the last
-    channel being the outline of the face.
+    Peaks are near 1. File: alignment_WFLW_4HG.pth of facexlib. `stacks` returns what the authors return, four
+    times (B, 99, 64, 64): the last channel is the outline of the face.
     """
 
     def __init__(self):
@@ -588,7 +595,8 @@ class ViTBlock(nn.Module):
 
     def __init__(self, dim, heads):
         super().__init__()
-        self.ln_1, self.attn, self.ln_2 = nn.LayerNorm(dim), nn.MultiheadAttention(dim, heads, batch_first=True), nn.LayerNorm(dim)
+        self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(dim, 4 * dim), c_proj=nn.Linear(4 * dim, dim)))
 
     def forward(self, x):  # (B, L, dim)
@@ -599,7 +607,7 @@ class ViTBlock(nn.Module):
 
 
 class FaRLBackbone(nn.Module):
-    """CLIP's ViT-B/16 without ln_post and projection: (B, 3, 224, 224) normalised -> (B, 197, 768), class token first."""
+    """CLIP's ViT-B/16, no ln_post, no projection: (B, 3, 224, 224) -> (B, 197, 768), class token first."""
 
     def __init__(self, dim=768, depth=12, heads=12):
         super().__init__()
@@ -617,7 +625,7 @@ class FaRLBackbone(nn.Module):
 
 
 class FaRLHead(nn.Module):
-    """Mean and maximum over the patches and the class token, each normalised, mixed by three learned shares, then 40 logits."""
+    """Mean and maximum of the patches and the class token, normalised, mixed in learned shares: 40 logits."""
 
     def __init__(self, dim=768, classes=40):
         super().__init__()
@@ -632,46 +640,46 @@ class FaRLHead(nn.Module):
 
 
 class FaRLAttributes(nn.Module):
-    """facer's "farl/celeba/224": (B, 3, 224, 224) RGB in [0, 1] -> 40 CelebA logits, in CelebA's order.
+    """facer's "farl/celeba/224": (B, 3, 224, 224) RGB with CLIP's normalisation -> 40 logits, CelebA's order.
 
-    File: face_attribute.farl.celeba.pt (facer, release models-v1). `probabilities` warps FFHQ-aligned faces itself.
+    File: face_attribute.farl.celeba.pt (facer, release models-v1). `probabilities` takes aligned faces.
     """
-    # 512 px FFHQ template -> facer's 224 px canvas, least squares over the five points. The crop is very wide: the face is
-    # 155 px of 224, black around it.
+    # FFHQ's 512 px template -> facer's 224 px canvas, least squares over five points: 155 px, black around
     AFFINE = ((0.30266, 0.00364, 33.268), (-0.00364, 0.30266, 34.714))
+    CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # mean and deviation
 
     def __init__(self):
         super().__init__()
         self.backbone, self.head = FaRLBackbone(), FaRLHead()
 
     def forward(self, x):
-        mean, std = x.new_tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]]).view(2, 3, 1, 1)
-        return self.head(self.backbone((x - mean) / std))
+        return self.head(self.backbone(x))
 
     def canvas(self, x):
-        """(B, 3, S, S) FFHQ-aligned faces in [-1, 1] -> (B, 3, 224, 224) in [0, 1], black outside; differentiable."""
+        """(B, 3, S, S) FFHQ-aligned faces in [-1, 1] -> (B, 3, 224, 224) in [0, 1], differentiable."""
         affine = torch.tensor(self.AFFINE, dtype=torch.float64)
         back = torch.linalg.inv(affine[:, :2])
-        # affine_grid counts both pictures from -1 to 1: canvas pixel = 112 c + 112, picture pixel = 256 n + 256
+        # affine_grid counts both pictures from -1 to 1: canvas pixel 112 c + 112, picture pixel 256 n + 256
         shift = (back @ (112 - affine[:, 2:])) / 256 - 1
         theta = torch.cat([back * 112 / 256, shift], 1).to(x).expand(len(x), 2, 3)
         grid = F.affine_grid(theta, (len(x), 3, 224, 224), align_corners=False)
         return F.grid_sample(x * 0.5 + 0.5, grid, align_corners=False)
 
     def probabilities(self, x):
-        """(B, 3, S, S) FFHQ-aligned faces in [-1, 1] -> (B, 40) in [0, 1]; [:, [i for i, *_ in ATTRIBUTES]] are our 12."""
-        return self(self.canvas(x)).sigmoid()
+        """(B, 3, S, S) FFHQ-aligned faces in [-1, 1] -> (B, 40) in [0, 1]; ATTRIBUTES holds indices of 12."""
+        mean, std = x.new_tensor(self.CLIP).view(2, 3, 1, 1)
+        return self((self.canvas(x) - mean) / std).sigmoid()
 
 
-# ------------------------------------------------------------------------------------------------ the toy reader
+# ------------------------------------------------------------------------ the toy reader
 
 
 class Reading(NamedTuple):
     """What FaceReader reads from (B, 3, S, S)."""
     identity: torch.Tensor    # (B, 128) unit vectors
     attributes: torch.Tensor  # (B, 12) logits, order of ATTRIBUTES
-    heatmaps: torch.Tensor    # (B, 98, 32, 32), 0..1: 1 where a point certainly is, flat where it could be anywhere
-    quality: torch.Tensor     # (B,) higher is better, about 1 for a clean face
+    heatmaps: torch.Tensor    # (B, 98, 32, 32) in 0..1: 1 where a point surely is, flat where it is not known
+    quality: torch.Tensor     # (B,) in 0..1, higher is better, about 1 for a clean face
 
 
 def conv_unit(width, out, stride=1):
@@ -686,31 +694,32 @@ class Residual(nn.Sequential):
 
 
 class FaceReader(nn.Module):
-    """One small CNN that reads identity, 12 attributes, 98 landmarks and quality from faces (B, 3, S, S) in [-1, 1].
+    """One small CNN that reads identity, 12 attributes, 98 landmarks and quality from (B, 3, S, S) in [-1,
+    1].
 
-    Stands in for ArcFace, FaRL, AWing-FAN and quality networks in the toy preset, under their calls. Trained on clean and
-    degraded toy faces by `train-reader`; any size is resized to 64 px first. SiLU and frozen BatchNorm keep it smooth, so
-    that every output is a usable loss.
+    Stands in for ArcFace, FaRL, AWing-FAN and quality networks in the toy preset, under their calls. Trained
+    by `train-reader` on clean and degraded toy faces; any size is resized to 64 px. SiLU and frozen BatchNorm
+    keep it smooth and faces of a batch apart, so that every output can be a loss.
     """
     SIDE, GRID = 64, 32
 
     def __init__(self, width=16):
         super().__init__()
         w = width
-        self.stem = conv_unit(3, w)                                               # 64 px
-        self.stage1 = nn.Sequential(conv_unit(w, 2 * w, 2), Residual(conv_unit(2 * w, 2 * w)))       # 32
-        self.stage2 = nn.Sequential(conv_unit(2 * w, 4 * w, 2), Residual(conv_unit(4 * w, 4 * w)))   # 16
-        self.stage3 = nn.Sequential(conv_unit(4 * w, 8 * w, 2), Residual(conv_unit(8 * w, 8 * w)))   # 8
-        self.stage4 = conv_unit(8 * w, 8 * w, 2)                                  # 4
-        self.identity = nn.Linear(8 * w * 16, 128)
-        self.attributes = nn.Linear(8 * w * 16, 12)
-        self.lateral2, self.lateral1 = nn.Conv2d(8 * w, 4 * w, 1), nn.Conv2d(4 * w, 2 * w, 1)
-        self.merge2, self.merge1 = conv_unit(4 * w, 4 * w), conv_unit(2 * w, 2 * w)
+        self.stem = conv_unit(3, w)                                                                 # 64 px
+        self.stage1 = nn.Sequential(conv_unit(w, 2 * w, 2), Residual(conv_unit(2 * w, 2 * w)))      # 32
+        self.stage2 = nn.Sequential(conv_unit(2 * w, 4 * w, 2), Residual(conv_unit(4 * w, 4 * w)))  # 16
+        self.stage3 = nn.Sequential(conv_unit(4 * w, 8 * w, 2), Residual(conv_unit(8 * w, 8 * w)))  # 8
+        self.stage4 = conv_unit(8 * w, 8 * w, 2)                                                    # 4
+        self.identity, self.attributes = nn.Linear(8 * w * 16, 128), nn.Linear(8 * w * 16, 12)
+        self.lateral2, self.merge2 = nn.Conv2d(8 * w, 4 * w, 1), conv_unit(4 * w, 4 * w)
+        self.lateral1, self.merge1 = nn.Conv2d(4 * w, 2 * w, 1), conv_unit(2 * w, 2 * w)
         self.points = nn.Conv2d(2 * w, 98, 1)
-        self.quality_head = nn.Sequential(nn.BatchNorm1d(10 * w), nn.Linear(10 * w, 32), nn.SiLU(), nn.Linear(32, 1))
+        hidden = nn.Linear(10 * w, 32)
+        self.quality_head = nn.Sequential(nn.BatchNorm1d(10 * w), hidden, nn.SiLU(), nn.Linear(32, 1))
 
     def stages(self, x):
-        """Feature maps of five resolutions, (B, w, 64, 64) ... (B, 8w, 4, 4): what a perceptual loss compares."""
+        """Features at five resolutions, (B, w, 64, 64) to (B, 8 w, 4, 4): what a perceptual loss compares."""
         x = resized(x, self.SIDE, antialias=True)
         found = []
         for stage in (self.stem, self.stage1, self.stage2, self.stage3, self.stage4):
@@ -719,31 +728,36 @@ class FaceReader(nn.Module):
         return found
 
     def pool(self, stages):
-        """(B, 10 w): mean and spread of two fine stages, mean of a third. The spread is what blur takes away."""
+        """(B, 10 w): means of three fine stages, deviations of two. The deviation is what blur takes away."""
         means = [s.float().mean((2, 3)) for s in stages[:3]]
         squares = [s.float().square().mean((2, 3)) for s in stages[:2]]
-        return torch.cat(means + [(q - m * m + 1e-6).clamp(min=1e-6).sqrt() for q, m in zip(squares, means)], 1)
+        deviations = [(q - m * m).clamp(min=1e-6).sqrt() for q, m in zip(squares, means)]
+        return torch.cat(means + deviations, 1)
+
+    def score(self, stages):
+        """(B,) in 0..1. An unbounded score could be pushed to any value by what optimises it."""
+        return self.quality_head(self.pool(stages))[:, 0].float().sigmoid()
 
     def point_logits(self, stages):
         """(B, 98, 32 * 32): their softmax is where each landmark is."""
-        up = lambda x: F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-        h = self.merge2(up(self.lateral2(stages[3])) + stages[2])                 # (B, 4w, 16, 16)
-        h = self.merge1(up(self.lateral1(h)) + stages[1])                         # (B, 2w, 32, 32)
+        up = functools.partial(F.interpolate, scale_factor=2, mode="bilinear", align_corners=False)
+        h = self.merge2(up(self.lateral2(stages[3])) + stages[2])  # (B, 4w, 16, 16)
+        h = self.merge1(up(self.lateral1(h)) + stages[1])          # (B, 2w, 32, 32)
         return self.points(h).float().flatten(2)
 
     def point_means(self, logits):
-        """(B, 98, 32 * 32) -> (B, 98, 2): the mean of each point's distribution, 0..1 of width and height."""
+        """(B, 98, 32 * 32) -> (B, 98, 2): the mean of each distribution, 0..1 of width and height."""
         shares = logits.softmax(-1).unflatten(2, (self.GRID, self.GRID))
         cells = (torch.arange(self.GRID, device=logits.device) + 0.5) / self.GRID
         return torch.stack([shares.sum(2) @ cells, shares.sum(3) @ cells], -1)
 
     def forward(self, x) -> Reading:
         stages = self.stages(x)
-        whole = stages[4].flatten(1)
-        # A Gaussian of sigma 1 that sums to 1 has its peak at 1 / 2 pi; this brings certain points to 1, as FAN's are.
-        maps = (2 * math.pi * self.point_logits(stages).softmax(-1)).clamp(max=1).unflatten(2, (self.GRID, self.GRID))
-        return Reading(F.normalize(self.identity(whole).float()), self.attributes(whole).float(), maps,
-                       self.quality_head(self.pool(stages))[:, 0].float())
+        whole, shares = stages[4].flatten(1), self.point_logits(stages).softmax(-1)
+        # A Gaussian of sigma 1 and sum 1 has its peak at 1 / 2 pi: the factor brings sure points to 1, as
+        # FAN's are.
+        maps = (2 * math.pi * shares).clamp(max=1).unflatten(2, (self.GRID, self.GRID))
+        return Reading(F.normalize(self.identity(whole)), self.attributes(whole), maps, self.score(stages))
 
     def embed(self, x):
         """-> (B, 128) unit vectors."""
@@ -754,71 +768,74 @@ class FaceReader(nn.Module):
         return self(x).heatmaps
 
     def landmarks(self, x):
-        """-> (B, 98, 2) in pixels of x: the mean of each point's map, sub-pixel and differentiable."""
+        """-> (B, 98, 2) pixels of x: the mean of each point's map, finer than its cells, differentiable."""
         points = self.point_means(self.point_logits(self.stages(x)))
         return points * points.new_tensor([x.shape[-1], x.shape[-2]])
 
     def probabilities(self, x):
-        """-> (B, 12) in [0, 1], order of ATTRIBUTES."""
+        """-> (B, 12) in 0..1, order of ATTRIBUTES."""
         return self.attributes(self.stages(x)[4].flatten(1)).sigmoid()
 
     def quality(self, x):
-        """-> (B,), higher is better: the SSIM to its clean version that an image looks like having."""
-        return self.quality_head(self.pool(self.stages(x)))[:, 0]
+        """-> (B,) in 0..1, higher is better: the guessed 1 - sqrt(1 - SSIM to the clean face)."""
+        return self.score(self.stages(x))
 
     def features(self, x):
-        """-> (B, 10 w <= 192): what fid_toy compares."""
+        """-> (B, 10 w), at most 192: what fid_toy compares."""
         return self.pool(self.stages(x))
 
 
-def load_reader(name="b", folder=Path(__file__).parent / "weights"):
-    """A trained FaceReader, frozen, in eval mode: "a" for losses, "b" for measuring. UserError if the file is missing.
+def load_reader(name="b", folder=None):
+    """A trained FaceReader, frozen, in eval mode: "a" for losses, "b" for measuring. UserError if it is
+    missing.
 
     Two networks of different width and seed, so that no number is read from the network that was optimised.
+    folder: where reader_a.safetensors and reader_b.safetensors lie, default weights/ beside this file.
     """
-    path = Path(folder) / f"reader_{name}.safetensors"
+    path = Path(folder or Path(__file__).parent / "weights") / f"reader_{name}.safetensors"
     if not path.is_file():
         raise UserError(f"{path}: no such reader; make it with python metrics.py train-reader --which {name}")
-    state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in read_weights(path).items()}
-    reader = FaceReader(len(state.get("stem.1.weight", torch.zeros(16))))
+    state = {key: v.float() if v.is_floating_point() else v for key, v in read_weights(path).items()}
+    reader = FaceReader(len(state["stem.1.weight"]) if "stem.1.weight" in state else 16)
     load_strict(reader, state, path)
     return reader.eval().requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------ training the reader
+# ------------------------------------------------------------------------ training the reader
 
 
 @dataclass(frozen=True)
 class TrainReader(TrainFlags):
-    """Train the face readers on the toy world, or on a folder of faces with whatever labels it has, and measure them."""
+    """Train the face readers on toy faces, or on a folder of faces with what labels it has; measure them."""
     output: str = "runs/reader"            # folder for checkpoints and log
-    weights: str = str(Path(__file__).parent / "weights")  # folder that receives reader_a.safetensors and reader_b.safetensors
-    which: typing.Literal["both", "a", "b"] = "both"  # a: losses, b: measuring
-    width_a: int = 12                      # channels of reader a at full resolution
+    weights: str = "weights"               # folder that receives reader_a.safetensors and reader_b
+    which: typing.Literal["both", "a", "b"] = "both"  # a: for losses, b: for measuring
+    width_a: int = 12                      # channels of reader a at 64 px
     width_b: int = 16                      # channels of reader b
-    steps: int = 1500                      # optimiser steps of each reader
-    learning_rate: float = 3e-3            # AdamW, cosine to zero after a linear warm-up
-    weight_decay: float = 0.02             # AdamW
-    identities: int = 2000                 # toy people in the training set
+    steps: int = 1000                      # optimiser steps of each reader
+    learning_rate: float = 3e-3            # of AdamW, cosine to zero after 100 steps of warm-up
+    weight_decay: float = 0.02             # of AdamW
+    identities: int = 2000                 # toy people to tell apart
     margin: float = 0.2                    # ArcFace's additive angle, radians
     margin_scale: float = 24.0             # ArcFace's s
     attribute_weight: float = 2.0          # of the binary cross-entropy
-    landmark_weight: float = 1.0           # of the cross-entropy between heatmaps, and of the distance in pixels
-    quality_weight: float = 20.0           # of the squared error of the quality
+    landmark_weight: float = 1.0           # of the cross-entropy of heatmaps plus the distance in pixels
+    quality_weight: float = 20.0           # of the squared error
     batch_size: int = 64                   # faces per step
     mixed_precision: typing.Literal["no", "bf16", "fp16"] = "bf16"  # autocast type
-    ema_decay: float = 0.99                # of the averaged weights that are saved
+    ema_decay: float = 0.99                # of the averaged weights that are stored
     num_workers: int = 1                   # processes that draw faces ahead
-    validation_faces: int = 1200           # held-out faces, 4 per person in the toy world
-    checkpointing_steps: int = 500         # steps between saves of state.pt
+    validation_faces: int = 1200           # held-out faces, four per person in the toy world
 
 
 def spoil(hq, seeds):
-    """Faces of every quality and the quality of each: (B, 3, S, S), seeds (B,) -> image (B, 3, S, S), quality (B,).
+    """Faces of every quality: (B, 3, S, S) in [-1, 1], seeds (B,) -> (image (B, 3, S, S), quality (B,)).
 
-    A quarter stays clean; the others are hq + u (degrade(hq) - hq), with u = 1 for half of them and uniform for the rest.
-    UNSTATED: no paper trains such a network. The label is SSIM to the clean face: 1 for it, falling with blur, noise and
-    blocks alike, and readable from the picture because it is relative to the picture's own contrast.
+    A quarter stays clean; the others are hq + u (degrade(hq) - hq), u = 1 for half of them, uniform for the
+    rest.
+    UNSTATED: no paper trains such a network. The label is 1 - sqrt(1 - SSIM to the clean face): 1 for that
+    face, falling with blur, noise and blocks alike, readable from the picture because SSIM is relative to the
+    picture's own contrast, and stretched by the root where faces are almost clean.
     """
     smooth = Degradation("what an MSE network leaves: blur alone", (0.1, 12), (1, 16), (0, 1), (95, 100))
     lq = hq.clone()
@@ -826,36 +843,38 @@ def spoil(hq, seeds):
         rows = (seeds % 4 == kind).nonzero()[:, 0]
         if len(rows):
             lq[rows] = degrade(hq[rows], spec, seeds[rows])
-    u = (seeds // 4 % 1009) / 1008 * 2
-    image = hq + u.clamp(max=1).view(-1, 1, 1, 1).to(hq) * (lq - hq)
-    return image, ssim(image * 0.5 + 0.5, hq * 0.5 + 0.5)
+    u = (seeds // 4 % 1009 / 504).clamp(max=1).view(-1, 1, 1, 1).to(hq)
+    image = hq + u * (lq - hq)
+    return image, 1 - (1 - ssim(image / 2 + 0.5, hq / 2 + 0.5)).clamp(min=0).sqrt()
 
 
 class ToyLabels:
-    """Batches of toy faces: `training(k)` from a fixed set of people, `held_out()` 4 pictures each of people never trained on."""
+    """Toy faces with all labels: training(step) -> a batch of cfg.identities people, held_out() -> others."""
 
     def __init__(self, cfg):
         self.cfg, self.classes = cfg, cfg.identities
 
-    def batch(self, people, seeds, first):
-        toy = toy_faces(people, seeds, size=FaceReader.SIDE)
+    def batch(self, people, seeds, split):
+        toy = toy_faces(TOY_SPLITS[split].start + people, seeds, size=FaceReader.SIDE)
         image, quality = spoil(toy.image, seeds)
-        return dict(hq=toy.image, image=image, quality=quality, identity=people - first, attributes=toy.attributes, landmarks=toy.landmarks)
+        return dict(hq=toy.image, image=image, quality=quality, identity=people, attributes=toy.attributes,
+                    landmarks=toy.landmarks)
 
     def training(self, step):
         rng = torch.Generator().manual_seed(mix("reader", self.cfg.seed, self.cfg.which, step))
-        people = torch.randint(self.classes, (self.cfg.batch_size,), generator=rng) + TOY_SPLITS["train"].start
-        return self.batch(people, torch.randint(2**40, people.shape, generator=rng), TOY_SPLITS["train"].start)
+        people = torch.randint(self.classes, (self.cfg.batch_size,), generator=rng)
+        return self.batch(people, torch.randint(2**40, people.shape, generator=rng), "train")
 
     def held_out(self):
-        people = TOY_SPLITS["val"].start + torch.arange(self.cfg.validation_faces) // 4
-        seeds = torch.randint(2**40, people.shape, generator=torch.Generator().manual_seed(mix("reader, held out")))
-        parts = [self.batch(p, s, TOY_SPLITS["val"].start) for p, s in zip(people.split(100), seeds.split(100))]
+        rng = torch.Generator().manual_seed(mix("reader, held out"))
+        people = torch.arange(self.cfg.validation_faces) // 4
+        seeds = torch.randint(2**40, people.shape, generator=rng)
+        parts = [self.batch(p, s, "val") for p, s in zip(people.split(100), seeds.split(100))]
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def read_tables(folder, pattern):
-    """Rows of the CSV files `pattern` in the folder or above it: {file they speak of: [(column name, text), ...]}."""
+    """Rows of the CSV files `pattern` in the folder or above it: {picture: [(column, text), ...]}."""
     found = {}
     for path in [p for place in (folder.parent, folder) for p in sorted(place.glob(pattern))]:
         with open(path, newline="", encoding="utf-8") as file:
@@ -865,129 +884,164 @@ def read_tables(folder, pattern):
 
 
 def label_rows(attributes, landmarks, size):
-    """One file's labels: (12,) 0/1 or NaN, and (98, 2) points in pixels of FaceReader's picture or NaN; size = (W, H) of the file."""
+    """Rows of one picture of `size` (W, H) -> (12,) 0/1, (98, 2) points in pixels at 64; NaN: unknown."""
     values = {name.strip(): float(text) for name, text in attributes or ()}
-    row = torch.tensor([float(values[name] > 0) if name in values else math.nan for _, name, *_ in ATTRIBUTES])
+    known = torch.tensor([values.get(name, math.nan) for _, name, *_ in ATTRIBUTES])
     points = torch.tensor([float(text) for _, text in landmarks or ()]).view(-1, 2)
     if len(points) == 68:
         points = points[torch.tensor(FROM_68)].mean(1)
     if len(points) != 98:
         points = torch.full((98, 2), math.nan)
-    return row, points / torch.tensor(size) * FaceReader.SIDE
+    known = torch.where(known.isnan(), known, (known > 0).float())
+    return known, points / torch.tensor(size) * FaceReader.SIDE
 
 
 class FolderLabels:
-    """Batches of real faces of a folder with whatever labels it has: identity -1 and NaN where it has none.
+    """Real faces of a folder with the labels it has: identity -1 and NaN where it has none. Calls as
+    ToyLabels.
 
-    Sub-folders with two pictures or more are identities, where there are three of them at least. attributes.csv (CelebA's
-    names, -1/1) and landmarks*.csv (x0,y0,x1,... of 68 or 98 points in pixels of the file) lie in the folder or above it; their
-    first column is the path from there. Every tenth identity, or file, is held out. Same calls as ToyLabels.
+    Sub-folders of two pictures or more are people, if there are three such at least. attributes.csv (CelebA's
+    names, -1/1) and landmarks*.csv (x0,y0,x1,... of 68 or 98 points, pixels of the file) lie in the folder or
+    above it; their first column is the path from there. Held out: every tenth person (below ten: picture).
     """
 
     def __init__(self, cfg):
-        self.cfg, images, people, labels = cfg, [], [], []
-        root, files = Path(cfg.data), list_images(cfg.data, recursive=True)
+        self.cfg, root, files = cfg, Path(cfg.data), list_images(cfg.data, recursive=True)
         sizes = Counter(path.parent for path in files)
         persons = [folder for folder in sorted(sizes) if sizes[folder] > 1 and folder != root]
         persons = {folder: k for k, folder in enumerate(persons)} if len(persons) > 2 else {}
+        images, people, labels = [], [], []
         try:
             attributes, landmarks = read_tables(root, "attributes.csv"), read_tables(root, "landmarks*.csv")
             for path in files:
-                image, at = read_image(path), path.resolve()
-                labels.append(label_rows(attributes.get(at), landmarks.get(at), image.shape[:0:-1]))
+                image, place = read_image(path), path.resolve()
+                labels.append(label_rows(attributes.get(place), landmarks.get(place), image.shape[:0:-1]))
                 small = resized(image[None], FaceReader.SIDE, antialias=True)[0]
                 images.append((small.clamp(-1, 1) * 127.5 + 127.5).round().byte())
                 people.append(persons.get(path.parent, -1))
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"--data {cfg.data}: {str(error).splitlines()[0]}; mend or remove that file") from None
+        except (ValueError, RuntimeError) as error:  # an unreadable picture, text where a number should be
+            raise UserError(f"--data {cfg.data}: {str(error).splitlines()[0]}; mend or remove it") from None
         if len(images) < 20:
             raise UserError(f"--data {cfg.data}: {len(images)} pictures; a reader needs 20 at the very least")
-        self.images, self.people = torch.stack(images), torch.tensor(people)
+        self.images, self.people, self.classes = torch.stack(images), torch.tensor(people), len(persons)
         self.attributes, self.landmarks = [torch.stack(column) for column in zip(*labels)]
-        held = torch.where(self.people >= 0, self.people, torch.arange(len(people))) % 10 == 9
-        self.places, self.classes = {kept: (held != kept).nonzero()[:, 0] for kept in (True, False)}, len(persons)
+        order = torch.arange(len(people))
+        held = torch.where((self.people >= 0) & (len(persons) >= 10), self.people, order) % 10 == 9
+        self.kept, self.held = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
 
     def batch(self, places, seeds):
         hq = self.images[places] / 127.5 - 1
         image, quality = spoil(hq, seeds)
-        return dict(hq=hq, image=image, quality=quality, identity=self.people[places], attributes=self.attributes[places],
-                    landmarks=self.landmarks[places])
+        return dict(hq=hq, image=image, quality=quality, identity=self.people[places],
+                    attributes=self.attributes[places], landmarks=self.landmarks[places])
 
     def training(self, step):
         rng = torch.Generator().manual_seed(mix("reader", self.cfg.seed, self.cfg.which, step))
-        places = self.places[True][torch.randint(len(self.places[True]), (self.cfg.batch_size,), generator=rng)]
+        places = self.kept[torch.randint(len(self.kept), (self.cfg.batch_size,), generator=rng)]
         return self.batch(places, torch.randint(2**40, places.shape, generator=rng))
 
     def held_out(self):
-        places = self.places[False][:self.cfg.validation_faces]
         rng = torch.Generator().manual_seed(mix("reader, held out"))
+        places = self.held[:self.cfg.validation_faces]
         return self.batch(places, torch.randint(2**40, places.shape, generator=rng))
 
 
-def reader_losses(reader, margin, batch, cfg):
-    """The four losses of one batch, each over the faces that carry its label (identity >= 0, the others not NaN).
+def identity_loss(embeddings, classes, identity, margin, scale):
+    """ArcFace: cross-entropy of s cos(theta + m) for the right class, s cos(theta) for the others [ArcFace
+    Eq. 3].
 
-    identity: ArcFace, cross-entropy of s cos(theta + m) for the right person and s cos(theta) for the others [ArcFace Eq. 3].
+    embeddings (B, D) and classes (N, D) of any length, identity (B,) -> scalar.
     """
+    angle = (F.normalize(embeddings) @ F.normalize(classes).T).clamp(-0.9999, 0.9999).acos()
+    right = F.one_hot(identity, len(classes)).bool()
+    angle = torch.where(right, (angle + margin).clamp(max=math.pi), angle)
+    return F.cross_entropy(scale * angle.cos(), identity)
+
+
+def heatmap_loss(reader, logits, landmarks):
+    """Cross-entropy to a Gaussian of one cell around each point, plus the distance of the means in pixels.
+
+    The target is g_y g_x, so that its cross-entropy is logsumexp(logits) - sum_yx g_y g_x logits_yx: no map
+    of targets has to be made. logits (B, 98, 32 * 32), landmarks (B, 98, 2) in pixels at 64 -> scalar.
+    """
+    centres = torch.arange(reader.GRID, device=logits.device) + 0.5
+    offset = centres - landmarks[..., None] * reader.GRID / reader.SIDE  # (B, 98, 2, 32) cells
+    gx, gy = (-offset.square() / 2).softmax(-1).unbind(2)
+    inner = (gy[:, :, None] @ logits.unflatten(2, (reader.GRID, reader.GRID)))[:, :, 0] * gx
+    pixels = (reader.point_means(logits) * reader.SIDE - landmarks).abs().sum(-1)
+    return (logits.logsumexp(-1) - inner.sum(-1) + pixels).mean()
+
+
+def reader_losses(reader, classes, batch, cfg):
+    """{name: weighted loss} of one batch, each over the faces that carry its label."""
     stages = reader.stages(batch["image"].contiguous(memory_format=torch.channels_last))
-    whole, losses = stages[4].flatten(1), {}
-    known = batch["identity"] >= 0
+    whole, losses, known = stages[4].flatten(1), {}, batch["identity"] >= 0
     if known.any():
-        cosine = (F.normalize(reader.identity(whole)[known].float()) @ F.normalize(margin).T).clamp(-0.9999, 0.9999)
-        right = F.one_hot(batch["identity"][known], len(margin)).bool()
-        angle = torch.where(right, cosine.acos() + cfg.margin, cosine.acos())
-        losses["identity"] = F.cross_entropy(cfg.margin_scale * angle.clamp(max=math.pi).cos(), batch["identity"][known])
-    labels, logits = batch["attributes"], reader.attributes(whole).float()
-    if not labels.isnan().all():
-        bce = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
-        losses["attributes"] = cfg.attribute_weight * bce[~labels.isnan()].mean()
-    seen = ~batch["landmarks"].isnan().flatten(1).any(1)
-    seen[1::2] = False                                            # every second face is enough: this loss costs the most
-    if seen.any():
-        points, logits = batch["landmarks"][seen] / reader.SIDE, reader.point_logits(stages)[seen]
-        centres = torch.arange(reader.GRID, device=points.device) + 0.5                           # in cells
-        gauss = (-(centres - points[..., None] * reader.GRID).square() / 2).softmax(-1)           # (B, 98, 2, 32), sums to 1
-        # cross-entropy to the product of both Gaussians: logsumexp(logits) - sum_yx g_y g_x logits_yx
-        grid = logits.unflatten(2, (reader.GRID, reader.GRID))
-        entropy = logits.logsumexp(-1) - ((gauss[:, :, 1, None] @ grid)[:, :, 0] * gauss[:, :, 0]).sum(-1)
-        pixels = (reader.point_means(logits) - points).abs().sum(-1) * reader.SIDE
-        losses["landmarks"] = cfg.landmark_weight * (entropy + pixels).mean()
-    losses["quality"] = cfg.quality_weight * F.mse_loss(reader.quality_head(reader.pool(stages))[:, 0].float(), batch["quality"])
-    return losses
+        embeddings = reader.identity(whole)[known].float()
+        people = batch["identity"][known]
+        losses["identity"] = identity_loss(embeddings, classes, people, cfg.margin, cfg.margin_scale)
+    labels, known = batch["attributes"], ~batch["attributes"].isnan()
+    if known.any():
+        bce = F.binary_cross_entropy_with_logits(reader.attributes(whole).float()[known], labels[known])
+        losses["attributes"] = cfg.attribute_weight * bce
+    known = ~batch["landmarks"].isnan().flatten(1).any(1)
+    known[1::2] = False  # every second face is enough: this loss costs more than the others together
+    if known.any():
+        maps = heatmap_loss(reader, reader.point_logits(stages)[known], batch["landmarks"][known])
+        losses["landmarks"] = cfg.landmark_weight * maps
+    return losses | {"quality": cfg.quality_weight * F.mse_loss(reader.score(stages), batch["quality"])}
 
 
 def train_reader(cfg):
-    """Train the readers that cfg.which names, store them and measure what was stored."""
+    """Train the readers that cfg.which names, store them, and measure what was stored."""
     for name in "ab" if cfg.which == "both" else cfg.which:
         one = replace(cfg, which=name, output=str(Path(cfg.output) / name), seed=cfg.seed + (name == "b"))
         run, data = Run(one), FolderLabels(one) if cfg.data else ToyLabels(one)
-        reader = FaceReader(one.width_a if name == "a" else one.width_b).to(run.device, memory_format=torch.channels_last)
-        margin = nn.ParameterList([0.05 * torch.randn(max(1, data.classes), 128)]).to(run.device)
-        optimizer = torch.optim.AdamW([*reader.parameters(), *margin.parameters()], weight_decay=one.weight_decay)
-        warm = lambda k: min(1, (k + 1) / 100) * 0.5 * (1 + math.cos(math.pi * k / one.steps)) + 1e-3
-        optimizer.param_groups[0]["lr"] = one.learning_rate
-        stage = Stage(run, f"reader_{name}", dict(reader=reader, margin=margin), dict(reader=optimizer), one.steps, lr_at=warm)
+        reader = FaceReader(one.width_a if name == "a" else one.width_b)
+        reader = reader.to(run.device, memory_format=torch.channels_last)
+        classes = nn.ParameterList([0.05 * torch.randn(max(1, data.classes), 128)]).to(run.device)
+        parameters = [*reader.parameters(), *classes.parameters()]
+        optimizer = torch.optim.AdamW(parameters, one.learning_rate, weight_decay=one.weight_decay)
+        steps = min(one.steps, one.max_train_steps)
+        lr_at = lambda k: min(1, (k + 1) / 100) * 0.5 * (1 + math.cos(math.pi * k / steps))
+        modules = dict(reader=reader, classes=classes)
+        stage = Stage(run, f"reader_{name}", modules, dict(reader=optimizer), steps, lr_at)
         run.start_log()
         for _, batch in stage.steps(data.training):
             with run.autocast():
-                losses = reader_losses(reader.train(), margin[0], batch, one)
+                losses = reader_losses(reader.train(), classes[0], batch, one)
             stage.update(sum(losses.values()), **losses)
-        untrained = {"identity", "attributes", "landmarks", "quality"} - set(losses)
-        if untrained:
-            run.say(f"not trained, since {cfg.data} has no such labels: {', '.join(sorted(untrained))}")
-        reader.load_state_dict(stage.ema["reader"])
-        path = Path(cfg.weights) / f"reader_{name}.safetensors"
-        save_reader(path, reader, {})
-        rows = measure_reader(load_reader(name, cfg.weights).to(run.device), data.held_out())
-        save_reader(path, reader, dict(command=" ".join(sys.argv), seed=one.seed, steps=one.steps, untrained=sorted(untrained), measured=rows))
-        run.say(f"{path}: {path.stat().st_size / 2**20:.2f} MB, " + ", ".join(f"{key} {value:.4g}" for key, value in rows.items()))
+        if run.main:
+            reader.load_state_dict(stage.ema["reader"])
+            finish_reader(one, name, reader, data.held_out(), run)
+
+
+def finish_reader(cfg, name, reader, held, run):
+    """Store the reader, measure the stored file on held-out faces, print the numbers and keep them in it."""
+    path = Path(cfg.weights) / f"reader_{name}.safetensors"
+    save_reader(path, reader, {})
+    missing = [label for label in ("attributes", "landmarks") if held[label].isnan().all()]
+    missing += ["identity"] if (held["identity"] < 0).all() else []
+    if missing:
+        run.say(f"not trained, since {cfg.data} has no such labels: {', '.join(missing)}")
+    rows = measure_reader(load_reader(name, cfg.weights).to(run.device), held)
+    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    about = dict(command=command, seed=cfg.seed, steps=cfg.steps, not_trained=missing, measured=rows)
+    save_reader(path, reader, about)
+    wanted = dict(attribute_accuracy_clean=">= 0.97", verification_auc_clean=">= 0.99",
+                  landmark_px_clean="<= 1.0", quality_rank_correlation=">= 0.90")
+    run.say(f"{path}: {path.stat().st_size / 2**20:.2f} MB, {len(held['hq'])} held-out faces")
+    for key, value in rows.items():
+        run.say(f"  {key:26} {'no labels' if math.isnan(value) else f'{value:9.4f}'}  {wanted.get(key, '')}")
 
 
 def save_reader(path, reader, about):
-    """Matrices in half precision, the rest in single; `about` goes into the file's metadata."""
-    state = {k: v.cpu().half() if v.is_floating_point() and v.dim() > 1 else v.cpu() for k, v in reader.state_dict().items()}
+    """Matrices in half precision, vectors in single; `about` goes into the file's metadata as JSON."""
+    state = {name: v.detach().cpu().contiguous() for name, v in reader.state_dict().items()}
+    state = {name: v.half() if v.is_floating_point() and v.dim() > 1 else v for name, v in state.items()}
     with whole_file(path) as temporary:
-        safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, temporary, {k: json.dumps(v) for k, v in about.items()})
+        about = {key: json.dumps(value) for key, value in about.items()}
+        safetensors.torch.save_file(state, temporary, about)
 
 
 def ranks(values):
@@ -997,54 +1051,57 @@ def ranks(values):
 
 
 def spearman(a, b):
-    """Rank correlation of (N,) and (N,)."""
+    """Rank correlation of (N,) and (N,), -1..1."""
     return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
 
 
 def verification_auc(embeddings, people):
-    """Chance that a pair of one person is more alike than a pair of two: (N, D), (N,) -> area under the ROC curve."""
+    """Chance that a pair of one person is more alike than a pair of two: (N, D), (N,) -> 0..1, or NaN."""
     first, second = torch.triu_indices(len(people), len(people), 1)
-    likeness, same = identity_similarity(embeddings[first], embeddings[second]), people[first] == people[second]
-    n = same.sum().item()
-    return ((ranks(likeness)[same].sum().item() - n * (n - 1) / 2) / (n * (len(same) - n))) if 0 < n < len(same) else math.nan
+    same = people[first] == people[second]
+    n, m = same.sum().item(), (~same).sum().item()
+    order = ranks(identity_similarity(embeddings[first], embeddings[second]))
+    return (order[same].sum().item() - n * (n - 1) / 2) / (n * m) if n and m else math.nan
 
 
 @torch.no_grad()
 def measure_reader(reader, held):
-    """The requirements of DESIGN 5 on faces never trained on, clean and spoilt: {name: number}, NaN without labels."""
-    rows = {}
+    """The reader on faces never trained on, clean and spoilt: {name: number}, NaN without labels."""
+    device, rows = next(reader.parameters()).device, {}
     for kind, images in (("clean", held["hq"]), ("spoilt", held["image"])):
-        parts = [reader(x.to(next(reader.parameters()).device)) for x in images.split(100)]
-        read = Reading(*[torch.cat(field).cpu() for field in zip(*parts)])
-        points = torch.cat([reader.landmarks(x.to(next(reader.parameters()).device)).cpu() for x in images.split(100)])
+        parts = [(*reader(x), reader.landmarks(x)) for x in images.to(device).split(100)]
+        identity, logits, _, quality, points = [torch.cat(column).cpu() for column in zip(*parts)]
         known, labels = held["identity"] >= 0, held["attributes"]
-        rows[f"attribute_accuracy_{kind}"] = ((read.attributes > 0) == (labels > 0.5))[~labels.isnan()].double().mean().item()
-        rows[f"verification_auc_{kind}"] = verification_auc(read.identity[known], held["identity"][known])
-        rows[f"landmark_error_px_{kind}"] = landmark_distance(points, held["landmarks"]).nanmean().item()
-    rows["quality_rank_correlation"] = spearman(read.quality, held["quality"])
-    return rows
+        right = ((logits > 0) == (labels > 0.5))[~labels.isnan()].double()
+        rows[f"attribute_accuracy_{kind}"] = right.mean().item()
+        rows[f"verification_auc_{kind}"] = verification_auc(identity[known], held["identity"][known])
+        rows[f"landmark_px_{kind}"] = landmark_distance(points, held["landmarks"]).nanmean().item()
+    return rows | {"quality_rank_correlation": spearman(quality, held["quality"])}
 
 
-# ------------------------------------------------------------------------------------------------ whole sets of toy faces
+# ------------------------------------------------------------------------ whole sets of toy faces
 
 
 @torch.no_grad()
 def toy_scores(restored, hq, reader, lq=None):
-    """Every number of a toy table: restored, hq (N, 3, S, S) in [-1, 1], N >= 2, reader from `load_reader("b")` -> {name: float}.
+    """Every number of a toy table: restored, hq (N, 3, S, S) in [-1, 1] -> {name: float}, means over images.
 
-    psnr (RGB) and ssim (Y) of the images as 8-bit files would hold them, psnr_gain over lq if given; what the reader saw ends
-    in _toy: fid_toy, deg_toy (degrees), lmd_toy (px of the image), ald_e_toy and ald_m_toy (root of Eq. 14 [HonestFace],
-    px), attr_toy (share of 12 attributes read alike), quality_toy (higher is better). Means over images.
+    psnr (RGB) and ssim (luma) of the images as 8-bit files would hold them, psnr_gain over lq if that is
+    given. What the reader (load_reader("b")) saw ends in _toy: fid, deg (degrees), lmd (pixels of the image),
+    ald_e and ald_m (root of HonestFace's Eq. 14, pixels), attr (share of 12 attributes read alike), quality.
+    fid_toy is NaN for a single face.
     """
     same_images(restored, hq)
     device, rows, features = next(reader.parameters()).device, defaultdict(list), ([], [])
+    eight_bits = lambda v: ((v.to(device).clamp(-1, 1) * 127.5 + 127.5).round() / 127.5 - 1)
     for place in range(0, len(hq), 64):
-        x, y = [(v[place:place + 64].to(device).clamp(-1, 1) * 127.5 + 127.5).round() / 127.5 - 1 for v in (restored, hq)]
+        x, y = [eight_bits(v[place:place + 64]) for v in (restored, hq)]
         rows["psnr"].append(psnr(x / 2 + 0.5, y / 2 + 0.5))
         rows["ssim"].append(ssim(x / 2 + 0.5, y / 2 + 0.5))
         if lq is not None:
-            rows["psnr_gain"].append(rows["psnr"][-1] - psnr(lq[place:place + 64].to(x) / 2 + 0.5, y / 2 + 0.5))
-        (read_x, read_y), (points_x, points_y) = [[f(v) for v in (x, y)] for f in (reader, reader.landmarks)]
+            before = psnr(eight_bits(lq[place:place + 64]) / 2 + 0.5, y / 2 + 0.5)
+            rows["psnr_gain"].append(rows["psnr"][-1] - before)
+        (read_x, points_x), (read_y, points_y) = [(reader(v), reader.landmarks(v)) for v in (x, y)]
         rows["deg_toy"].append(identity_angle(read_x.identity, read_y.identity))
         rows["lmd_toy"].append(landmark_distance(points_x, points_y))
         for name, chosen in (("ald_e_toy", EYES_AND_BROWS), ("ald_m_toy", MOUTH)):
@@ -1054,61 +1111,71 @@ def toy_scores(restored, hq, reader, lq=None):
         for found, v in zip(features, (x, y)):
             found.append(reader.features(v))
     scores = {name: torch.cat(values).mean().item() for name, values in rows.items()}
-    return scores | {"fid_toy": frechet_distance(torch.cat(features[0]), torch.cat(features[1])).item()}
+    x, y = [torch.cat(found) for found in features]
+    return scores | {"fid_toy": frechet_distance(x, y).item() if len(x) > 1 else math.nan}
 
 
 def toy_protocol(data, degradation, count):
-    """How the numbers of `toy_scores` came about, for metrics.json: {name: text}."""
-    reader = "weights/reader_b.safetensors (FaceReader trained on toy faces), whole image resized to 64 px"
+    """How the numbers of toy_scores came about, for metrics.json: {name: text}."""
+    reader = "FaceReader weights/reader_b.safetensors, whole image at 64 px"
     return dict(
-        faces=f"{count} held-out faces of {data or 'the toy world'}", degradation=degradation, psnr="RGB, 8 bits, mean over images",
-        ssim="luma, 11x11 Gaussian, sigma 1.5, 8 bits", fid_toy=f"Frechet distance of pooled features to the same {count} clean faces; {reader}",
-        deg_toy=f"angle between embeddings, degrees; {reader}", lmd_toy=f"mean distance of 98 points, px of the image; {reader}",
-        ald_e_toy="square root of Eq. 14 of HonestFace, 34 points of eyes and brows", ald_m_toy="the same, 20 points of the mouth",
-        attr_toy=f"share of 12 attributes read alike; {reader}", quality_toy=f"mean predicted quality, 1 = clean; {reader}")
+        faces=f"{count} held-out faces of {data or 'the toy world'}", degradation=degradation,
+        psnr="RGB, 8 bits",
+        ssim="luma (BT.601, full range), 11x11 Gaussian of sigma 1.5, valid windows, 8 bits",
+        psnr_gain="PSNR minus the PSNR of the degraded face",
+        fid_toy=f"Frechet distance of pooled features to the same {count} clean faces; {reader}",
+        deg_toy=f"angle between embeddings in degrees; {reader}",
+        lmd_toy=f"mean distance of 98 points in pixels of the image; {reader}",
+        ald_e_toy=f"root of HonestFace's Eq. 14, 34 points of eyes and brows, pixels; {reader}",
+        ald_m_toy=f"root of HonestFace's Eq. 14, 20 points of the mouth, pixels; {reader}",
+        attr_toy=f"share of 12 attributes read alike; {reader}",
+        quality_toy=f"mean quality read from the restored face, 1 = clean; {reader}")
 
 
-# ------------------------------------------------------------------------------------------------ measuring folders
+# ------------------------------------------------------------------------ measuring folders
 
 
 @dataclass(frozen=True)
 class Measure:
-    """Measure a folder of restored faces against references of the same file names (without suffix)."""
+    """Measure restored faces against references of the same names (metrics.py RESTORED --reference DIR)."""
     input: str                             # folder of restored faces, or one file
     reference: str                         # folder of the clean faces
-    weights: str = ""                      # folder of released networks; the table says which file enables which number
+    weights: str = ""                      # folder of released networks; what is absent is skipped by name
     real_set: str = ""                     # folder of real faces, such as FFHQ: adds fid_real
     posterior_mean: str = ""               # folder of posterior means: adds indrmse
-    iqa: str = ""                          # metrics of pyiqa, if it is installed: musiq,maniqa,...
-    toy: bool = False                      # also what the toy reader sees (default: only for faces of 64 px or less)
+    iqa: str = ""                          # metrics of pyiqa, where it is installed: musiq,maniqa,...
+    toy: bool = False                      # what the toy reader sees, too (default: only up to 64 px)
     device: str = "auto"                   # auto, cpu, cuda, cuda:1, mps
 
 
 class FIDInception(nn.Module):
-    """Inception v3 with FID's weights: (B, 3, H, W) in [0, 1] -> (B, 2048). File: pt_inception-2015-12-05-6726825d.pth.
+    """Inception v3 with FID's own weights: (B, 3, H, W) in [0, 1] -> (B, 2048).
 
-    torchvision's network differs from TensorFlow's 2015 one in the pooling branches: averages there leave the padding out,
-    and the last block takes the maximum. Each block's pooling branch comes last in its list, and is replaced here.
+    File: pt_inception-2015-12-05-6726825d.pth. torchvision's network differs from TensorFlow's of 2015 in the
+    pooling branches: averages there leave the padding out, and the last block takes the maximum. That branch
+    is the last in each block's list and is made anew here. Images are resized to 299 px as clean-fid does it.
     """
 
     def __init__(self, path):
         super().__init__()
-        self.net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+        build = torchvision.models.inception_v3
+        self.net = build(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
         load_strict(self.net, read_weights(path), path)
         self.net.fc = nn.Identity()
         average = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+        maximum = functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
         for name in "5b 5c 5d 6b 6c 6d 6e 7b 7c".split():
-            block = getattr(self.net, f"Mixed_{name}")
-            pool = functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1) if name == "7c" else average
-            block._forward = functools.partial(self.replaced, block, block._forward, pool)
+            block = self.net.get_submodule(f"Mixed_{name}")
+            pool = maximum if name == "7c" else average
+            block._forward = functools.partial(self.branches, block, block._forward, pool)
         self.eval()
 
     @staticmethod
-    def replaced(block, branches, pool, x):
-        return branches(x)[:-1] + [block.branch_pool(pool(x))]
+    def branches(block, original, pool, x):
+        return original(x)[:-1] + [block.branch_pool(pool(x))]
 
     def forward(self, x):
-        x = F.interpolate(x, (299, 299), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)  # clean-fid's resize
+        x = F.interpolate(x, (299, 299), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         return self.net((x * 255 - 128) / 128)
 
 
@@ -1116,48 +1183,53 @@ def basic_numbers(x, y):
     """What needs no network: x restored, y reference, (1, 3, H, W) in [-1, 1] -> {name: (1,)}."""
     a, b = x / 2 + 0.5, y / 2 + 0.5
     scales = min(5, 1 + int(math.log2(min(a.shape[-2:]) / 11)))
-    return {"psnr": psnr(a, b), "ssim": ssim(a, b), "ms_ssim" if scales == 5 else f"ms_ssim_{scales}_scales": ms_ssim(a, b, scales)}
+    name = "ms_ssim" if scales == 5 else f"ms_ssim_{scales}_scales"
+    return {"psnr": psnr(a, b), "ssim": ssim(a, b), name: ms_ssim(a, b, scales)}
 
 
-# Builders: (names, [paths], device) -> function of one pair (x, y) as above -> {name: (1,)}.
+# Builders: (names, [files], device) -> function of one pair (x, y) as above -> {name: (1,)}.
 
 
 def lpips_numbers(names, paths, device):
-    network = lpips_network("vgg" if names == "lpips-vgg" else "alex", paths[0]).to(device)
-    return lambda x, y: {names: network(x, y).flatten()}
+    network = lpips_network("vgg" if names[0] == "lpips-vgg" else "alex", paths[0]).to(device)
+    return lambda x, y: {names[0]: network(x, y).flatten()}
 
 
 def dists_numbers(names, paths, device):
     network = DISTS(*paths).to(device)
-    return lambda x, y: {names: network(x / 2 + 0.5, y / 2 + 0.5)}
+    return lambda x, y: {names[0]: network(x / 2 + 0.5, y / 2 + 0.5)}
 
 
-def identity_numbers(names, paths, device):
-    """Angle and cosine of embeddings; angles below one degree are left out of the mean, as in VQFR's script."""
-    blank = IResNet(int(names[6:]), bgr="ada" in paths[0].name.lower()) if names.startswith("ids_ir") else ArcFaceGray()
-    net = load_weights(blank, paths[0]).to(device)
+def gray_numbers(names, paths, device):
+    net = load_weights(ArcFaceGray(), paths[0]).to(device)
 
     def numbers(x, y):
         e1, e2 = net.embed(x), net.embed(y)
-        angle, cosine = identity_angle(e1, e2), identity_similarity(e1, e2)
-        return {names: cosine} if names.startswith("ids_ir") else {"deg": torch.where(angle < 1, math.nan, angle), "ids": cosine}
+        angle = identity_angle(e1, e2)
+        return {"deg": torch.where(angle < 1, math.nan, angle), "ids": identity_similarity(e1, e2)}
     return numbers
 
 
+def identity_numbers(names, paths, device):
+    net = IResNet(int(names[0].removeprefix("ids_ir")), bgr="ada" in paths[0].name.lower())
+    net = load_weights(net, paths[0]).to(device)
+    return lambda x, y: {names[0]: identity_similarity(net.embed(x), net.embed(y))}
+
+
 def landmark_numbers(names, paths, device):
-    """LMD and the two A-LD, in pixels of a 512 px face whatever the size of the images."""
     net = load_weights(FAN98(), paths[0]).to(device)
 
     def numbers(x, y):
         p, q = [net.landmarks(v) * 512 / v.shape[-1] for v in (x, y)]
-        parts = {name: affine_landmark_distance(p[:, chosen], q[:, chosen]).sqrt() for name, chosen in (("ald_e", EYES_AND_BROWS), ("ald_m", MOUTH))}
-        return {"lmd": landmark_distance(p, q), **parts}
+        parts = [affine_landmark_distance(p[:, i], q[:, i]).sqrt() for i in (EYES_AND_BROWS, MOUTH)]
+        return dict(zip(names, (landmark_distance(p, q), *parts)))
     return numbers
 
 
 def attribute_numbers(names, paths, device):
     net = load_weights(FaRLAttributes(), paths[0]).to(device)
-    return lambda x, y: {names: ((net.probabilities(x) > 0.5) == (net.probabilities(y) > 0.5)).float().mean(1)}
+    side = lambda v: net.probabilities(v) > 0.5
+    return lambda x, y: {names[0]: (side(x) == side(y)).float().mean(1)}
 
 
 def inception_features(paths, device):
@@ -1166,59 +1238,76 @@ def inception_features(paths, device):
 
 
 def dino_features(paths, device):
-    """DINOv2's normalised class token from a folder of transformers."""
-    from transformers import AutoModel
+    """DINOv2's normalised class token; paths[0] is a folder of transformers."""
+    from transformers import AutoModel, logging
 
+    logging.disable_progress_bar()
     net = AutoModel.from_pretrained(paths[0], local_files_only=True).to(device).eval()
 
     def features(x):
-        x = F.interpolate(x / 2 + 0.5, (224, 224), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        x = F.interpolate(x / 2 + 0.5, (224, 224), mode="bicubic", antialias=True, align_corners=False)
         mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
-        return net((x - mean) / std).last_hidden_state[:, 0]
+        return net((x.clamp(0, 1) - mean) / std).last_hidden_state[:, 0]
     return features
 
 
-# names -> (file patterns in --weights, all needed, | between equals; what they are called; protocol; builder)
-PAIR_NETWORKS = {
-    "lpips": (["alexnet*.pth"], "alexnet-owt-7be5be79.pth", "LPIPS v0.1 AlexNet, RGB, whole image", lpips_numbers),
-    "lpips-vgg": (["vgg16*.pth"], "vgg16-397923af.pth", "LPIPS v0.1 VGG16, RGB, whole image", lpips_numbers),
-    "dists": (["dists*.pt*|DISTS*.pth", "vgg16*.pth"], "dists.pt and vgg16-397923af.pth", "VGG16, RGB, not resized", dists_numbers),
-    "deg, ids": (["resnet18_110*.pth|arcface_resnet18*.pth"], "resnet18_110.pth or arcface_resnet18.pth",
-                 "angle (degrees, pairs below 1 left out) and cosine of ArcFace ResNet-18, whole face grey at 128 px", identity_numbers),
-    "ids_ir50": (["*ir50*|*ir_50*"], "adaface_ir50*.ckpt or arcface_ir50*.pth", "cosine, IR-50, fixed 112 px crop; BGR if the file is AdaFace's", identity_numbers),
-    "ids_ir101": (["*ir101*|*ir_101*"], "adaface_ir101*.ckpt or arcface_ir101*.pth", "cosine, IR-101, as ids_ir50", identity_numbers),
-    "lmd, ald_e, ald_m": (["*WFLW_4HG*.pth"], "alignment_WFLW_4HG.pth",
-                          "AWing FAN at 256 px, pixels at 512; mean over 98 points; root of HonestFace Eq. 14 on 34 and 20", landmark_numbers),
-    "attr": (["face_attribute.farl*.pt"], "face_attribute.farl.celeba.pt", "share of 40 CelebA attributes read alike, FaRL ViT-B/16", attribute_numbers),
-}
-SET_NETWORKS = {
-    "fid": (["pt_inception-2015-12-05*.pth"], "pt_inception-2015-12-05-6726825d.pth", "Inception v3 of FID, 2048-d, bicubic antialiased 299 px", inception_features),
-    "dino": (["dinov2*"], "dinov2-large (folder of transformers)", "DINOv2 class token, bicubic 224 px", dino_features),
-}
+# (file patterns, all needed, | between alternatives; what to put in --weights; {name: protocol}; builder)
+PAIR_NETWORKS = (
+    (["alexnet*.pth"], "alexnet-owt-7be5be79.pth (torchvision)",
+     {"lpips": "LPIPS v0.1 AlexNet, RGB, whole image"}, lpips_numbers),
+    (["vgg16*.pth"], "vgg16-397923af.pth (torchvision)",
+     {"lpips-vgg": "LPIPS v0.1 VGG16, RGB, whole image"}, lpips_numbers),
+    (["dists*.pt*|DISTS*.pth", "vgg16*.pth"], "dists.pt and vgg16-397923af.pth",
+     {"dists": "VGG16, released alpha and beta, RGB, not resized"}, dists_numbers),
+    (["resnet18_110*.pth|arcface_resnet18*.pth"], "resnet18_110.pth (VQFR) or arcface_resnet18.pth (GFPGAN)",
+     {"deg": "degrees, ArcFace ResNet-18, whole face grey at 128 px, pairs below 1 left out",
+      "ids": "cosine, ArcFace ResNet-18, whole face grey at 128 px"}, gray_numbers),
+    (["*ir50*|*ir_50*"], "adaface_ir50*.ckpt or arcface_ir50*.pth",
+     {"ids_ir50": "cosine, IR-50 at 112 px, fixed crop, BGR if AdaFace's, else RGB"}, identity_numbers),
+    (["*ir101*|*ir_101*"], "adaface_ir101*.ckpt or arcface_ir101*.pth",
+     {"ids_ir101": "cosine, IR-101 at 112 px, fixed crop, BGR if AdaFace's, else RGB"}, identity_numbers),
+    (["*WFLW_4HG*.pth"], "alignment_WFLW_4HG.pth (facexlib)",
+     {"lmd": "AWing FAN at 256 px, mean of 98 points, pixels at 512",
+      "ald_e": "AWing FAN, root of HonestFace's Eq. 14, 34 points of eyes and brows, pixels at 512",
+      "ald_m": "AWing FAN, root of HonestFace's Eq. 14, 20 points of the mouth, pixels at 512"},
+     landmark_numbers),
+    (["face_attribute.farl*.pt"], "face_attribute.farl.celeba.pt (facer)",
+     {"attr": "share of 40 CelebA attributes read alike, FaRL ViT-B/16, 224 px"}, attribute_numbers),
+)
+SET_NETWORKS = (
+    ("fid", ["pt_inception-2015-12-05*.pth"], "pt_inception-2015-12-05-6726825d.pth (pytorch-fid)",
+     "Inception v3 of FID, 2048-d, bicubic antialiased 299 px", inception_features),
+    ("fid_dino", ["dinov2*"], "dinov2-large (a folder of transformers)",
+     "DINOv2 class token, bicubic antialiased 224 px", dino_features),
+)
 
 
 def find_files(folder, patterns):
-    """One file per pattern ("a*|b*": the first that exists), or None if one is missing."""
-    found = [next((p for glob in pattern.split("|") for p in sorted(Path(folder).glob(glob))), None) for pattern in patterns]
-    return found if folder and all(found) else None
+    """One file per pattern ("a*|b*": the first that exists), or None if one of them is absent."""
+    found = []
+    for pattern in patterns if folder else ():
+        found += [path for glob in pattern.split("|") for path in sorted(Path(folder).glob(glob))][:1]
+    return found if found and len(found) == len(patterns) else None
 
 
 def pair_files(restored, reference):
-    """[(stem, restored file, reference file)]; UserError if a stem is there twice or nothing matches."""
+    """[(stem, restored file, reference file)]; UserError if a stem is there twice or none is in both."""
     sides = []
     for flag, place in (("RESTORED", restored), ("--reference", reference)):
-        files = list_images(place)
-        by_stem = {p.stem: p for p in files}
-        if len(by_stem) < len(files):
-            twice = next(p for p in files if by_stem[p.stem] != p)
-            raise UserError(f"{flag} {place}: {twice.name} and {by_stem[twice.stem].name} have one stem; keep one of them")
-        sides.append(by_stem)
+        side = {}
+        for path in list_images(place):
+            if path.stem in side:
+                twin = side[path.stem].name
+                raise UserError(f"{flag} {place}: {twin} and {path.name} share a name; remove one of them")
+            side[path.stem] = path
+        sides.append(side)
     stems = [stem for stem in sides[0] if stem in sides[1]]
     if not stems:
-        raise UserError(f"no file name of {restored} occurs in {reference} (suffixes aside), e.g. {next(iter(sides[0]))}; check --reference")
+        example = next(iter(sides[0].values())).name
+        raise UserError(f"no file of {restored} is in {reference} by name, e.g. {example}; check --reference")
     for place, own, other in ((restored, *sides), (reference, *sides[::-1])):
-        if lone := [stem for stem in own if stem not in other]:
-            print(f"{len(lone)} of {len(own)} files in {place} have no partner and are left out, e.g. {own[lone[0]].name}")
+        if lone := [path.name for stem, path in own.items() if stem not in other]:
+            print(f"{len(lone)} of {len(own)} files in {place} have no partner, are left out: {lone[0]} ...")
     return [(stem, sides[0][stem], sides[1][stem]) for stem in stems]
 
 
@@ -1227,115 +1316,129 @@ def read_pair(restored, reference, device):
     x, y = read_image(restored), read_image(reference)
     sizes = [f"{v.shape[2]}x{v.shape[1]}" for v in (x, y)]
     if x.shape != y.shape:
-        raise UserError(f"{restored} is {sizes[0]}, {reference} is {sizes[1]}: resize one folder to the other")
+        raise UserError(f"{restored} is {sizes[0]}, {reference} is {sizes[1]}: resize one of the folders")
     if min(x.shape[1:]) < 11:
         raise UserError(f"{restored} is {sizes[0]}: too small to measure, 11 px are needed")
     return x[None].to(device), y[None].to(device)
 
 
-def pyiqa_numbers(wanted, device, skipped):
-    """{name: function of a pair} of pyiqa's metrics, where it is installed and finds its weights."""
-    functions = {}
-    for name in filter(None, wanted.split(",")):
+def pair_functions(cfg, device, skipped):
+    """[(function of a pair, {name: protocol})] of what can be measured here; the rest goes into `skipped`."""
+    found = [(basic_numbers, {
+        "psnr": "RGB, 8-bit files", "ms_ssim": "luma, product of 5 scales",
+        "ssim": "luma (BT.601, full range), 11x11 Gaussian of sigma 1.5, valid windows"})]
+    for patterns, known, protocol, build in PAIR_NETWORKS:
+        if paths := find_files(cfg.weights, patterns):
+            protocol = {name: f"{text} ({paths[0].name})" for name, text in protocol.items()}
+            found.append((build(list(protocol), paths, device), protocol))
+        else:
+            skipped[", ".join(protocol)] = f"put {known} in --weights"
+    for name in filter(None, cfg.iqa.split(",")):
         try:
             import pyiqa
 
             metric = pyiqa.create_metric(name, device=device)
-            pair = (lambda x, y, m=metric, n=name: {n: m(x / 2 + 0.5, y / 2 + 0.5).flatten()})
-            single = (lambda x, y, m=metric, n=name: {n: m(x / 2 + 0.5).flatten()})
-            functions[name] = pair if metric.metric_mode == "FR" else single
         except ImportError:
             skipped[name] = "pip install pyiqa"
-        except Exception as error:  # its errors depend on the metric: unknown name, no connection for the weights
-            skipped[name] = f"pyiqa says {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
-    return functions
+        except Exception as error:  # an unknown name, weights out of reach: every metric has its own errors
+            skipped[name] = f"pyiqa: {type(error).__name__} {str(error)[:80]}".replace("\n", " ")
+        else:
+            count = 2 if metric.metric_mode == "FR" else 1
+            score = lambda *xy, m=metric, n=name, k=count: {n: m(*[v / 2 + 0.5 for v in xy[:k]]).flatten()}
+            found.append((score, {name: f"pyiqa {pyiqa.__version__}, its defaults"}))
+    return found
 
 
-def set_numbers(cfg, device, files, skipped):
-    """FID and its relatives of whole folders: yields (name, value, N, protocol)."""
-    sets = {"gt": [y for _, _, y in files]} | ({"real": list_images(cfg.real_set, recursive=True)} if cfg.real_set else {})
-    for kind, (patterns, known, protocol, build) in SET_NETWORKS.items():
+def set_rows(cfg, device, files, skipped):
+    """FID and its relatives of whole folders: [(name, value, N, protocol)]."""
+    rows, sets = [], {"gt": (cfg.reference, [y for _, _, y in files])}
+    if cfg.real_set:
+        sets["real"] = (cfg.real_set, list_images(cfg.real_set, recursive=True))
+    for name, patterns, known, protocol, build in SET_NETWORKS:
         paths = find_files(cfg.weights, patterns)
-        names = {"fid": ["fid"], "dino": ["fid_dino", "mmd_dino"]}[kind]
-        if paths is None or len(files) < 2:
-            skipped[", ".join(f"{n}_{s}" if kind == "fid" else n for n in names for s in sets)] = known if paths is None else "two pairs at least"
+        if not paths or len(files) < 2:
+            reason = f"put {known} in --weights" if not paths else "needs two pairs at least"
+            skipped.update({f"{name}_{kind}": reason for kind in sets})
             continue
         network = build(paths, device)
-        features = lambda these: torch.cat([network(read_image(p)[None].to(device)).cpu() for p in these])
-        found = features([x for _, x, _ in files])
-        for name, these in sets.items():
-            other = features(these)
-            text = f"{protocol}; against {len(these)} files of {cfg.reference if name == 'gt' else cfg.real_set}"
-            yield f"fid{'_dino' * (kind == 'dino')}_{name}", frechet_distance(found, other).item(), len(files), text
-            if kind == "dino":
-                yield f"mmd_dino_{name}", mmd_rbf(found, other).item(), len(files), f"RBF, sigma 10, x1000; {text}"
+        read = lambda path: network(read_image(path)[None].to(device)).cpu()
+        restored = torch.cat([read(path) for _, path, _ in tqdm(files, disable=None)])
+        for kind, (folder, chosen) in sets.items():
+            real = torch.cat([read(path) for path in tqdm(chosen, disable=None)])
+            text = f"{protocol}; against {len(chosen)} files of {folder}"
+            rows.append((f"{name}_{kind}", frechet_distance(restored, real).item(), len(files), text))
+            if name == "fid_dino":
+                mmd = mmd_rbf(restored, real).item()
+                rows.append((f"mmd_dino_{kind}", mmd, len(files), f"RBF, sigma 10, x 1000; {text}"))
+    return rows
+
+
+def toy_rows(cfg, device, pairs, skipped):
+    """What the toy reader sees of pairs of (1, 3, H, W) each: [(name, value, N, protocol)]."""
+    try:
+        reader = load_reader("b").to(device)
+    except UserError as error:
+        skipped["*_toy"] = str(error)
+        return []
+    x, y = [torch.cat([resized(v, FaceReader.SIDE, antialias=True) for v in side]) for side in zip(*pairs)]
+    scores, texts = toy_scores(x, y, reader), toy_protocol(cfg.reference, "", len(pairs))
+    texts = {name: text.replace("of the image", "at 64 px") for name, text in texts.items()}
+    return [(name, value, len(pairs), texts[name]) for name, value in scores.items() if name.endswith("_toy")]
 
 
 @torch.no_grad()
 def measure(cfg):
     """Print a table and one JSON line for a folder of restored faces."""
     device, files, skipped = pick_device(cfg.device), pair_files(cfg.input, cfg.reference), {}
-    functions, protocol = [basic_numbers], {"psnr": "RGB, 8-bit files", "ssim": "luma (BT.601, full range), 11x11 Gaussian, sigma 1.5, valid",
-                                            "ms_ssim": "luma, product of 5 scales (name says if fewer fit)"}
     if cfg.weights and not Path(cfg.weights).is_dir():
         raise UserError(f"--weights {cfg.weights}: no such folder")
-    for names, (patterns, known, text, build) in PAIR_NETWORKS.items():
-        paths = find_files(cfg.weights, patterns)
-        if paths is None:
-            skipped[names] = known
-        else:
-            functions.append(build(names, paths, device))
-            protocol |= {name: f"{text} ({paths[0].name})" for name in names.split(", ")}
-    for name, function in pyiqa_numbers(cfg.iqa, device, skipped).items():
-        functions.append(function)
-        protocol[name] = "pyiqa's default"
-    if cfg.posterior_mean:
-        estimates = {p.stem: p for p in list_images(cfg.posterior_mean)}
-        protocol["indrmse"] = f"mean over images of the RMSE to {cfg.posterior_mean}, RGB, 0..1"
-    values, small = defaultdict(list), []
-    for stem, restored, reference in tqdm(files, disable=not sys.stderr.isatty()):
+    estimates = {path.stem: path for path in list_images(cfg.posterior_mean)} if cfg.posterior_mean else {}
+    functions, values, small = pair_functions(cfg, device, skipped), defaultdict(list), []
+    protocol = {name: text for _, texts in functions for name, text in texts.items()}
+    protocol["indrmse"] = f"RMSE to {cfg.posterior_mean}, RGB in [0, 1], mean over images"
+    for stem, restored, reference in tqdm(files, disable=None):
         x, y = read_pair(restored, reference, device)
-        if max(x.shape[-2:]) <= FaceReader.SIDE or cfg.toy:
-            small.append(torch.cat([resized(v, FaceReader.SIDE, antialias=True) for v in (x, y)]).cpu())
-        for function in functions:
+        for function, _ in functions:
             for name, value in function(x, y).items():
                 values[name].append(value.item())
-        if cfg.posterior_mean:
+        if estimates:
             if stem not in estimates:
-                raise UserError(f"--posterior_mean {cfg.posterior_mean}: has no {stem}")
-            values["indrmse"].append(ind_rmse(x / 2 + 0.5, read_pair(estimates[stem], restored, device)[0] / 2 + 0.5).item())
+                raise UserError(f"--posterior_mean {cfg.posterior_mean}: has no picture called {stem}")
+            estimate, _ = read_pair(estimates[stem], restored, device)
+            values["indrmse"].append(ind_rmse(x / 2 + 0.5, estimate / 2 + 0.5).item())
+        if cfg.toy or max(x.shape[-2:]) <= FaceReader.SIDE:
+            small.append((x, y))
     rows = []
     for name, column in values.items():
-        kept = [v for v in column if not math.isnan(v)]
-        rows.append((name, sum(kept) / len(kept) if kept else math.nan, len(kept), protocol.get(name, protocol["ms_ssim"])))
-    rows += set_numbers(cfg, device, files, skipped)
-    if len(small) == len(files) > 1:
-        pairs, text = torch.stack(small), toy_protocol(cfg.input, "", len(files))
-        scores = toy_scores(pairs[:, 0], pairs[:, 1], load_reader("b").to(device))
-        rows += [(name, value, len(files), text[name]) for name, value in scores.items() if name.endswith("_toy")]
+        kept = [value for value in column if not math.isnan(value)]
+        text = protocol.get(name, f"luma, product of {name[8:9]} scales: the images are too small for 5")
+        rows.append((name, sum(kept) / len(kept) if kept else math.nan, len(kept), text))
+    rows += set_rows(cfg, device, files, skipped)
+    rows += toy_rows(cfg, device, small, skipped) if len(small) == len(files) > 1 else []
     print_rows(cfg, rows, skipped)
 
 
 def print_rows(cfg, rows, skipped):
-    """The table, what was left out and why, and the JSON line."""
+    """The table, what was left out and why, and one line of JSON."""
     width = max(len(name) for name, *_ in rows)
     print(f"{'metric':{width}}  {'value':>10}  {'N':>6}  protocol")
     for name, value, count, text in rows:
         print(f"{name:{width}}  {value:10.4f}  {count:6d}  {text}")
     for names, reason in skipped.items():
-        print(f"skipped {names}: {'put' if 'pip' not in reason else 'needs'} {reason} {'in --weights' if 'pi' not in reason else ''}")
+        print(f"skipped {names}: {reason}")
     numbers = {name: value if math.isfinite(value) else None for name, value, *_ in rows}
-    protocol = {name: text for name, _, _, text in rows}
-    print(json.dumps(dict(numbers, restored=cfg.input, reference=cfg.reference, N={name: count for name, _, count, _ in rows},
-                          skipped=skipped, protocol=protocol)))
+    protocol = dict(restored=cfg.input, reference=cfg.reference, N={name: n for name, _, n, _ in rows},
+                    **{name: text for name, _, _, text in rows})
+    print(json.dumps(numbers | dict(skipped=skipped, protocol=protocol)))
 
 
 def main(argv=None):
-    """`python metrics.py RESTORED ...` is short for `measure -i RESTORED ...`; the other verb is train-reader."""
+    """`metrics.py RESTORED ...` is short for `metrics.py measure --input RESTORED ...`."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and not argv[0].startswith("-") and argv[0] not in ("measure", "train-reader"):
-        argv = ["measure", "--input", *argv]
-    command_line(__doc__, {"measure": (Measure, {}, measure), "train-reader": (TrainReader, {}, train_reader)}, argv)
+    if argv and argv[0] not in ("-h", "--help", "measure", "train-reader"):
+        argv = ["measure"] + ["--input"] * (not argv[0].startswith("-")) + argv
+    verbs = {"measure": (Measure, {}, measure), "train-reader": (TrainReader, {}, train_reader)}
+    command_line(__doc__, verbs, argv)
 
 
 if __name__ == "__main__":
