@@ -1,18 +1,19 @@
 """What would be the same for any face-restoration paper: faces, degradation, image files, run plumbing, LoRA.
 
-    toy world        toy_faces, ATTRIBUTES, TOY_SPLITS, verbalise, WordTokenizer     faces with exact ground truth, no download
-    data             Faces, list_images, read_image                                  the toy world or a folder, the same batches
-    degradation      Degradation, DEGRADATIONS, degrade, degrade_pair                lq = { JPEG_q((hq * k_sigma) down_r + n) } up_r
-    pictures         write_image, write_grid, write_curve, align_face, paste_face
-    run plumbing     Run, Stage                                                      device, precision, processes, EMA, checkpoints, log
-    weights          read_weights, load_strict, save_model, load_model
-    LoRA             LoRALinear, add_lora, merge_lora, save_lora, load_lora
-    restoring        restore_folder                                                  `sample` of every method, without its network
-    command line     command_line                                                    flags from the fields of a dataclass
+    toy world     toy_faces, ATTRIBUTES, TOY_SPLITS,                faces with exact ground truth, no download
+                  verbalise, WordTokenizer
+    data          Faces, list_images, read_image                    the toy world or a folder, the same batches
+    degradation   Degradation, DEGRADATIONS, degrade, degrade_pair  lq = { JPEG_q((hq * k_sigma) down_r + n) } up_r
+    pictures      write_image, write_grid, write_curve, align_face, paste_face
+    run plumbing  Run, Stage                                        device, precision, processes, EMA, checkpoints, log
+    weights       read_weights, load_strict, save_model, load_model
+    LoRA          LoRALinear, add_lora, merge_lora, save_lora, load_lora
+    restoring     restore_folder                                    `sample` of every method, without its network
+    command line  command_line                                      flags from the fields of a dataclass
 
-Images are `(3, H, W)` or `(B, 3, H, W)` RGB float32 in [-1, 1]. Points are (x, y) in pixels, the top-left corner of the picture
-at (0, 0), so that the centre of pixel (row i, column j) is (j + 0.5, i + 0.5). A `UserError` is a mistake of the
-person at the keyboard (or of their disk): `command_line` prints it as one line and exits with status 2.
+Images are `(3, H, W)` or `(B, 3, H, W)` RGB float32 in [-1, 1]. Points are (x, y) in pixels, the top-left corner of
+the picture at (0, 0), so that the centre of pixel (row i, column j) is (j + 0.5, i + 0.5). A `UserError` is a mistake
+of the person at the keyboard (or of their disk): `command_line` prints it as one line and exits with status 2.
 """
 import argparse
 import copy
@@ -816,13 +817,15 @@ class Degradation:
 
 DEGRADATIONS = {
     "codeformer": Degradation("CodeFormer stage 2 training file"),
-    "gfpgan": Degradation("GFPGAN v1 training file; made CelebA-Test", (0.1, 10), (0.8, 8), (0, 20), (60, 100), jitter=0.3, grey=0.01),
+    "gfpgan": Degradation("GFPGAN v1 training file; made CelebA-Test", (0.1, 10), (0.8, 8), (0, 20), (60, 100),
+                          jitter=0.3, grey=0.01),
     "difface": Degradation("DifFace, taken over by PMRF", (0.1, 15), (0.8, 32), (0, 20), (30, 100), grey=0.01),
     "pref_restore": Degradation("Pref-Restore training script", (1, 15), (1, 30), (0, 20), (30, 90)),
     "vqfr2": Degradation("VQFR v2", (1, 15), (1, 30), (0, 20), (30, 90)),
     "vqfr1": Degradation("VQFR v1: GFPGAN without colour changes", (0.1, 10), (0.8, 8), (0, 20), (60, 100)),
     "a2bfr": Degradation("A2BFR release, condition helper", (3, 15), (16, 16), (0, 25.5), (35, 90),
-                         kinds=("gaussian", "average", "median", "motion"), blur_share=0.5, noise_share=0.2, jpeg_share=0.7),
+                         kinds=("gaussian", "average", "median", "motion"),
+                         blur_share=0.5, noise_share=0.2, jpeg_share=0.7),
 }
 
 
@@ -872,7 +875,7 @@ def degrade_one(hq: torch.Tensor, spec: Degradation, seed: int) -> tuple:
             weights = blur_kernel(kind, side, sigma_x * unit, (sigma_x if round_kernel else sigma_y) * unit, angle)
             padded = F.pad(x[:, None], [side // 2] * 4, mode="reflect")      # the border rule of cv2.filter2D
             x = F.conv2d(padded, weights.to(device)[None, None])[:, 0]
-    x = F.interpolate(x[None], (thumbnail, thumbnail), mode="bilinear", align_corners=False)[0]     # no antialias, as cv2
+    x = F.interpolate(x[None], (thumbnail, thumbnail), mode="bilinear", align_corners=False)[0]  # no antialias, as cv2
     x = (x + delta * torch.randn(x.shape, generator=rng).to(device)).clamp(0, 1)
     if compressed:
         x = jpeg(x, quality).to(device)
@@ -904,7 +907,8 @@ def degrade(hq: torch.Tensor, spec: Degradation, seeds) -> torch.Tensor:
 
 # ------------------------------------------------------------------------------------------------ pictures
 
-FFHQ_512 = ((192.98138, 239.94708), (318.90277, 240.1936), (256.63416, 314.01935), (201.26117, 371.41043), (313.08905, 371.15118))
+FFHQ_512 = ((192.98138, 239.94708), (318.90277, 240.1936), (256.63416, 314.01935),
+            (201.26117, 371.41043), (313.08905, 371.15118))
 
 
 def to_pil(image: torch.Tensor) -> Image.Image:
@@ -915,7 +919,7 @@ def to_pil(image: torch.Tensor) -> Image.Image:
 
 def from_pil(picture: Image.Image) -> torch.Tensor:
     """A picture of any mode -> (3, H, W) float32 in [-1, 1]."""
-    if picture.mode.startswith("I") or picture.mode == "F":       # 16-bit and float grey: Pillow itself would clip at 255
+    if picture.mode.startswith("I") or picture.mode == "F":       # 16-bit and float grey: Pillow would clip at 255
         grey = np.asarray(picture, dtype=np.float32)
         top = 65535 if picture.mode != "F" else 1 if np.nanmax(grey) <= 1 else 255
         picture = Image.fromarray((np.nan_to_num(grey) / top * 255).clip(0, 255).round().astype(np.uint8))
@@ -925,14 +929,15 @@ def from_pil(picture: Image.Image) -> torch.Tensor:
 
 
 def list_images(path, recursive: bool = False) -> list:
-    """Files with a suffix that Pillow knows: [path] itself, or those in the folder, sorted. Raises UserError if there are none."""
+    """Files with a suffix that Pillow knows: [path] itself, or those in the folder, sorted. UserError if none."""
     path = Path(path)
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
     known = Image.registered_extensions()
-    found = sorted(p for p in path.glob("**/*" if recursive else "*") if p.suffix.lower() in known and p.is_file() and p.name[0] != ".")
+    found = sorted(p for p in path.glob("**/*" if recursive else "*")
+                   if p.suffix.lower() in known and p.is_file() and p.name[0] != ".")
     if not found:
         raise UserError(f"{path}: no pictures in this folder (looked for png, jpg, webp, bmp, tiff ...)")
     return found
@@ -944,7 +949,7 @@ def read_image(path, size: int | None = None) -> torch.Tensor:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
             image = from_pil(picture)
-    except Exception as error:                                    # Pillow raises many kinds: OSError, SyntaxError, ValueError, bombs
+    except Exception as error:                                    # Pillow raises many kinds, SyntaxError among them
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable picture ({reason.replace(repr(str(path)), 'it')})") from None
     return image if size is None else resize(image, size)
@@ -970,10 +975,11 @@ def whole_file(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:     # torch and safetensors report a full disk in their own ways
+    except (OSError, RuntimeError, SafetensorError) as error:     # torch and safetensors word a full disk differently
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]}); what was there is unchanged. Free space or choose another --output") from None
+        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]}); what was there is unchanged. "
+                        "Free space or choose another --output") from None
     finally:
         try:
             temporary.unlink(missing_ok=True)
@@ -993,7 +999,7 @@ def write_json(path, content) -> None:
 
 
 def write_grid(path, columns: dict, rows: int = 8, cell: int = 128) -> None:
-    """A table of pictures: {title: (N, 3, S, S) in [-1, 1]}, one row per face, small ones enlarged without smoothing."""
+    """A table of pictures: {title: (N, 3, S, S) in [-1, 1]}, one row per face, small ones enlarged, not smoothed."""
     titles, rows = list(columns), min(rows, *(len(c) for c in columns.values()))
     side = max(cell, max(c.shape[-1] for c in columns.values()))
     sheet = Image.new("RGB", (len(titles) * (side + 4) + 4, rows * (side + 4) + 20), "white")
@@ -1001,7 +1007,8 @@ def write_grid(path, columns: dict, rows: int = 8, cell: int = 128) -> None:
     for x, title in enumerate(titles):
         draw.text((x * (side + 4) + 6, 5), title, fill="black")
         for y in range(rows):
-            sheet.paste(to_pil(columns[title][y]).resize((side, side), Image.NEAREST), (x * (side + 4) + 4, y * (side + 4) + 20))
+            sheet.paste(to_pil(columns[title][y]).resize((side, side), Image.NEAREST),
+                        (x * (side + 4) + 4, y * (side + 4) + 20))
     with whole_file(path) as temporary:
         sheet.save(temporary, format="PNG")
 
@@ -1015,7 +1022,8 @@ def write_curve(path, curves: dict, width: int = 480, height: int = 260) -> None
         log = all(v > 0 for _, v in points)
         values = [math.log10(v) if log else v for _, v in points]
         low, high = min(values), max(max(values), min(values) + 1e-9)
-        place = lambda step, v: (left + (right - left) * step / max(1, points[-1][0]), bottom - (bottom - top) * (v - low) / (high - low))
+        place = lambda step, v: (left + (right - left) * step / max(1, points[-1][0]),
+                                 bottom - (bottom - top) * (v - low) / (high - low))
         draw.rectangle((left, top, right, bottom), outline="gray")
         draw.text((left, 6), f"{name}{' (log scale)' if log else ''}", fill="black")
         for share in (0, 0.5, 1):
@@ -1028,7 +1036,7 @@ def write_curve(path, curves: dict, width: int = 480, height: int = 260) -> None
 
 
 def similarity(source, target) -> torch.Tensor:
-    """The (2, 3) matrix of rotation, scale and shift that takes points source (K, 2) nearest to target (K, 2) [Umeyama 1991].
+    """The (2, 3) matrix of rotation, scale and shift that takes source (K, 2) nearest to target (K, 2) [Umeyama 1991].
 
     With complex numbers the least-squares fit of target = a * source + b is one division. Raises UserError where all
     source points coincide. DIFFERS: facexlib drops outliers (LMEDS); on exact points the two are equal.
@@ -1045,7 +1053,10 @@ def similarity(source, target) -> torch.Tensor:
 
 
 def warp(image: torch.Tensor, matrix: torch.Tensor, height: int, width: int, fill) -> torch.Tensor:
-    """Picture (C, H, W) seen through `matrix` (2, 3: image pixels -> output pixels) as (C, height, width); `fill` (C,) outside."""
+    """Picture (C, H, W) seen through `matrix` as (C, height, width).
+
+    `matrix` (2, 3) takes image pixels to output pixels; `fill` (C,) is what lies outside.
+    """
     full = torch.cat([matrix, matrix.new_tensor([[0, 0, 1]])])
     scale = full[:2, :2].det().abs().sqrt().item()
     if scale < 1:                                                 # shrink first, with antialias, then sample one to one
@@ -1057,14 +1068,16 @@ def warp(image: torch.Tensor, matrix: torch.Tensor, height: int, width: int, fil
     grid = (source / source.new_tensor([image.shape[2], image.shape[1]]) * 2 - 1).float().to(image)
     inside = F.grid_sample(torch.ones_like(image[None, :1]), grid[None], align_corners=False)[0]
     fill = torch.as_tensor(fill, dtype=image.dtype, device=image.device).view(-1, 1, 1)
-    return F.grid_sample(image[None], grid[None], mode="bicubic", padding_mode="border", align_corners=False)[0].clamp(-1, 1) * inside + fill * (1 - inside)
+    seen = F.grid_sample(image[None], grid[None], mode="bicubic", padding_mode="border", align_corners=False)[0]
+    return seen.clamp(-1, 1) * inside + fill * (1 - inside)
 
 
 def align_face(image: torch.Tensor, five_points, size: int = 512) -> tuple:
     """Cut a face out of a photo to the 512 px FFHQ template scaled to `size` [facexlib's five-point template].
 
     image (3, H, W) in [-1, 1]; five_points (5, 2) pixels: left eye, right eye, nose, left and right mouth corner, left
-    meaning smaller x. Returns (face (3, size, size), transform (2, 3) float64 from photo to face pixels), grey outside the photo.
+    meaning smaller x. Returns (face (3, size, size), transform (2, 3) float64 from photo to face pixels); the face is
+    grey outside the photo.
     """
     points = torch.as_tensor(five_points, dtype=torch.float64)
     if points.shape != (5, 2) or not points.isfinite().all():
@@ -1105,7 +1118,8 @@ class Faces:
         if data and not validation:
             self.files = self.files[:-held]
         if data and not self.files:
-            raise UserError(f"--data {data}: one picture cannot be split into training and held-out faces; add pictures or give --validation_data")
+            raise UserError(f"--data {data}: one picture cannot be split into training and held-out faces; "
+                            "add pictures or give --validation_data")
         names = sorted({str(p.parent) for p in self.files + self.held_out_files})
         self.person = {name: number for number, name in enumerate(names)}
 
@@ -1131,14 +1145,18 @@ class Faces:
         return dict(hq=torch.stack(images), identity=torch.tensor(people))
 
     def training(self, batch_size: int, seed: int, step: int, rank: int = 0, world: int = 1) -> dict:
-        """The batch of one (step, rank): hq (B, 3, S, S), identity (B,), seeds (B,) for `degrade`; the toy world adds its labels."""
+        """The batch of one (step, rank): hq (B, 3, S, S), identity (B,), seeds (B,) for `degrade`.
+
+        The toy world adds its labels.
+        """
         rng = torch.Generator().manual_seed(mix("faces", seed, step, rank))
         seeds = torch.randint(2 ** 40, (batch_size,), generator=rng)
         if not self.files:
             people = torch.randint(len(TOY_SPLITS["train"]), (batch_size,), generator=rng) + TOY_SPLITS["train"].start
             faces = toy_faces(people, seeds, size=self.size)
-            return dict(hq=faces.image, identity=faces.identity, attributes=faces.attributes, landmarks=faces.landmarks, seeds=seeds)
-        places = (step * world + rank) * batch_size + torch.arange(batch_size)            # position in an endless row of epochs
+            return dict(hq=faces.image, identity=faces.identity, attributes=faces.attributes,
+                        landmarks=faces.landmarks, seeds=seeds)
+        places = (step * world + rank) * batch_size + torch.arange(batch_size)  # position in an endless row of epochs
         orders = {e: torch.randperm(len(self.files), generator=torch.Generator().manual_seed(mix("epoch", seed, e)))
                   for e in set((places // len(self.files)).tolist())}
         batch = self.read([self.files[orders[p // len(self.files)][p % len(self.files)]] for p in places.tolist()])
@@ -1149,14 +1167,16 @@ class Faces:
         """`count` faces never trained on, always the same; `split` "val" or "test" (a folder has one held-out set)."""
         seeds = torch.arange(count) + mix("held out", split)
         if not self.held_out_files:
-            faces = toy_faces(TOY_SPLITS[split].start + torch.arange(count), torch.zeros(count, dtype=torch.long), size=self.size)
-            return dict(hq=faces.image, identity=faces.identity, attributes=faces.attributes, landmarks=faces.landmarks, seeds=seeds)
+            people = TOY_SPLITS[split].start + torch.arange(count)
+            faces = toy_faces(people, torch.zeros(count, dtype=torch.long), size=self.size)
+            return dict(hq=faces.image, identity=faces.identity, attributes=faces.attributes,
+                        landmarks=faces.landmarks, seeds=seeds)
         batch = self.read(self.held_out_files[:count])
         return dict(batch, seeds=seeds[:len(batch["hq"])])
 
 
 class Endless(torch.utils.data.Dataset):
-    """A function of the batch number as a data set, so that DataLoader's workers can run ahead without changing anything."""
+    """A function of the batch number as a data set: DataLoader's workers can run ahead without changing anything."""
 
     def __init__(self, batch_at):
         self.batch_at = batch_at
@@ -1185,7 +1205,7 @@ class Run:
     """One process of a run: where it computes, in which precision, with which seed, and where it writes.
 
     `cfg` has the fields output, device, mixed_precision, seed; under torchrun the processes find each other here.
-    With `fresh` an earlier run in the same folder is moved aside, so that nothing trained is ever overwritten by mistake.
+    With `fresh` an earlier run in the same folder is moved aside: nothing trained is ever overwritten by mistake.
     """
 
     def __init__(self, cfg, fresh: bool = False):
@@ -1197,11 +1217,16 @@ class Run:
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         torch.manual_seed(cfg.seed)                               # the same initial weights in every process
-        torch.set_float32_matmul_precision("high")                # TF32 on the GPUs that have it; nothing changes on a CPU
-        if fresh and self.main and ((self.folder / "model.safetensors").exists() or (self.folder / "state.pt").exists()):
+        torch.set_float32_matmul_precision("high")                # TF32 on GPUs that have it; nothing changes on a CPU
+        if fresh and self.main and any((self.folder / name).exists() for name in ("model.safetensors", "state.pt")):
             number = next(n for n in range(1, 10 ** 6) if not Path(f"{self.folder}.{n}").exists())
             self.folder.rename(f"{self.folder}.{number}")
             self.say(f"{self.folder} held an earlier run: moved to {self.folder}.{number}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output {self.folder}: cannot be made ({error.strerror}); "
+                            "choose another folder") from None
 
     @property
     def main(self) -> bool:
@@ -1218,7 +1243,6 @@ class Run:
     def log(self, **row) -> None:
         """One line of log.jsonl."""
         if self.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(row, default=str) + "\n")
 
@@ -1234,7 +1258,8 @@ class Run:
 
 def versions(device) -> dict:
     device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else f"{device.type}, {torch.get_num_threads()} threads"
     return dict(torch=torch.__version__, python=sys.version.split()[0], device=name)
 
 
@@ -1249,8 +1274,8 @@ class Stage:
         weights = stage.ema["flow"]                      # {name: tensor}: what `sample` should use
 
     Every draw of step k comes from (seed, stage, k, rank): torch is re-seeded before each step, so N steps equal N / 2
-    + resume + N / 2 bit by bit without saving the state of any generator. Modules are never wrapped: gradients are averaged
-    over processes in `update`, whichever methods of the modules made them (DDP only sees its own forward).
+    + resume + N / 2 bit by bit without saving the state of any generator. Modules are never wrapped: gradients are
+    averaged over processes in `update`, whichever methods of the modules made them (DDP only sees its own forward).
     """
 
     def __init__(self, run: Run, name: str, modules: dict, optimizers: dict, steps: int, lr_at=None):
@@ -1272,13 +1297,15 @@ class Stage:
     # -- the loop
 
     def steps(self, batch_at):
-        """Yield (step, batch) from where the checkpoint left off; saves, logs and stops cleanly on Ctrl-C or SIGTERM."""
+        """Yield (step, batch) from where the checkpoint left off; save, log and stop cleanly on Ctrl-C or SIGTERM."""
         cfg, run = self.run.cfg, self.run
         first, pieces = self.step, self.accumulate
         workers = getattr(cfg, "num_workers", 0)
-        loader = iter(torch.utils.data.DataLoader(Endless(batch_at), batch_size=None, sampler=range(first * pieces, self.last * pieces),
-                                                  num_workers=workers, persistent_workers=False))
-        bar = tqdm(total=self.last, initial=first, desc=self.name, disable=not (run.main and sys.stderr.isatty()), dynamic_ncols=True)
+        loader = iter(torch.utils.data.DataLoader(
+            Endless(batch_at), batch_size=None, sampler=range(first * pieces, self.last * pieces),
+            num_workers=workers, persistent_workers=False))
+        bar = tqdm(total=self.last, initial=first, desc=self.name, dynamic_ncols=True,
+                   disable=not (run.main and sys.stderr.isatty()))
         begun = logged = saved = time.time()
         with caught_signals(self):
             while self.step < self.last:
@@ -1295,19 +1322,22 @@ class Stage:
                     bar.set_postfix({k: f"{v:.4g}" for k, v in losses.items()})
                     if bar.disable and (time.time() - logged > 15 or self.step == self.last):
                         text = "  ".join(f"{k} {v:.4g}" for k, v in losses.items())
-                        run.say(f"{self.name} {self.step}/{self.last}  {text}  {rate:.3f} s/step, {rate * (self.last - self.step):.0f} s left")
+                        run.say(f"{self.name} {self.step}/{self.last}  {text}  {rate:.3f} s/step, "
+                                f"{rate * (self.last - self.step):.0f} s left")
                         logged = time.time()
                     self.stop = agree(self.stop, run)
-                if self.step % cfg.checkpointing_steps == 0 or (self.stop and (run.world == 1 or self.step % cfg.log_steps == 0)):
+                if (self.step % cfg.checkpointing_steps == 0
+                        or (self.stop and (run.world == 1 or self.step % cfg.log_steps == 0))):
                     self.check()
                     self.save()
                     if self.stop:
                         bar.close()
-                        raise UserError(f"stopped at step {self.step} of stage {self.name}, saved; go on with --resume_from_checkpoint latest")
+                        raise UserError(f"stopped at step {self.step} of stage {self.name}, saved; "
+                                        "go on with --resume_from_checkpoint latest")
         bar.close()
 
     def update(self, loss: torch.Tensor, /, optimizer: str | None = None, **logged) -> None:
-        """Backward; after the last micro-batch of a step: average, clip, step, EMA. Extra keywords are losses to log."""
+        """Backward; after the last micro-batch of a step: average, clip, step, EMA. Extra keywords: losses to log."""
         key = optimizer or next(iter(self.optimizers))
         chosen, cfg = self.optimizers[key], self.run.cfg
         self.history.append((self.step, {name: value.detach() for name, value in (logged or {"loss": loss}).items()}))
@@ -1331,7 +1361,7 @@ class Stage:
 
     @torch.no_grad()
     def update_ema(self) -> None:
-        """ema <- d ema + (1 - d) weights with d = min(ema_decay, (1 + n) / (10 + n)): short memory while training is young."""
+        """ema <- d ema + (1 - d) weights with d = min(ema_decay, (1 + n) / (10 + n)): a short memory at first."""
         decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
         for key, tensors in self.trained.items():
             for name, tensor in tensors.items():
@@ -1339,7 +1369,7 @@ class Stage:
                 average.lerp_(tensor.detach(), 1 - decay) if average.is_floating_point() else average.copy_(tensor)
 
     def check(self) -> dict:
-        """Means of the losses since the last call, read from the device once. A loss that is not finite ends the run here."""
+        """Means of the losses since the last call, read from the device once. One that is not finite ends the run."""
         if not self.history:
             return {}
         names = list(dict.fromkeys(name for _, row in self.history for name in row))
@@ -1350,7 +1380,8 @@ class Stage:
             bad = ~values.isfinite()
             if bad.any() and not (name == "grad_norm" and self.scaler.is_enabled()):   # fp16 skips such steps by itself
                 kept = self.run.folder / "state.pt"
-                raise UserError(f"stage {self.name}, step {steps[int(bad.nonzero()[0])]}: {name} is not finite; nothing was saved over "
+                raise UserError(f"stage {self.name}, step {steps[int(bad.nonzero()[0])]}: {name} is not finite; "
+                                "nothing was saved over "
                                 + (f"the last good checkpoint {kept}: " if kept.exists() else "(no checkpoint yet): ")
                                 + "try a smaller --learning_rate, or --mixed_precision no")
             means[name] = round(values.mean().item(), 6)
@@ -1377,14 +1408,17 @@ class Stage:
             return
         state = read_torch(path)
         if not isinstance(state, dict) or not {"stage", "step", "modules", "ema", "optimizers"} <= state.keys():
-            raise UserError(f"{path}: not a training state of this project; --resume_from_checkpoint wants a state.pt or its folder")
+            raise UserError(f"{path}: not a training state of this project; "
+                            "--resume_from_checkpoint wants a state.pt or its folder")
         if state["stage"] != self.name:
             return
         for key, tensors in self.trained.items():
             saved = state["modules"].get(key, {})
-            wrong = [n for n in tensors if n not in saved or saved[n].shape != tensors[n].shape] + [n for n in saved if n not in tensors]
+            wrong = [n for n in tensors if n not in saved or saved[n].shape != tensors[n].shape]
+            wrong += [n for n in saved if n not in tensors]
             if wrong:
-                raise UserError(f"{path}: made with other sizes ({key}.{wrong[0]} differs); resume with the flags of that run: see its config.json")
+                raise UserError(f"{path}: made with other sizes ({key}.{wrong[0]} differs); "
+                                "resume with the flags of that run: see its config.json")
             with torch.no_grad():
                 for name, tensor in tensors.items():
                     tensor.copy_(saved[name])
@@ -1397,7 +1431,7 @@ class Stage:
 
 
 def trained_tensors(module: nn.Module) -> dict:
-    """{name: tensor} of trainable parameters and of buffers: what a checkpoint holds (a frozen backbone is not saved again)."""
+    """{name: tensor} of trainable parameters and of buffers: what a checkpoint holds (not a frozen backbone again)."""
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
     return {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if name not in frozen}
 
@@ -1429,7 +1463,7 @@ def caught_signals(stage: Stage):
         stage.run.say("\nstopping after this step (once more: at once, without saving)")
     try:
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:                                            # not in the main thread (a test): signals stay as they are
+    except ValueError:                                            # not the main thread (a test): signals stay as is
         before = {}
     try:
         yield
@@ -1448,14 +1482,17 @@ def read_torch(path):
         raise UserError(f"{path}: no such checkpoint") from None
     except pickle.UnpicklingError as error:
         if "weights only" in str(error).lower() or "Unsupported" in str(error):
-            raise UserError(f"{path}: refused, it holds Python objects beside tensors and reading it could run code; convert it to safetensors") from None
+            raise UserError(f"{path}: refused, it holds Python objects beside tensors and reading it could run code; "
+                            "convert it to safetensors") from None
         raise UserError(f"{path}: damaged or not a checkpoint; download or train it again") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, UnicodeDecodeError, TypeError) as error:
-        raise UserError(f"{path}: damaged or not a checkpoint ({type(error).__name__}); download or train it again") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, UnicodeDecodeError,
+            TypeError) as error:
+        raise UserError(f"{path}: damaged or not a checkpoint ({type(error).__name__}); "
+                        "download or train it again") from None
 
 
 def read_weights(path) -> dict:
-    """{name: tensor} from .safetensors, .pth, .pt or .ckpt: the usual wrappings and the `module.` prefix of DDP are taken off."""
+    """{name: tensor} from .safetensors, .pth, .pt or .ckpt, without the usual wrappings and the `module.` of DDP."""
     path = Path(path)
     if path.suffix == ".safetensors":
         if not path.is_file():
@@ -1463,7 +1500,8 @@ def read_weights(path) -> dict:
         try:
             return safetensors.torch.load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path}: damaged or not a safetensors file ({str(error)[:80]}); download or train it again") from None
+            raise UserError(f"{path}: damaged or not a safetensors file ({str(error)[:80]}); "
+                            "download or train it again") from None
     state = read_torch(path)
     for key in ("params_ema", "params", "ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -1477,31 +1515,35 @@ def load_strict(module: nn.Module, state: dict, where) -> None:
     """load_state_dict(strict=True) whose complaint is one line that says what is wrong and what to try."""
     own = module.state_dict()
     missing, extra = [n for n in own if n not in state], [n for n in state if n not in own]
-    shapes = [f"{n} is {tuple(state[n].shape)}, wanted {tuple(own[n].shape)}" for n in own if n in state and state[n].shape != own[n].shape]
+    shapes = [f"{n} is {tuple(state[n].shape)}, wanted {tuple(own[n].shape)}"
+              for n in own if n in state and state[n].shape != own[n].shape]
     if missing or extra or shapes:
         example = (shapes or [f"no {n}" for n in missing] or [f"unknown {n}" for n in extra])[0]
-        raise UserError(f"{where}: does not fit {type(module).__name__}: {len(missing)} names missing, {len(extra)} unknown, {len(shapes)} of another "
-                        f"shape (e.g. {example}); is it of another method, preset or size?")
+        raise UserError(f"{where}: does not fit {type(module).__name__}: {len(missing)} names missing, "
+                        f"{len(extra)} unknown, {len(shapes)} of another shape (e.g. {example}); "
+                        "is it of another method, preset or size?")
     module.load_state_dict(state, strict=True)
 
 
 def save_model(folder, weights: dict, config: dict) -> None:
     """model.safetensors + config.json, what `sample` reads. `weights` {part: {name: tensor}} is stored as part.name."""
     folder = Path(folder)
-    flat = {f"{part}.{name}": t.detach().cpu().contiguous() for part, tensors in weights.items() for name, t in tensors.items()}
+    flat = {f"{part}.{name}": t.detach().cpu().contiguous()
+            for part, tensors in weights.items() for name, t in tensors.items()}
     write_json(folder / "config.json", config)
     with whole_file(folder / "model.safetensors") as temporary:
         safetensors.torch.save_file(flat, temporary, metadata={"format": "pt"})
 
 
 def load_model(where: str, method: str) -> tuple:
-    """(config, {part: {name: tensor}}) from a folder of `save_model`, its model.safetensors, or a hub id. Raises UserError."""
+    """(config, {part: {name: tensor}}) from a `save_model` folder, its model.safetensors or a hub id; or UserError."""
     folder = find_checkpoint(where)
     folder = folder.parent if folder.is_file() else folder
     try:
         config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
-        raise UserError(f"--checkpoint {where}: no config.json in {folder}; give the output folder of a training run") from None
+        raise UserError(f"--checkpoint {where}: no config.json in {folder}; "
+                        "give the output folder of a training run") from None
     except (ValueError, OSError) as error:
         raise UserError(f"--checkpoint {where}: config.json is damaged ({error})") from None
     if not isinstance(config, dict) or config.get("method") != method:
@@ -1524,14 +1566,15 @@ def find_checkpoint(where: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(where))
-    except Exception as error:                                    # offline, gated, misspelt: the hub has a dozen exceptions for it
-        raise UserError(f"--checkpoint {where}: not a local path, and the hub says {type(error).__name__}; check the name and your connection") from None
+    except Exception as error:                                    # offline, gated, misspelt: a dozen kinds of exception
+        raise UserError(f"--checkpoint {where}: not a local path, and the hub says {type(error).__name__}; "
+                        "check the name and your connection") from None
 
 
 # ------------------------------------------------------------------------------------------------ LoRA
 
 class LoRALinear(nn.Module):
-    """y = W x + (alpha / rank) B A x with W frozen, A ~ N(0, (1 / rank)^2), B = 0, so that it starts as W [LoRA, Eq. 3]."""
+    """y = W x + (alpha / rank) B A x with W frozen, A ~ N(0, (1 / rank)^2), B = 0: it starts as W [LoRA, Eq. 3]."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
@@ -1548,7 +1591,8 @@ class LoRALinear(nn.Module):
 def add_lora(module: nn.Module, names: tuple, rank: int, alpha: float) -> list:
     """Wrap every nn.Linear whose dotted name ends with one of `names`; freeze all else. Returns the new parameters."""
     module.requires_grad_(False)
-    targets = [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and any(("." + n).endswith("." + end) for end in names)]
+    targets = [n for n, m in module.named_modules()
+               if isinstance(m, nn.Linear) and any(("." + n).endswith("." + end) for end in names)]
     if not targets:
         raise ValueError(f"no nn.Linear in {type(module).__name__} has a name that ends with one of {names}")
     for name in targets:
@@ -1570,7 +1614,10 @@ def merge_lora(module: nn.Module) -> None:
 
 
 def save_lora(module: nn.Module, path, prefix: str = "transformer.") -> None:
-    """`{prefix}{layer}.lora_A.weight` and `lora_B.weight`, the layout of diffusers and peft. B carries alpha / rank: loaders assume 1."""
+    """`{prefix}{layer}.lora_A.weight` and `lora_B.weight`, the layout of diffusers and peft.
+
+    B carries alpha / rank: loaders assume 1.
+    """
     state = {}
     for name, layer in lora_layers(module).items():
         state[f"{prefix}{name}.lora_A.weight"] = layer.lora_A.weight.detach().cpu().contiguous()
@@ -1580,16 +1627,18 @@ def save_lora(module: nn.Module, path, prefix: str = "transformer.") -> None:
 
 
 def load_lora(module: nn.Module, path, prefix: str = "transformer.") -> None:
-    """The inverse of `save_lora`, into the LoRALinear layers of `module`. Raises UserError on another rank or other layers."""
+    """The inverse of `save_lora`, into the LoRALinear layers of `module`. UserError on another rank or other layers."""
     state, layers = read_weights(path), lora_layers(module)
     wanted = {f"{prefix}{name}.lora_{part}.weight" for name in layers for part in "AB"}
     if wanted != set(state):
         example = sorted(wanted ^ set(state))[0]
-        raise UserError(f"{path}: LoRA of other layers ({len(wanted - set(state))} missing, {len(set(state) - wanted)} unknown, e.g. {example})")
+        raise UserError(f"{path}: LoRA of other layers ({len(wanted - set(state))} missing, "
+                        f"{len(set(state) - wanted)} unknown, e.g. {example})")
     for name, layer in layers.items():
         a, b = state[f"{prefix}{name}.lora_A.weight"], state[f"{prefix}{name}.lora_B.weight"]
         if a.shape != layer.lora_A.weight.shape or b.shape != layer.lora_B.weight.shape:
-            raise UserError(f"{path}: LoRA of rank {a.shape[0]} at {name}, this model has rank {layer.lora_A.weight.shape[0]}; set --rank {a.shape[0]}")
+            raise UserError(f"{path}: LoRA of rank {a.shape[0]} at {name}, "
+                            f"this model has rank {layer.lora_A.weight.shape[0]}; set --rank {a.shape[0]}")
         with torch.no_grad():
             layer.lora_A.weight.copy_(a)
             layer.lora_B.weight.copy_(b / layer.scale)
@@ -1600,8 +1649,8 @@ def load_lora(module: nn.Module, path, prefix: str = "transformer.") -> None:
 def restore_folder(cfg, restore, size: int, device) -> int:
     """`sample` without its network: read, restore in batches, write; returns the number of faces restored.
 
-    cfg has input, output, batch_size, landmarks, reference. `restore(lq (B, 3, size, size))` -> {folder: (B, 3, size, size)}
-    with at least "restored_faces". With cfg.landmarks whole photographs go in and come out in restored_photos/.
+    cfg has input, output, batch_size, landmarks, reference. `restore(lq (B, 3, size, size))` gives {folder: images of
+    that shape}, at least "restored_faces". With cfg.landmarks whole photographs go in and come out in restored_photos/.
     """
     out, faces, done = Path(cfg.output), [], 0
     points = read_landmarks(cfg.landmarks) if cfg.landmarks else None
@@ -1619,7 +1668,8 @@ def restore_folder(cfg, restore, size: int, device) -> int:
             if not all(r.isfinite().all() for r in results.values()):
                 raise UserError("the network returned values that are not finite; try --mixed_precision no")
             for i, face in enumerate(batch):
-                columns = [face["lq"]] + [r[i].cpu() for name, r in reversed(results.items()) if name == "restored_faces"]
+                columns = [face["lq"]]
+                columns += [r[i].cpu() for name, r in reversed(results.items()) if name == "restored_faces"]
                 for folder, images in results.items():
                     write_image(out / folder / f"{face['stem']}.png", images[i])
                 if face["path"].stem in references and points is None:
@@ -1630,7 +1680,8 @@ def restore_folder(cfg, restore, size: int, device) -> int:
                 done += 1
     if not done:
         raise UserError(f"nothing was restored from {cfg.input}")
-    write_json(out / "args.json", dict(argv=sys.argv, config=dataclasses.asdict(cfg), restored=done, **versions(device)))
+    write_json(out / "args.json",
+               dict(argv=sys.argv, config=dataclasses.asdict(cfg), restored=done, **versions(device)))
     print(f"restored {done} face{'s' * (done > 1)} into {out / 'restored_faces'}", flush=True)
     return done
 
@@ -1643,7 +1694,8 @@ def read_landmarks(path) -> dict:
     except FileNotFoundError:
         raise UserError(f"--landmarks {path}: no such file") from None
     except (ValueError, TypeError, AttributeError, RuntimeError, OSError):
-        raise UserError(f"--landmarks {path}: wants JSON of the form {{\"photo.jpg\": [[[x, y], ... five points], ... faces]}}") from None
+        raise UserError(f"--landmarks {path}: wants JSON of the form "
+                        "{\"photo.jpg\": [[[x, y], ... five points], ... faces]}") from None
 
 
 def cut_faces(path: Path, size: int, points: dict | None, stems: set) -> list:
@@ -1653,7 +1705,8 @@ def cut_faces(path: Path, size: int, points: dict | None, stems: set) -> list:
     stems.add(stem)
     if points is None:
         if image.shape[1:] != (size, size):
-            print(f"{path.name}: {image.shape[2]}x{image.shape[1]} resized to {size}x{size}, the network's square", flush=True)
+            print(f"{path.name}: {image.shape[2]}x{image.shape[1]} resized to {size}x{size}, the network's square",
+                  flush=True)
         return [dict(lq=resize(image, size), stem=stem, path=path)]
     if path.name not in points or not len(points[path.name]):
         raise UserError(f"{path}: no face listed for {path.name} in --landmarks")
@@ -1666,13 +1719,17 @@ def cut_faces(path: Path, size: int, points: dict | None, stems: set) -> list:
 
 
 def paste_back(folder: Path, face: dict, restored: torch.Tensor) -> None:
-    """Add one restored face to its photograph; the first one starts from the input, the next ones from what is there."""
+    """Add one restored face to its photograph; the first starts from the input, the next ones from what is there."""
     target = folder / f"{face['photo']}.png"
     photo = read_image(face["path"] if face["first"] else target)
     write_image(target, paste_face(photo, restored, face["transform"]))
 
 
-# ------------------------------------------------------------------------------------------------ flags every method has
+# ---------------------------------------------------------------------------------------- flags every method has
+
+# The keys of DEGRADATIONS.
+DEGRADATION_NAMES = typing.Literal["codeformer", "gfpgan", "difface", "pref_restore", "vqfr1", "vqfr2", "a2bfr"]
+
 
 @dataclass(frozen=True)
 class TrainFlags:
@@ -1680,7 +1737,7 @@ class TrainFlags:
     output: str = ""                       # folder for weights, checkpoints, log and pictures
     data: str = ""                         # folder of aligned faces, sub-folders = identities (default: the toy world)
     validation_data: str = ""              # folder of held-out faces (default: the last tenth of --data)
-    degradation: typing.Literal["codeformer", "gfpgan", "difface", "pref_restore", "vqfr1", "vqfr2", "a2bfr"] = "codeformer"  # preset of common.DEGRADATIONS
+    degradation: DEGRADATION_NAMES = "codeformer"  # preset of common.DEGRADATIONS
     image_size: int = 64                   # side of the faces in pixels
     batch_size: int = 16                   # faces per process and micro-batch
     gradient_accumulation_steps: int = 1   # micro-batches per optimiser step
@@ -1700,10 +1757,10 @@ class TrainFlags:
 @dataclass(frozen=True)
 class SampleFlags:
     """Flags that mean the same in every `sample`."""
-    input: str                             # picture or folder of pictures: aligned faces, or photographs with --landmarks
+    input: str                             # picture or folder of pictures: aligned faces, or photos with --landmarks
     output: str = ""                       # folder for restored_faces/, cmp/ and args.json
     checkpoint: str = ""                   # output folder of a training run, or a hub id
-    landmarks: str = ""                    # JSON {"photo.jpg": [five (x, y) points, ... one list per face]}: align, restore, paste back
+    landmarks: str = ""                    # JSON {"photo.jpg": [[five (x, y)] per face]}: align, restore, paste back
     reference: str = ""                    # folder of pictures shown beside the result in cmp/ (same file stems)
     batch_size: int = 8                    # faces restored at a time
     seed: int = 0                          # of the noise
@@ -1714,7 +1771,7 @@ class SampleFlags:
 # ------------------------------------------------------------------------------------------------ command line
 
 def field_help(cls) -> dict:
-    """{field: the comment beside it} for a dataclass and its parents: the comment is the help text, so the two cannot differ."""
+    """{field: the comment beside it} for a dataclass and its parents: comment and --help text cannot differ."""
     return {m[1]: m[2] for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)
             for m in re.finditer(r"^    (\w+): .*?#\s*(.+)$", inspect.getsource(base), re.M)}
 
@@ -1724,7 +1781,8 @@ class OneLine(argparse.ArgumentParser):
 
     def error(self, message):
         unknown = re.search(r"unrecognized arguments: (--\w+)", message)
-        near = difflib.get_close_matches(unknown[1], [f for a in self._actions for f in a.option_strings], 1) if unknown else []
+        flags = [f for a in self._actions for f in a.option_strings]
+        near = difflib.get_close_matches(unknown[1], flags, 1) if unknown else []
         self.exit(2, f"error: {message}{f'; did you mean {near[0]}?' if near else f'; see {self.prog} --help'}\n")
 
 
@@ -1735,7 +1793,8 @@ def add_flags(parser: argparse.ArgumentParser, cls) -> None:
         kind, names = hints[field.name], [f"--{field.name}"]
         names += {"input": ["-i"], "output": ["-o"]}.get(field.name, [])
         required = field.default is dataclasses.MISSING
-        options = dict(help=texts.get(field.name, "").replace("%", "%%"), default=argparse.SUPPRESS, required=required, dest=field.name)
+        options = dict(help=texts.get(field.name, "").replace("%", "%%"), default=argparse.SUPPRESS,
+                       required=required, dest=field.name)
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is typing.Literal:
@@ -1760,16 +1819,18 @@ def check_numbers(cfg) -> None:
 
 
 def command_line(doc: str, verbs: dict, argv: list | None = None) -> None:
-    """`python METHOD.py VERB --flags`. verbs: {name: (dataclass, {preset: value of it}, function of it)}; exits with a status.
+    """`python METHOD.py VERB --flags`. verbs: {name: (dataclass, {preset: value of it}, function of it)}.
 
-    0 done, 2 the user can mend it (one line says how), 130 stopped by Ctrl-C at once.
+    Exits with a status: 0 done, 2 the user can mend it (one line says how), 130 stopped by Ctrl-C at once.
     """
     parser = OneLine(description=doc.strip().splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="verb", required=True, parser_class=OneLine)
     for name, (cls, presets, function) in verbs.items():
-        sub = commands.add_parser(name, help=(cls.__doc__ or "").splitlines()[0], description=cls.__doc__, allow_abbrev=False)
+        sub = commands.add_parser(name, help=(cls.__doc__ or "").splitlines()[0], description=cls.__doc__,
+                                  allow_abbrev=False)
         if len(presets) > 1:
-            sub.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="named values; any flag overrides")
+            sub.add_argument("--preset", choices=list(presets), default=next(iter(presets)),
+                             help="named values; any flag overrides")
         add_flags(sub, cls)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:

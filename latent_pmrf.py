@@ -1,23 +1,24 @@
-"""Latent-PMRF: restore a face by its posterior mean, then move that estimate to a real face with a flow between latents.
+"""Latent-PMRF: restore a face by its posterior mean, then move the estimate to a real face with a flow between latents.
 
-Paper: "Latent-PMRF" (arXiv 2507.00447 v1); baseline: PMRF (arXiv 2410.00418). Among all estimators whose outputs look real,
-the one with the least squared error transports the posterior mean to the distribution of clean images. PMRF learns that
-transport with a rectified flow on pixels; here it runs between latents of Sim-VAE, an autoencoder plain enough (3x3 convolutions,
-per-pixel LayerNorm, no attention) to reconstruct faces almost exactly, because its error bounds the distortion of the result.
+Paper: "Latent-PMRF" (arXiv 2507.00447 v1); baseline: PMRF (arXiv 2410.00418). Among all estimators whose outputs
+look real, the one with the least squared error transports the posterior mean to the distribution of clean images.
+PMRF learns that transport with a rectified flow on pixels; here it runs between latents of Sim-VAE, an autoencoder
+plain enough (3x3 convolutions, per-pixel LayerNorm, no attention) to reconstruct faces almost exactly: its error
+bounds the distortion.
 
     paper      name here   shape                range     meaning
     y, x       lq, hq      (B, 3, S, S)         [-1, 1]   degraded and clean face
     x_hat      estimate    (B, 3, S, S)         [-1, 1]   posterior mean E[X | Y = y], here the MMSE network SwinIR
     E, D       vae         (B, 3, S, S) <-> (B, c, S/f, S/f)    Sim-VAE; latents are not rescaled
-    z_0        z0          (B, c, h, w)         t = 0     source: latent of the posterior mean, plus noise of std sigma_s
+    z_0        z0          (B, c, h, w)         t = 0     source: latent of the posterior mean + noise of std sigma_s
     z_1        z1          (B, c, h, w)         t = 1     target: latent of the clean face
     t          t           (B,)                 [0, 1]    0 is the degraded end, 1 the clean end
     v_t(z_t)   velocity    (B, c, h, w)                   HDiT, which sees z_t and t only, never y
 
-    [Eq. 1] interpolate   [Eq. 2] euler_sample   [Eq. 3] cfm_loss   [Eq. 4-5] latent_source: option 2 errs as much as D(E(.)) does
+    [Eq. 1] interpolate   [Eq. 2] euler_sample   [Eq. 3] cfm_loss   [Eq. 4-5] flow_source: options 1 and 2
 
-Run `python latent_pmrf.py train` (toy world, CPU, minutes) or `train --preset paper --data FFHQ`; then `sample -i FACES -o OUT`.
-`--space pixel` is PMRF itself. Left out: Real-ESRGAN degradation for natural images, tiled velocity for pictures beyond one face.
+Run `python latent_pmrf.py train` (toy world, CPU, minutes) or `train --preset paper --data FFHQ`; then `sample`.
+`--space pixel` is PMRF itself. Left out: Real-ESRGAN degradation for natural images, tiled velocity for large pictures.
 """
 import dataclasses
 import functools
@@ -35,9 +36,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import metrics
-from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, command_line, degrade, degrade_pair,
-                    find_checkpoint, load_model, load_strict, read_weights, restore_folder, save_model, versions, write_curve,
-                    write_grid, write_json)
+from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, command_line, degrade,
+                    degrade_pair, find_checkpoint, load_model, load_strict, read_torch, read_weights, restore_folder,
+                    save_model, versions, write_curve, write_grid, write_json)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -46,47 +47,50 @@ from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, Us
 class Train(TrainFlags):
     """Train Sim-VAE, the posterior mean and the flow, then restore held-out faces."""
     output: str = "runs/latent_pmrf"       # folder for weights, checkpoints, log and pictures
+    batch_size: int = 8                    # faces per process and micro-batch; paper 64 over 8 GPUs
     stage: typing.Literal["all", "vae", "mmse", "flow"] = "all"  # one stage, or all in order
     space: typing.Literal["latent", "pixel"] = "latent"  # where the flow runs; pixel is PMRF, which has no VAE
-    source: typing.Literal["encode_mean", "latent_mean"] = "encode_mean"  # sec. 3.2: option 2 E(posterior mean), option 1 posterior mean of latents
+    source: typing.Literal["encode_mean", "latent_mean"] = "encode_mean"  # sec. 3.2: options 2 and 1
     vae: str = ""                          # trained Sim-VAE to use instead of training one: diffusers folder or hub id
     mmse: str = ""                         # trained SwinIR to use, e.g. swinir_restoration512_L1.pth of DifFace
     # Sim-VAE
     latent_channels: int = 8               # c of the latent; paper 32
-    vae_widths: tuple[int, ...] = (16, 32, 64)  # channels per level, halved resolution between them; paper 128 256 512 512
+    vae_widths: tuple[int, ...] = (16, 32, 64)  # channels per level, finest first; paper 128 256 512 512
     vae_norm: typing.Literal["layer", "group"] = "layer"  # Table 2: per-pixel LayerNorm or GroupNorm
-    vae_resizer: typing.Literal["sim", "sd"] = "sim"  # Table 2: channels change in the resizer, or SD-style in the next block
+    vae_resizer: typing.Literal["sim", "sd"] = "sim"  # Table 2: where channels change, in the resizer or after it
     vae_block: typing.Literal["sim", "sd"] = "sim"  # Table 2: one norm and one activation, or SD-VAE's two
     perceptual: typing.Literal["reader", "vgg19", "none"] = "reader"  # network of the perceptual loss; paper vgg19
     vgg: str = ""                          # file of torchvision's vgg19 weights (default: torchvision fetches them)
     perceptual_weight: float = 0.05        # authors' file; the paper's text says Real-ESRGAN's 1.0
     kl_weight: float = 1e-6                # of the KL summed over a latent
-    vae_steps: int = 4000                  # paper 150 000
+    vae_steps: int = 3000                  # paper 150 000
     vae_learning_rate: float = 2e-3        # peak; paper 1e-4
     vae_min_learning_rate: float = 1e-4    # end of the cosine; paper 1e-6
-    vae_cosine_steps: int = 4000           # horizon of the cosine; authors 200 000 for a run of 150 000
+    vae_cosine_steps: int = 3000           # horizon of the cosine; authors 200 000 for a run of 150 000
     vae_warmup_steps: int = 50             # linear, from a tenth of the peak; paper 500
     vae_crop: int = 32                     # side of the random crop the VAE sees; paper 256
     # posterior mean
-    mmse_dim: int = 60                     # SwinIR width; DifFace 180
+    mmse_dim: int = 64                     # SwinIR width; DifFace 180
     mmse_depths: tuple[int, ...] = (4, 4)  # Swin layers per residual group; DifFace 6 x 8
     mmse_heads: int = 4                    # attention heads; DifFace 6
-    mmse_features: int = 32                # width at full resolution, after upsampling; DifFace 64
+    mmse_features: int = 16                # width at full resolution, after upsampling; DifFace 64
     mmse_unshuffle: int = 4                # space-to-depth before and upsampling after; DifFace 8
-    mmse_steps: int = 900                  # paper trains none (DifFace's weights); PMRF 1000 epochs
-    mmse_learning_rate: float = 1e-3       # PMRF 5e-4, constant
+    mmse_residual: bool = True  # add the input, as SwinIR does for denoising: learns sooner; DifFace does not
+    mmse_drop_path: float = 0.0            # share of skipped residual branches in training; DifFace 0.1
+    mmse_steps: int = 2000                 # paper trains none (DifFace's weights); PMRF 1000 epochs
+    mmse_learning_rate: float = 2e-3       # PMRF 5e-4, constant
     # flow
-    flow_widths: tuple[int, ...] = (96, 192)  # HDiT width per level; paper 256 512 1024
+    flow_widths: tuple[int, ...] = (64, 128)  # HDiT width per level; paper 256 512 1024
     flow_depths: tuple[int, ...] = (2, 4)  # layers per level (fine levels count twice: down and up); paper 2 4 6
     flow_patch: int = 1                    # patch of the latent flow
     pixel_patch: int = 2                   # patch of the pixel flow; PMRF 4
     neighborhood: int = 7                  # side of the attention window on all levels but the last
     head_dim: int = 32                     # width of an attention head; paper 64
-    depthwise: bool = True                 # depth-wise convolutions in attention and feed-forward, as the paper's network
+    depthwise: bool = True  # depth-wise convolutions in attention and feed-forward, as the paper's network
     mapping_width: int = 128               # width of the time embedding; paper 768
     source_noise: float = 0.1              # sigma_s: noise on the source, in units of the space the flow runs in
     source_sample: bool = True             # source is a sample of the posterior q(z | x_hat), not its mean
-    flow_steps: int = 1500                 # paper 400 000
+    flow_steps: int = 700                  # paper 400 000
     learning_rate: float = 1e-3            # of the flow; paper 5e-4, constant
     num_inference_steps: int = 25          # Euler steps
 
@@ -115,13 +119,18 @@ class Ablate(Train):
 
 
 PAPER = dict(
-    image_size=512, batch_size=8, degradation="difface", latent_channels=32, vae_widths=(128, 256, 512, 512), perceptual="vgg19",
-    vae_steps=150_000, vae_learning_rate=1e-4, vae_min_learning_rate=1e-6, vae_cosine_steps=200_000, vae_warmup_steps=500, vae_crop=256,
-    mmse_dim=180, mmse_depths=(6,) * 8, mmse_heads=6, mmse_features=64, mmse_unshuffle=8, mmse_steps=270_000, mmse_learning_rate=5e-4,
-    flow_widths=(256, 512, 1024), flow_depths=(2, 4, 6), pixel_patch=4, head_dim=64, mapping_width=768, flow_steps=400_000,
-    learning_rate=5e-4, ema_decay=0.9999, mixed_precision="bf16", num_workers=8, checkpointing_steps=5000, log_steps=100)
-HDIT_PMRF = dict(in_channels=3, widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64, mapping_width=768, depthwise=False)
-HDIT_PAPER = dict(in_channels=32, widths=(256, 512, 1024), depths=(2, 4, 6), patch=1, head_dim=64, mapping_width=768, depthwise=True)
+    image_size=512, batch_size=8, degradation="difface", ema_decay=0.9999, mixed_precision="bf16", num_workers=8,
+    checkpointing_steps=5000, log_steps=100,
+    latent_channels=32, vae_widths=(128, 256, 512, 512), perceptual="vgg19", vae_steps=150_000, vae_learning_rate=1e-4,
+    vae_min_learning_rate=1e-6, vae_cosine_steps=200_000, vae_warmup_steps=500, vae_crop=256,
+    mmse_dim=180, mmse_depths=(6,) * 8, mmse_heads=6, mmse_features=64, mmse_unshuffle=8, mmse_residual=False,
+    mmse_drop_path=0.1, mmse_steps=270_000, mmse_learning_rate=5e-4,
+    flow_widths=(256, 512, 1024), flow_depths=(2, 4, 6), pixel_patch=4, head_dim=64, mapping_width=768,
+    flow_steps=400_000, learning_rate=5e-4)
+HDIT_PMRF = dict(in_channels=3, widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64, mapping_width=768,
+                 depthwise=False)
+HDIT_PAPER = dict(in_channels=32, widths=(256, 512, 1024), depths=(2, 4, 6), patch=1, head_dim=64, mapping_width=768,
+                  depthwise=True)
 
 
 # ------------------------------------------------------------------------------------------------ model: Sim-VAE
@@ -142,7 +151,7 @@ def vae_norm(kind: str, channels: int) -> nn.Module:
 
 
 class SimBlock(nn.Module):
-    """y = x + conv2(SiLU(conv1(norm(x)))), the only block of Sim-VAE [sec. 3.3]. kind "sd" has SD-VAE's second norm and activation."""
+    """y = x + conv2(SiLU(conv1(norm(x)))), the only block of Sim-VAE [sec. 3.3]; "sd" adds SD-VAE's norm and SiLU."""
 
     def __init__(self, width: int, out: int, norm: str, kind: str):
         super().__init__()
@@ -152,7 +161,7 @@ class SimBlock(nn.Module):
         if kind == "sd":
             self.norm2 = vae_norm(norm, out)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
-        if width != out:                                          # only with SD-style resizers: channels change in the block
+        if width != out:  # only with SD-style resizers: channels change in the block
             self.shortcut = nn.Conv2d(width, out, 1)
 
     def forward(self, x):
@@ -163,7 +172,7 @@ class SimBlock(nn.Module):
 
 
 class Down(nn.Module):
-    """Halve the resolution with one strided 3x3 convolution. SD pads right and below only; Sim-VAE pads all sides alike."""
+    """Halve the resolution with one strided 3x3 convolution. SD pads right and below, Sim-VAE all sides."""
 
     def __init__(self, width: int, out: int, style: str):
         super().__init__()
@@ -199,7 +208,9 @@ class Blocks(nn.Module):
     def forward(self, x):
         for block in self.resnets:
             x = block(x)
-        return self.downsampler(x) if hasattr(self, "downsampler") else self.upsampler(x) if hasattr(self, "upsampler") else x
+        for resizer in ("downsampler", "upsampler"):
+            x = getattr(self, resizer)(x) if hasattr(self, resizer) else x
+        return x
 
 
 class Encoder(nn.Module):
@@ -249,21 +260,24 @@ class Decoder(nn.Module):
 def not_half(x):
     """Inside an fp16 autocast the autoencoder would overflow: it runs in float32 there; bf16 is fine."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is not torch.float16)
+    half = torch.get_autocast_dtype(kind) is torch.float16
+    return torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not half)
 
 
 class SimVAE(nn.Module):
     """The paper's autoencoder [sec. 3.3]: (B, 3, H, W) in [-1, 1] <-> latents (B, c, H/f, W/f), f = 2^(levels - 1).
 
-    Parameter names and, by default, sizes are those of the release: 91,030,595 parameters at c = 32, 90,809,379 at c = 16.
-    norm, resizer and block are the switches of Table 2. The paper's "attention replaced by 3x3 convolutions" is `mid_layers` blocks.
+    Parameter names and, by default, sizes are those of the release: 91,030,595 parameters at c = 32, 90,809,379 at 16.
+    norm, resizer, block are the switches of Table 2. The paper's "attention replaced by convolutions" is `mid_layers`.
     """
 
-    def __init__(self, latent_channels=32, widths=(128, 256, 512, 512), layers=2, mid_layers=3, norm="layer", resizer="sim", block="sim"):
+    def __init__(self, latent_channels=32, widths=(128, 256, 512, 512), layers=2, mid_layers=3, norm="layer",
+                 resizer="sim", block="sim"):
         super().__init__()
         sizes = (latent_channels, tuple(widths), layers, mid_layers, norm, resizer, block)
         self.encoder, self.decoder = Encoder(*sizes), Decoder(*sizes)
-        self.factor, self.widths, self.layers, self.mid_layers = 2 ** (len(widths) - 1), tuple(widths), layers, mid_layers
+        self.factor, self.widths = 2 ** (len(widths) - 1), tuple(widths)
+        self.layers, self.mid_layers = layers, mid_layers
 
     def encode(self, x):
         """-> mean, logvar (B, c, h, w) of q(z | x); logvar within [-30, 20]."""
@@ -277,14 +291,14 @@ class SimVAE(nn.Module):
             return self.decoder(z.float())
 
     def decode_tiled(self, z, memory_gb: float):
-        """`decode` in tiles that need about memory_gb. Exact: each tile sees all the latents that can reach its pixels."""
+        """`decode` in tiles that need about memory_gb. Exact: a tile sees all the latents that can reach its pixels."""
         halo = math.ceil(self.reach())
-        # The widest moment: a few activations of widths[0] channels at full resolution.
-        pixels = memory_gb * 2 ** 30 / (5 * self.widths[0] * z.element_size() * len(z))
-        tile = int(math.sqrt(max(pixels, 0)) / self.factor) - 2 * halo
+        # The widest moment: about five activations of widths[0] channels at full resolution.
+        per_pixel = 5 * self.widths[0] * z.element_size() * len(z) / 2 ** 30
+        tile = int(math.sqrt(memory_gb / per_pixel) / self.factor) - 2 * halo
         if tile < 1:
-            raise UserError(f"--vae_memory_gb {memory_gb}: too little for one tile; give at least "
-                            f"{5 * self.widths[0] * z.element_size() * len(z) * (self.factor * (2 * halo + 4)) ** 2 / 2 ** 30:.2f}")
+            least = per_pixel * (self.factor * (2 * halo + 4)) ** 2
+            raise UserError(f"--vae_memory_gb {memory_gb}: too little for one tile; give at least {least:.2f}")
         f, (height, width) = self.factor, z.shape[-2:]
         rows = []
         for y in range(0, height, tile):
@@ -297,10 +311,10 @@ class SimVAE(nn.Module):
         return torch.cat(rows, dim=-2)
 
     def reach(self) -> float:
-        """Radius of the decoder's receptive field in latent pixels: one per 3x3 convolution, halved at each doubling."""
+        """Radius of the decoder's receptive field in latents: one per 3x3 convolution, halved at each doubling."""
         radius = 1.0 + 2 * self.mid_layers
         for level in range(len(self.widths)):
-            radius += (2 * (self.layers + 1) + 1) / 2 ** level    # the block's convolutions and the resizer's (or conv_out)
+            radius += (2 * (self.layers + 1) + 1) / 2 ** level  # of the blocks and the resizer (or conv_out)
         return radius
 
 
@@ -308,7 +322,7 @@ class SimVAE(nn.Module):
 
 
 def shifted_window_mask(height: int, width: int, window: int, shift: int) -> torch.Tensor:
-    """(windows, window^2, window^2): -100 where a rolled window joins two sides of the picture, else 0 [Swin, sec. 3.2]."""
+    """(windows, window^2, window^2): -100 where a rolled window joins two sides of the picture, else 0 [Swin]."""
     region = lambda n: (torch.arange(n) >= n - window).long() + (torch.arange(n) >= n - shift).long()
     label = 3 * region(height)[:, None] + region(width)[None]
     label = label.view(height // window, window, width // window, window).transpose(1, 2).reshape(-1, window ** 2)
@@ -329,8 +343,8 @@ class WindowAttention(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x, mask):  # (B * windows, w^2, C), (windows, w^2, w^2) or None
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)      # 3 x (B W, heads, w^2, C / heads)
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)          # (heads, w^2, w^2)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B W, heads, w^2, d)
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # (heads, w^2, w^2)
         # By hand: the fused kernels have no fast gradient for a learned bias.
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.to(q.dtype)
         if mask is not None:
@@ -346,8 +360,9 @@ class SwinLayer(nn.Module):
         super().__init__()
         self.window, self.shift, self.drop = window, shift, drop
         self.norm1, self.attn, self.norm2 = nn.LayerNorm(dim), WindowAttention(dim, window, heads), nn.LayerNorm(dim)
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, int(dim * mlp_ratio)), fc2=nn.Linear(int(dim * mlp_ratio), dim)))
-        if shift:                                                 # the released files carry the mask of the training size
+        hidden = int(dim * mlp_ratio)
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, hidden), fc2=nn.Linear(hidden, dim)))
+        if shift:  # the released files carry the mask of the training size
             self.register_buffer("attn_mask", shifted_window_mask(tokens, tokens, window, shift))
 
     def residual(self, x):
@@ -379,7 +394,8 @@ class SwinGroup(nn.Module):
 
     def __init__(self, dim, depth, heads, window, mlp_ratio, tokens, drops):
         super().__init__()
-        layers = [SwinLayer(dim, heads, window, window // 2 * (i % 2), mlp_ratio, tokens, drops[i]) for i in range(depth)]
+        shifts = [window // 2 * (i % 2) for i in range(depth)]
+        layers = [SwinLayer(dim, heads, window, shift, mlp_ratio, tokens, drop) for shift, drop in zip(shifts, drops)]
         self.residual_group = nn.ModuleDict(dict(blocks=nn.ModuleList(layers)))
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
@@ -391,16 +407,17 @@ class SwinGroup(nn.Module):
 
 
 class SwinIR(nn.Module):
-    """The posterior-mean predictor: (B, 3, H, W) in [0, 1] -> the same, not clipped. H and W multiples of 8 * unshuffle work as they are.
+    """The posterior-mean predictor: (B, 3, H, W) in [0, 1] -> the same, not clipped; any size.
 
-    Default: DifFace's SwinIR-L (15,792,587 parameters, its parameter names). PMRF's controlled "swinir_M": dim=120, depths=(6,) * 5.
-    `latent_channels` > 0 predicts latents at 1 / unshuffle of the resolution instead (option 1 of sec. 3.2).
+    Default: DifFace's SwinIR-L (15,792,587 parameters, its names). PMRF's "swinir_M": dim=120, depths=(6,) * 5.
+    `latent_channels` > 0 predicts latents at 1 / unshuffle of the resolution instead (option 1 of sec. 3.2). `residual`
+    adds the input to the output and starts there, as SwinIR does for denoising.
     """
 
-    def __init__(self, dim=180, depths=(6,) * 8, heads=6, window=8, mlp_ratio=2, unshuffle=8, features=64, tokens=64, drop_path=0.1,
-                 latent_channels=0):
+    def __init__(self, dim=180, depths=(6,) * 8, heads=6, window=8, mlp_ratio=2, unshuffle=8, features=64, tokens=64,
+                 drop_path=0.1, latent_channels=0, residual=False):
         super().__init__()
-        self.window, self.unshuffle, self.latent_channels = window, unshuffle, latent_channels
+        self.window, self.unshuffle, self.latent_channels, self.residual = window, unshuffle, latent_channels, residual
         self.register_buffer("mean", torch.tensor([0.4488, 0.4371, 0.4040]).view(1, 3, 1, 1), persistent=False)
         self.conv_first = nn.Sequential(nn.PixelUnshuffle(unshuffle), nn.Conv2d(3 * unshuffle ** 2, dim, 3, padding=1))
         self.patch_embed = nn.ModuleDict(dict(norm=nn.LayerNorm(dim)))
@@ -419,9 +436,12 @@ class SwinIR(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+        if residual:
+            zeroed(self.conv_last)
+            nn.init.zeros_(self.conv_last.bias)
 
     def forward(self, x):
-        height, width = x.shape[-2:]
+        given, (height, width) = x, x.shape[-2:]
         step = self.window * self.unshuffle
         x = F.pad(x, (0, -width % step, 0, -height % step), mode="reflect") if height % step or width % step else x
         shallow = self.conv_first(x - self.mean)                                             # (B, dim, h, w)
@@ -429,11 +449,14 @@ class SwinIR(nn.Module):
         deep = self.patch_embed.norm(shallow.flatten(2).transpose(1, 2))                     # (B, h w, dim)
         for layer in self.layers:
             deep = layer(deep, h, w)
-        x = self.conv_before_upsample(self.conv_after_body(self.norm(deep).transpose(1, 2).unflatten(2, (h, w))) + shallow)
+        deep = self.norm(deep).transpose(1, 2).unflatten(2, (h, w))
+        x = self.conv_before_upsample(self.conv_after_body(deep) + shallow)
         for i in range(self.doublings):
             x = F.leaky_relu(getattr(self, f"conv_up{i + 1}")(F.interpolate(x, scale_factor=2.0, mode="nearest")), 0.2)
         x = self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2))
-        return x if self.latent_channels else (x + self.mean)[..., :height, :width]
+        if self.latent_channels:
+            return x
+        return x[..., :height, :width] + (given if self.residual else self.mean)
 
 
 # ------------------------------------------------------------------------------------------------ model: HDiT
@@ -441,16 +464,16 @@ class SwinIR(nn.Module):
 
 @functools.lru_cache(maxsize=32)
 def neighborhood_tiles(height: int, width: int, kernel: int, device: torch.device, tile: int = 8):
-    """Which keys each tile of queries needs: query index (n, t^2), key index (n, r^2), mask (n, t^2, r^2) bool, place (H W,).
+    """Which keys a tile of queries needs: query index (n, t^2), key index (n, r^2), mask (n, t^2, r^2), place (H W,).
 
-    The windows of a tile of t x t queries lie inside one region of r x r = (t + kernel - 1)^2 keys, cut off at the border.
+    The windows of t x t queries lie inside one region of r x r = (t + kernel - 1)^2 keys, cut off at the border.
     """
     axes = []
     for length in (height, width):
         t, r = min(tile, length), min(tile + kernel - 1, length)
         queries = (torch.arange(0, length, t)[:, None] + torch.arange(t)).clamp(max=length - 1)          # (tiles, t)
         keys = (queries[:, :1] - kernel // 2).clamp(0, length - r) + torch.arange(r)                     # (tiles, r)
-        start = (queries - kernel // 2).clamp(0, length - kernel)            # the window shifts at a border, it never shrinks
+        start = (queries - kernel // 2).clamp(0, length - kernel)  # the window shifts at a border, it never shrinks
         inside = (keys[:, None] >= start[..., None]) & (keys[:, None] < start[..., None] + kernel)       # (tiles, t, r)
         axes.append((queries, keys, inside))
     (qy, ky, my), (qx, kx, mx) = axes
@@ -464,17 +487,18 @@ def neighborhood_tiles(height: int, width: int, kernel: int, device: torch.devic
 
 
 def neighborhood_attention(q, k, v, height: int, width: int, kernel_size: int = 7, scale: float | None = None):
-    """Each query attends to the kernel_size x kernel_size keys around it; at a border the window shifts inwards [NATTEN].
+    """Each query attends to the kernel_size x kernel_size keys around it; at a border the window shifts in [NATTEN].
 
-    q, k, v (B, heads, H * W, head_dim) in row-major order -> the same shape. Plain PyTorch: tiles of 8 x 8 queries share the
-    region of keys they need, so memory grows with H * W, not with its square, and the fused attention kernels still apply.
+    q, k, v (B, heads, H * W, head_dim), row-major -> the same shape. Plain PyTorch: tiles of 8 x 8 queries share the
+    region of keys they need, so memory grows with H * W, not its square, and the fused attention kernels still apply.
     Raises ValueError if the grid is smaller than the window or the window is even.
     """
     if kernel_size % 2 == 0 or kernel_size > min(height, width) or q.shape[-2] != height * width:
-        raise ValueError(f"neighborhood_attention: window {kernel_size} must be odd and fit the {height}x{width} grid of {q.shape[-2]} tokens")
+        raise ValueError(f"neighborhood_attention: window {kernel_size} must be odd and fit the {height}x{width} grid "
+                         f"of {q.shape[-2]} tokens")
     batch, heads, _, dim = q.shape
     query, key, mask, place = neighborhood_tiles(height, width, kernel_size, q.device)
-    gather = lambda x, index: x.flatten(0, 1)[:, index].flatten(0, 1)[:, None]               # (B heads n, 1, tokens, dim)
+    gather = lambda x, index: x.flatten(0, 1)[:, index].flatten(0, 1)[:, None]  # (B heads n, 1, tokens, dim)
     out = F.scaled_dot_product_attention(gather(q, query), gather(k, key), gather(v, key),
                                          attn_mask=mask.repeat(batch * heads, 1, 1)[:, None], scale=scale)
     return out.view(batch, heads, -1, dim)[:, :, place]
@@ -500,7 +524,7 @@ def axial_positions(height: int, width: int, device=None):
 
 
 def apply_rope(x, theta):
-    """Rotate the first half of each head by its angles: pairs (x_i, x_{i + d}), d = theta.shape[-1]. x (B, heads, N, head_dim)."""
+    """Rotate pairs (x_i, x_{i + d}), d = theta.shape[-1], by their angles; the rest stays. x (B, heads, N, dim)."""
     d = theta.shape[-1]
     a, b, rest = x[..., :d], x[..., d:2 * d], x[..., 2 * d:]
     cos, sin = theta.cos().to(x.dtype), theta.sin().to(x.dtype)
@@ -574,7 +598,7 @@ class SelfAttention(nn.Module):
             self.dwconv = DepthwiseConv(3 * width)
         self.scale = nn.Parameter(torch.full((self.heads,), 10.0))
         self.pos_emb = nn.Module()
-        angles = head_dim // 8                                    # half of a head is rotated; a quarter for each of y and x
+        angles = head_dim // 8  # half of a head is rotated; a quarter for each of y and x
         freqs = torch.linspace(math.log(math.pi), math.log(10 * math.pi), self.heads * angles + 1)[:-1].exp()
         self.pos_emb.register_buffer("freqs", freqs.view(angles, self.heads).T.contiguous())
         self.out_proj = zeroed(nn.Linear(width, width, bias=False))
@@ -585,9 +609,10 @@ class SelfAttention(nn.Module):
     def forward(self, x, c, positions, grid):  # (B, N, D)
         qkv = self.qkv_proj(self.norm(x, c))
         qkv = self.dwconv(qkv, grid) if hasattr(self, "dwconv") else qkv
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)              # 3 x (B, heads, N, D / heads)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, N, D / heads)
         theta, root = self.angles(positions), self.scale.float().sqrt()[:, None, None]
-        q, k = (apply_rope((u * (root * torch.rsqrt(u.float().square().sum(-1, keepdim=True) + 1e-6)).to(u.dtype)), theta) for u in (q, k))
+        unit = lambda u: u * (root * torch.rsqrt(u.float().square().sum(-1, keepdim=True) + 1e-6)).to(u.dtype)
+        q, k = apply_rope(unit(q), theta), apply_rope(unit(k), theta)
         if self.kernel:
             out = neighborhood_attention(q, k, v, *grid, kernel_size=self.kernel, scale=1.0)
         else:
@@ -626,7 +651,8 @@ class HDiTLayer(nn.Module):
 class MappingBlock(nn.Module):
     def __init__(self, width: int, d_ff: int):
         super().__init__()
-        self.norm, self.up_proj, self.down_proj = RMSNorm(width), GEGLU(width, d_ff), zeroed(nn.Linear(d_ff, width, bias=False))
+        self.norm, self.up_proj = RMSNorm(width), GEGLU(width, d_ff)
+        self.down_proj = zeroed(nn.Linear(d_ff, width, bias=False))
 
     def forward(self, x):
         return x + self.down_proj(self.up_proj(self.norm(x)))
@@ -682,27 +708,30 @@ def zeroed(layer):
 
 
 class HDiT(nn.Module):
-    """Hourglass diffusion transformer: velocity (B, C, H, W) of x (B, C, H, W) at time t (B,) [HDiT, arXiv 2401.11605; PMRF].
+    """Hourglass diffusion transformer: velocity of x (B, C, H, W) at time t (B,), same shape [arXiv 2401.11605; PMRF].
 
-    Level i works on tokens of 2^i x 2^i patches; all levels but the last attend to `kernel` x `kernel` neighbourhoods, the last to
-    everything. Names and defaults are k-diffusion's, as PMRF releases them: HDiT(**HDIT_PMRF) has 160,460,210 parameters.
-    DIFFERS: the authors' unpublished latent network drops cosine similarity and uses convolutions to resize; this one is the HDiT that
-    the paper cites, with its depth-wise convolutions as a switch (the printed 151.2 M is reached by neither).
+    Level i works on tokens of 2^i x 2^i patches; all levels but the last attend to `kernel` x `kernel` neighbourhoods,
+    the last to everything. Names are k-diffusion's, as PMRF releases them: HDiT(**HDIT_PMRF) has 160,460,210
+    parameters. DIFFERS: the authors' unpublished latent network drops cosine similarity and uses convolutions to
+    resize; this one is the HDiT that the paper cites, with its depth-wise convolutions as a switch (neither has the
+    printed 151.2 M).
     """
 
-    def __init__(self, in_channels=3, widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64, mapping_width=768, mapping_depth=2,
-                 kernel=7, depthwise=False):
+    def __init__(self, in_channels=3, widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64,
+                 mapping_width=768, mapping_depth=2, kernel=7, depthwise=False):
         super().__init__()
         self.patch = patch
         self.patch_in = Merge(in_channels, widths[0], patch)
         self.time_emb = FourierFeatures(1, mapping_width)
         self.time_in_proj = nn.Linear(mapping_width, mapping_width, bias=False)
-        self.aug_emb = FourierFeatures(9, mapping_width)          # k-diffusion's augmentation input, always zero here: a learned constant
+        self.aug_emb = FourierFeatures(9, mapping_width)  # k-diffusion's augmentation input, here always zero
         self.aug_in_proj = nn.Linear(mapping_width, mapping_width, bias=False)
         self.mapping = Mapping(mapping_width, mapping_depth)
-        level = lambda i, k: nn.ModuleList(HDiTLayer(widths[i], 3 * widths[i], mapping_width, head_dim, k, depthwise) for _ in range(depths[i]))
+        layer = lambda w, k: HDiTLayer(w, 3 * w, mapping_width, head_dim, k, depthwise)
+        level = lambda i, k: nn.ModuleList(layer(widths[i], k) for _ in range(depths[i]))
         fine = range(len(widths) - 1)
-        self.down_levels, self.up_levels = nn.ModuleList(level(i, kernel) for i in fine), nn.ModuleList(level(i, kernel) for i in fine)
+        self.down_levels = nn.ModuleList(level(i, kernel) for i in fine)
+        self.up_levels = nn.ModuleList(level(i, kernel) for i in fine)
         self.mid_level = level(len(widths) - 1, 0)
         self.merges = nn.ModuleList(Merge(widths[i], widths[i + 1]) for i in fine)
         self.splits = nn.ModuleList(Split(widths[i + 1], widths[i]) for i in fine)
@@ -711,7 +740,8 @@ class HDiT(nn.Module):
         zeroed(self.patch_out.proj)
 
     def condition(self, t):  # (B,) -> (B, T); t is fed raw, as PMRF does (k-diffusion feeds log(sigma) / 4)
-        return self.mapping(self.time_in_proj(self.time_emb(t[:, None])) + self.aug_in_proj(self.aug_emb(t.new_zeros(len(t), 9))))
+        constant = self.aug_in_proj(self.aug_emb(t.new_zeros(len(t), 9)))
+        return self.mapping(self.time_in_proj(self.time_emb(t[:, None])) + constant)
 
     def forward(self, x, t):
         side = self.patch * 2 ** len(self.merges)
@@ -729,7 +759,7 @@ class HDiT(nn.Module):
         for level, split, skip in reversed(list(zip(self.up_levels, self.splits, skips))):
             x, grid = split(x, grid, skip), (grid[0] * 2, grid[1] * 2)
             x = self.run_level(level, x, c, grid)
-        x = self.patch_out(self.out_norm(x), grid)                                           # (B, H * W * C), pixels row by row
+        x = self.patch_out(self.out_norm(x), grid)  # (B, H * W * C), pixels row by row
         return x.view(shape[0], *shape[-2:], shape[1]).movedim(-1, 1)
 
     def run_level(self, level, x, c, grid):
@@ -743,18 +773,18 @@ class HDiT(nn.Module):
 
 
 def kl_divergence(mean, logvar):
-    """KL(N(mean, exp(logvar)) || N(0, 1)), summed over a latent (C, H, W), averaged over the batch: its weight grows with the crop."""
+    """KL(N(mean, exp(logvar)) || N(0, 1)), summed over a latent (C, H, W), averaged over the batch."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
 
 
 def vae_loss(reconstruction, hq, mean, logvar, perceptual, perceptual_weight, kl_weight):
     """L1 + perceptual + KL, no discriminator [sec. 3.3]. Returns (total, {name: value})."""
-    parts = dict(l1=(reconstruction - hq).abs().mean(), perceptual=perceptual(reconstruction, hq), kl=kl_divergence(mean, logvar))
-    return parts["l1"] + perceptual_weight * parts["perceptual"] + kl_weight * parts["kl"], parts
+    l1, likeness, kl = (reconstruction - hq).abs().mean(), perceptual(reconstruction, hq), kl_divergence(mean, logvar)
+    return l1 + perceptual_weight * likeness + kl_weight * kl, dict(l1=l1, perceptual=likeness, kl=kl)
 
 
 class VGGLoss(nn.Module):
-    """Weighted L1 between VGG19 features before their ReLU; a, b (B, 3, H, W) in [-1, 1] [Real-ESRGAN's layers and weights]."""
+    """Weighted L1 between VGG19 features before their ReLU; a, b (B, 3, H, W) in [-1, 1] [Real-ESRGAN's layers]."""
 
     LAYERS = {2: 0.1, 7: 0.1, 16: 1.0, 25: 1.0, 34: 1.0}          # conv1_2, conv2_2, conv3_4, conv4_4, conv5_4
 
@@ -763,8 +793,9 @@ class VGGLoss(nn.Module):
         from torchvision.models import VGG19_Weights, vgg19
         try:
             network = vgg19(weights=VGG19_Weights.IMAGENET1K_V1 if pretrained and not weights else None)
-        except Exception as error:                                # no network: urllib, ssl and timeouts each have their own
-            raise UserError(f"torchvision cannot fetch vgg19 ({type(error).__name__}); give the file with --vgg, or --perceptual reader") from None
+        except Exception as error:  # no network: urllib, ssl and timeouts each have their own
+            raise UserError(f"torchvision cannot fetch vgg19 ({type(error).__name__}); give the file with --vgg, or "
+                            "--perceptual reader") from None
         if weights:
             load_strict(network, read_weights(weights), f"--vgg {weights}")
         self.features = network.features[:35].eval().requires_grad_(False)
@@ -774,7 +805,7 @@ class VGGLoss(nn.Module):
     def stages(self, x):
         x, found = (x * 0.5 + 0.5 - self.mean) / self.std, []
         for i, layer in enumerate(self.features):
-            x = F.relu(x) if isinstance(layer, nn.ReLU) else layer(x)      # not in place: the features before it are kept
+            x = F.relu(x) if isinstance(layer, nn.ReLU) else layer(x)  # not in place: the features before it are kept
             if i in self.LAYERS:
                 found.append(x)
         return found
@@ -786,12 +817,12 @@ class VGGLoss(nn.Module):
 
 
 def mmse_loss(estimate, hq):
-    """Mean squared error in [0, 1] whose minimiser is the posterior mean; clipping is part of the network (no gradient outside)."""
+    """Mean squared error in [0, 1], whose minimiser is the posterior mean; clipping is part of the network."""
     return (estimate.clamp(0, 1) - hq).square().mean()
 
 
 def interpolate(z0, z1, t):
-    """z_t = (1 - t) z0 + t z1 [Eq. 1]; t (B,), 0 the source, 1 the clean end. DIFFERS: the authors' code runs t the other way."""
+    """z_t = (1 - t) z0 + t z1 [Eq. 1]; t (B,), 0 the source, 1 clean. DIFFERS: the authors' code reverses t."""
     t = t.view(-1, *[1] * (z0.dim() - 1))
     return (1 - t) * z0 + t * z1
 
@@ -802,7 +833,7 @@ def cfm_loss(velocity, z0, z1, t):
 
 
 def stratified_time(batch: int, rank: int = 0, world: int = 1, generator=None):
-    """(B,) times in [0, 1), one in each of batch * world equal strata, dealt to the processes in turn. UNSTATED: PMRF's code."""
+    """(B,) times in [0, 1), one in each of batch * world strata, dealt to the processes in turn. UNSTATED: as PMRF."""
     stratum = torch.arange(batch) * world + rank
     return ((stratum + torch.rand(batch, generator=generator)) / (batch * world)).clamp(max=1 - 1e-7)
 
@@ -825,20 +856,20 @@ def posterior_mean(mmse, lq):
 
 
 def latent_source(vae, estimate, sample: bool, noise):
-    """z_0 = E(x_hat) [Eq. 5, option 2]. Its distortion is that of the autoencoder: D(z_0) - x_hat is reconstruction error.
+    """z_0 = E(x_hat) [Eq. 5, option 2]. Its error is the autoencoder's: D(z_0) - x_hat is reconstruction error.
 
-    UNSTATED: the authors draw from q(z | x_hat) and their runs add noise of std 0.1 (see `add_source_noise`); the paper says E(x_hat).
+    UNSTATED: the authors draw from q(z | x_hat) and add noise of std 0.1 (`source_noise`); the paper says E(x_hat).
     """
     mean, logvar = vae.encode(estimate)
     return mean + (0.5 * logvar).exp() * noise(mean) if sample else mean
 
 
 def flow_source(nets, cfg, lq, noise):
-    """Where the flow starts, z0 (before its noise), and the estimate (B, 3, S, S) it comes from. `noise(like)` draws N(0, 1)."""
+    """z0 before its noise, and the estimate (B, 3, S, S) it comes from. `noise(like)` draws N(0, 1)."""
     if cfg.space == "pixel":                                      # PMRF: the flow runs on pixels in [0, 1]
         estimate = posterior_mean(nets["mmse"], lq)
         return estimate * 0.5 + 0.5, estimate
-    if cfg.source == "latent_mean":                               # [Eq. 4, option 1]: E[Z_1 | y] from a network trained on latents
+    if cfg.source == "latent_mean":  # [Eq. 4, option 1]: E[Z_1 | y] from a network trained on latents
         z0 = nets["mmse"](lq * 0.5 + 0.5)
         return z0, nets["vae"].decode(z0)
     estimate = posterior_mean(nets["mmse"], lq)
@@ -854,53 +885,70 @@ def restore(nets, cfg, lq, noise, steps: int, decode=None):
     return {"restored_faces": restored.float().clamp(-1, 1), "posterior_mean": estimate.float().clamp(-1, 1)}
 
 
-# ------------------------------------------------------------------------------------------------ networks and their weights
+# ------------------------------------------------------------------------------------------------ networks, weights
 
 
 def build(cfg, part: str) -> nn.Module:
     """The network of one part, with the sizes of a `Train` configuration."""
     if part == "vae":
-        return SimVAE(cfg.latent_channels, cfg.vae_widths, norm=cfg.vae_norm, resizer=cfg.vae_resizer, block=cfg.vae_block)
+        return SimVAE(cfg.latent_channels, cfg.vae_widths, norm=cfg.vae_norm, resizer=cfg.vae_resizer,
+                      block=cfg.vae_block)
     if part == "mmse":
         predicts = cfg.latent_channels if cfg.source == "latent_mean" else 0
-        return SwinIR(cfg.mmse_dim, cfg.mmse_depths, cfg.mmse_heads, unshuffle=cfg.mmse_unshuffle, features=cfg.mmse_features,
-                      tokens=cfg.image_size // cfg.mmse_unshuffle, latent_channels=predicts)
+        return SwinIR(cfg.mmse_dim, cfg.mmse_depths, cfg.mmse_heads, unshuffle=cfg.mmse_unshuffle,
+                      features=cfg.mmse_features, tokens=cfg.image_size // cfg.mmse_unshuffle,
+                      drop_path=cfg.mmse_drop_path, latent_channels=predicts,
+                      residual=cfg.mmse_residual and not predicts)
     channels, patch = (3, cfg.pixel_patch) if cfg.space == "pixel" else (cfg.latent_channels, cfg.flow_patch)
-    return HDiT(channels, cfg.flow_widths, cfg.flow_depths, patch, cfg.head_dim, cfg.mapping_width, kernel=cfg.neighborhood, depthwise=cfg.depthwise)
+    return HDiT(channels, cfg.flow_widths, cfg.flow_depths, patch, cfg.head_dim, cfg.mapping_width,
+                kernel=cfg.neighborhood, depthwise=cfg.depthwise)
 
 
 def load_sim_vae(where: str) -> SimVAE:
-    """The released Sim-VAE, or any of its shape: a diffusers folder, its safetensors file, or a hub id. Sizes are read off the weights."""
+    """The released Sim-VAE: a diffusers folder, its safetensors file, or a hub id. Sizes are read off the weights."""
     path = find_checkpoint(where)
     if path.is_dir():
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
         if not files:
             raise UserError(f"--vae {where}: no .safetensors file in this folder")
         path = files[0]
-    state = {n: t.flatten() if ".norm." in n else t for n, t in read_weights(path).items()}      # some store norms as (1, C, 1, 1)
+    # Some files store norms as (1, C, 1, 1).
+    state = {n: t.flatten() if ".norm." in n else t for n, t in read_weights(path).items()}
     if "decoder.conv_in.weight" not in state:
         raise UserError(f"--vae {where}: not a Sim-VAE (no decoder.conv_in.weight in it)")
     count = lambda pattern: len([n for n in state if n.startswith(pattern) and n.endswith("conv1.weight")])
-    widths = [state[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[1] for i in range(99) if f"encoder.down_blocks.{i}.resnets.0.conv1.weight" in state]
-    vae = SimVAE(state["decoder.conv_in.weight"].shape[1], widths, count("encoder.down_blocks.0."), count("encoder.mid_block."))
+    first = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(16)]
+    widths = [state[name].shape[1] for name in first if name in state]
+    channels = state["decoder.conv_in.weight"].shape[1]
+    vae = SimVAE(channels, widths, count("encoder.down_blocks.0."), count("encoder.mid_block."))
     load_strict(vae, state, f"--vae {where}")
     return vae
 
 
-def load_pmrf(folder: Path) -> dict:
-    """PMRF's released blind-face model: `model.*` is the flow on pixels, `mmse_model.*` the SwinIR. A Lightning file's EMA is used if present."""
-    file = next((f for pattern in ("*.safetensors", "*.bin", "*.ckpt") for f in sorted(folder.glob(pattern))), None) if folder.is_dir() else folder
-    if file is None:
-        raise UserError(f"--checkpoint {folder}: no weights in this folder")
-    state = read_weights(file)
+def load_pmrf(where: Path) -> dict:
+    """PMRF's released blind-face model: `model.*` is the flow on pixels, `mmse_model.*` the SwinIR.
+
+    A Lightning file also holds the averaged weights of the flow, a list in the order of its parameters: they are used.
+    """
+    kinds = ("*.safetensors", "*.bin", "*.ckpt")
+    files = [where] if where.is_file() else [file for kind in kinds for file in sorted(where.glob(kind))]
+    if not files:
+        raise UserError(f"--checkpoint {where}: no weights in this folder")
+    raw = read_torch(files[0]) if files[0].suffix == ".ckpt" else {}
+    state = raw["state_dict"] if "state_dict" in raw else read_weights(files[0])
     nets = {"flow": HDiT(**HDIT_PMRF), "mmse": SwinIR()}
     for part, prefix in (("flow", "model."), ("mmse", "mmse_model.")):
-        load_strict(nets[part], {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}, f"--checkpoint {folder}, {prefix}*")
+        own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+        load_strict(nets[part], own, f"--checkpoint {where}, {prefix}*")
+    average = raw.get("ema")
+    average = average.get("shadow_params") if isinstance(average, dict) else average
+    for parameter, shadow in zip(nets["flow"].parameters(), average or []):
+        parameter.data.copy_(shadow)
     return nets
 
 
 def load_networks(cfg: Sample) -> tuple:
-    """(nets, Train configuration) for `sample`: from a training run, from PMRF's release, or with released parts put in."""
+    """(nets, Train configuration) for `sample`: a training run, PMRF's release, or a run with released parts put in."""
     path = find_checkpoint(cfg.checkpoint)
     config = path / "config.json" if path.is_dir() else path.with_name("config.json")
     ours = config.exists() and '"method"' in config.read_text(errors="replace")
@@ -918,7 +966,8 @@ def load_networks(cfg: Sample) -> tuple:
             nets[part] = load_part(trained, part, given)
             continue
         if part not in parts:
-            raise UserError(f"--checkpoint {cfg.checkpoint}: holds {', '.join(parts)} but no {part}; train it with --stage {part}")
+            raise UserError(f"--checkpoint {cfg.checkpoint}: holds {', '.join(parts)} but no {part}; train it with "
+                            f"--stage {part}")
         nets[part] = build(trained, part)
         load_strict(nets[part], parts[part], f"--checkpoint {cfg.checkpoint}, {part}")
     return nets, trained
@@ -929,7 +978,7 @@ def load_part(cfg, part: str, where: str) -> nn.Module:
     if part == "vae":
         vae = load_sim_vae(where)
         if vae.decoder.conv_in.in_channels != cfg.latent_channels:
-            raise UserError(f"--vae {where}: has {vae.decoder.conv_in.in_channels} latent channels; set --latent_channels to this")
+            raise UserError(f"--vae {where}: set --latent_channels {vae.decoder.conv_in.in_channels}, which it has")
         return vae
     mmse = build(cfg, "mmse")
     load_strict(mmse, read_weights(where), f"--mmse {where}")
@@ -944,12 +993,13 @@ def parts_of(cfg) -> list:
 
 
 def cosine_lr(cfg):
-    """Multiple of the peak learning rate: linear from a tenth in vae_warmup_steps, then a cosine towards the minimum."""
-    floor = cfg.vae_min_learning_rate / cfg.vae_learning_rate
+    """Multiple of the peak learning rate: linear from a tenth in vae_warmup_steps, then a cosine to the minimum."""
+    floor, warmup = cfg.vae_min_learning_rate / cfg.vae_learning_rate, cfg.vae_warmup_steps
+
     def at(step):
-        if step < cfg.vae_warmup_steps:
-            return 0.1 + 0.9 * step / cfg.vae_warmup_steps
-        return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * min(1, (step - cfg.vae_warmup_steps) / cfg.vae_cosine_steps)))
+        if step < warmup:
+            return 0.1 + 0.9 * step / warmup
+        return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * min(1, (step - warmup) / cfg.vae_cosine_steps)))
     return at
 
 
@@ -983,7 +1033,8 @@ def train_vae(cfg, run, faces, nets):
     """Stage 1: Sim-VAE on clean crops, in full precision as the authors do. Sampling the posterior, not its mean."""
     vae, perceptual = nets["vae"], perceptual_network(cfg, run.device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=cfg.vae_learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    stage = Stage(run, "vae", {"vae": vae}, {"vae": optimizer}, min(cfg.vae_steps, cfg.max_train_steps), lr_at=cosine_lr(cfg))
+    steps = min(cfg.vae_steps, cfg.max_train_steps)
+    stage = Stage(run, "vae", {"vae": vae}, {"vae": optimizer}, steps, lr_at=cosine_lr(cfg))
     for _, batch in stage.steps(batches(cfg, run, faces, degraded=False)):
         hq = random_crop(batch["hq"], cfg.vae_crop)
         mean, logvar = vae.encode(hq)
@@ -994,7 +1045,7 @@ def train_vae(cfg, run, faces, nets):
 
 
 def train_mmse(cfg, run, faces, nets):
-    """Stage 2: the posterior mean, by least squares. With --source latent_mean the target is the latent instead of the face."""
+    """Stage 2: the posterior mean, by least squares. With --source latent_mean the target is the latent."""
     mmse, vae = nets["mmse"].train(), nets.get("vae")
     optimizer = torch.optim.AdamW(mmse.parameters(), lr=cfg.mmse_learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     stage = Stage(run, "mmse", {"mmse": mmse}, {"mmse": optimizer}, min(cfg.mmse_steps, cfg.max_train_steps))
@@ -1015,7 +1066,7 @@ def train_mmse(cfg, run, faces, nets):
 def train_flow(cfg, run, faces, nets, watch=None):
     """Stage 3: rectified flow from the source (posterior mean) to the clean face, everything else frozen.
 
-    `watch(stage, step, seconds)` may look on while it trains and returns True to end it (the ablation's equal-time rule).
+    `watch(stage, step, seconds)` looks on while it trains and returns True to end it (the ablation's equal time).
     """
     flow, vae = nets["flow"], nets.get("vae")
     optimizer = torch.optim.AdamW(flow.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
@@ -1024,7 +1075,10 @@ def train_flow(cfg, run, faces, nets, watch=None):
     for step, batch in stage.steps(batches(cfg, run, faces, degraded=True)):
         with torch.no_grad(), run.autocast():
             z0, _ = flow_source(nets, cfg, batch["lq"], torch.randn_like)
-            z1 = batch["hq"] * 0.5 + 0.5 if cfg.space == "pixel" else latent_source(vae, batch["hq"], cfg.source_sample, torch.randn_like)
+            if cfg.space == "pixel":
+                z1 = batch["hq"] * 0.5 + 0.5
+            else:
+                z1 = latent_source(vae, batch["hq"], cfg.source_sample, torch.randn_like)
             z0 = z0.float() + cfg.source_noise * torch.randn_like(z0, dtype=torch.float32)
         t = stratified_time(len(z0), run.rank, run.world).to(run.device)
         with run.autocast():
@@ -1074,7 +1128,8 @@ def train(cfg: Train) -> None:
         nets[part].eval().requires_grad_(False)
         weights[part] = nets[part].state_dict()
         if run.main:
-            save_model(cfg.output, weights, dict(method="latent_pmrf", train=dataclasses.asdict(cfg), finished=list(weights)))
+            config = dict(method="latent_pmrf", train=dataclasses.asdict(cfg), finished=list(weights))
+            save_model(cfg.output, weights, config)
     if run.main and set(weights) == set(nets):
         report(cfg, run, faces, nets)
 
@@ -1082,19 +1137,23 @@ def train(cfg: Train) -> None:
 def check_sizes(cfg) -> None:
     """Sizes that cannot work together, in words, before anything is built. Raises UserError."""
     tokens = cfg.image_size // cfg.mmse_unshuffle
-    if cfg.image_size % (8 * cfg.mmse_unshuffle):
-        raise UserError(f"--image_size {cfg.image_size}: must be a multiple of {8 * cfg.mmse_unshuffle} (SwinIR's windows of 8 after --mmse_unshuffle)")
+    window = 8 * cfg.mmse_unshuffle
+    if cfg.image_size % window:
+        raise UserError(f"--image_size {cfg.image_size}: must be a multiple of {window}, SwinIR's windows")
     if cfg.mmse_dim % cfg.mmse_heads:
         raise UserError(f"--mmse_dim {cfg.mmse_dim}: must be a multiple of --mmse_heads {cfg.mmse_heads}")
     factor = cfg.pixel_patch if cfg.space == "pixel" else cfg.flow_patch * 2 ** (len(cfg.vae_widths) - 1)
-    grid = cfg.image_size // factor
-    if cfg.image_size % (factor * 2 ** (len(cfg.flow_widths) - 1)):
-        raise UserError(f"--image_size {cfg.image_size}: the flow's {len(cfg.flow_widths)} levels need a multiple of {factor * 2 ** (len(cfg.flow_widths) - 1)}")
-    if len(cfg.flow_widths) > 1 and grid // 2 ** (len(cfg.flow_widths) - 2) < cfg.neighborhood or cfg.neighborhood % 2 == 0:
-        raise UserError(f"--neighborhood {cfg.neighborhood}: must be odd and fit the smallest windowed grid, {grid // 2 ** max(0, len(cfg.flow_widths) - 2)} tokens a side")
-    if len(cfg.flow_widths) != len(cfg.flow_depths) or any(w % cfg.head_dim for w in cfg.flow_widths) or cfg.head_dim % 8:
-        raise UserError("--flow_widths: one depth in --flow_depths each, all multiples of --head_dim, which is a multiple of 8")
-    if cfg.source == "latent_mean" and cfg.space == "latent" and tokens != cfg.image_size // 2 ** (len(cfg.vae_widths) - 1):
+    levels = len(cfg.flow_widths)
+    side = factor * 2 ** (levels - 1)
+    if cfg.image_size % side:
+        raise UserError(f"--image_size {cfg.image_size}: must be a multiple of {side}, the flow's coarsest token")
+    grid = 2 * cfg.image_size // side                             # tokens a side of the smallest level with windows
+    if cfg.neighborhood % 2 == 0 or (levels > 1 and grid < cfg.neighborhood):
+        raise UserError(f"--neighborhood {cfg.neighborhood}: must be odd and at most {grid}, the smallest grid")
+    if levels != len(cfg.flow_depths) or any(w % cfg.head_dim for w in cfg.flow_widths) or cfg.head_dim % 8:
+        raise UserError("--flow_widths: wants as many --flow_depths, and multiples of --head_dim, itself one of 8")
+    latents = cfg.image_size // 2 ** (len(cfg.vae_widths) - 1)
+    if cfg.source == "latent_mean" and cfg.space == "latent" and tokens != latents:
         raise UserError("--source latent_mean: --mmse_unshuffle must equal the VAE's factor, 2 ** (levels - 1)")
 
 
@@ -1128,21 +1187,30 @@ def restore_held_out(cfg, run, nets, batch, steps: int) -> dict:
 def report(cfg, run, faces, nets) -> dict:
     """Restore faces the networks never saw; write samples.png, curves.png, metrics.json; print the table."""
     batch = faces.held_out(cfg.validation_faces)
-    found, hq, reader = restore_held_out(cfg, run, nets, batch, cfg.num_inference_steps), batch["hq"], metrics.load_reader("b")
+    hq, reader = batch["hq"], metrics.load_reader("b")
+    found = restore_held_out(cfg, run, nets, batch, cfg.num_inference_steps)
     rows = {name: metrics.toy_scores(found[name], hq, reader) for name in ("lq", "posterior_mean", "restored_faces")}
     if "vae" in nets:
         rows["reconstruction"] = metrics.toy_scores(found["reconstruction"], hq, reader)
-    extra = dict(faces=len(hq), seconds=round(time.time() - run.started, 1), peak_memory_gb=round(run.peak_memory_gb(), 2),
-                 parameters={part: sum(p.numel() for p in net.parameters()) for part, net in nets.items()})
-    if "vae" in nets:                                             # [Eq. 5]: how far option 2 can be from the posterior mean
-        extra["bound_psnr"] = metrics.psnr(found["bound"] * 0.5 + 0.5, found["posterior_mean"] * 0.5 + 0.5).mean().item()
+    parameters = {part: sum(p.numel() for p in net.parameters()) for part, net in nets.items()}
+    extra = dict(faces=len(hq), seconds=round(time.time() - run.started, 1),
+                 peak_memory_gb=round(run.peak_memory_gb(), 2), parameters=parameters)
+    if "vae" in nets:  # [Eq. 5]: how far option 2 can be from the posterior mean
+        extra["bound_psnr"] = mean_psnr(found["bound"], found["posterior_mean"])
     folder = Path(cfg.output)
-    write_json(folder / "metrics.json", dict(rows=rows, **extra, protocol=metrics.toy_protocol(cfg.data, cfg.degradation, len(hq)), **versions(run.device)))
-    write_grid(folder / "samples.png", dict(lq=found["lq"], posterior_mean=found["posterior_mean"], restored=found["restored_faces"], hq=hq))
+    protocol = metrics.toy_protocol(cfg.data, cfg.degradation, len(hq))
+    write_json(folder / "metrics.json", dict(rows=rows, **extra, protocol=protocol, **versions(run.device)))
+    columns = {name: found[name] for name in ("lq", "posterior_mean", "restored_faces")}
+    write_grid(folder / "samples.png", dict(columns, hq=hq))
     write_curve(folder / "curves.png", read_curves(folder / "log.jsonl"))
     print_table(rows)
-    run.say(f"{len(hq)} held-out faces; {extra['seconds']:.0f} s, {extra['peak_memory_gb']} GB at most; pictures and numbers in {folder}")
+    run.say(f"{len(hq)} held-out faces; {extra['seconds']:.0f} s, {extra['peak_memory_gb']} GB at most; "
+            f"pictures and numbers in {folder}")
     return rows
+
+
+def mean_psnr(a, b) -> float:
+    return metrics.psnr(a * 0.5 + 0.5, b * 0.5 + 0.5).mean().item()
 
 
 def read_curves(path) -> dict:
@@ -1159,7 +1227,7 @@ def print_table(rows: dict) -> None:
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     print(f"{'':>16}" + "".join(f"{c:>15}" for c in columns))
     for name, row in rows.items():
-        print(f"{name:>16}" + "".join(f"{row[c]:15.4g}" if isinstance(row.get(c), (int, float)) else f"{row.get(c, '-'):>15}" for c in columns), flush=True)
+        print(f"{name:>16}" + "".join(f"{row[c]:15.4g}" for c in columns), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ restore
@@ -1169,7 +1237,9 @@ def sample(cfg: Sample) -> None:
     run = Run(cfg)
     nets, trained = load_networks(cfg)
     nets = {part: net.to(run.device).eval() for part, net in nets.items()}
-    decode = functools.partial(nets["vae"].decode_tiled, memory_gb=cfg.vae_memory_gb) if cfg.vae_memory_gb and "vae" in nets else None
+    decode = None
+    if cfg.vae_memory_gb and "vae" in nets:
+        decode = functools.partial(nets["vae"].decode_tiled, memory_gb=cfg.vae_memory_gb)
 
     def restore_batch(lq):
         # Every face gets the same noise, so that its result depends on the seed and not on its place in the folder.
@@ -1183,7 +1253,7 @@ def sample(cfg: Sample) -> None:
 
 # ------------------------------------------------------------------------------------------------ ablations
 
-# name -> (table, changed fields, what the paper reports for it). Paper: CelebA-Test 512 px, not comparable in size, only in order.
+# name -> (table, changed fields, what the paper reports on CelebA-Test at 512 px: comparable in order, not in size).
 ABLATIONS = {
     "latent flow": ("space", {}, "reaches the pixel flow's FID 5.79x sooner"),
     "pixel flow (PMRF)": ("space", dict(space="pixel"), "PSNR 26.33, FID 10.72 fully trained"),
@@ -1191,7 +1261,7 @@ ABLATIONS = {
     "group norm": ("vae", dict(vae_norm="group"), "Table 2"),
     "SD resizers": ("vae", dict(vae_resizer="sd"), "Table 2"),
     "SD block": ("vae", dict(vae_block="sd"), "Table 2"),
-    "SD-VAE style": ("vae", dict(vae_norm="group", vae_resizer="sd", vae_block="sd"), "Table 1: SD1.5 30.46, SDXL 32.40"),
+    "SD-VAE style": ("vae", dict(vae_norm="group", vae_resizer="sd", vae_block="sd"), "Table 1: SDXL 32.40"),
     "half the channels": ("vae", dict(latent_channels=4), "Table 3: 37.90 (c = 16)"),
     "twice the channels": ("vae", dict(latent_channels=16), "Table 3: 45.06 (c = 48)"),
     "option 2, E(posterior mean)": ("source", {}, "the paper's choice"),
@@ -1200,16 +1270,16 @@ ABLATIONS = {
 
 
 def ablate(cfg: Ablate) -> None:
-    """Each row trains only what it changes; the rest is trained once per seed and shared. Finished rows are kept in rows.json."""
+    """Each row trains only what it changes; the rest is shared by the rows of a seed. Finished rows are kept."""
     unknown = [row for row in cfg.rows if row not in ABLATIONS]
     if unknown:
         raise UserError(f"--rows {unknown[0]}: no such row; there are: {', '.join(ABLATIONS)}")
-    chosen = [row for row, (table, _, _) in ABLATIONS.items() if (not cfg.rows and cfg.table in ("all", table)) or row in cfg.rows]
+    chosen = cfg.rows or [row for row, (table, _, _) in ABLATIONS.items() if cfg.table in ("all", table)]
     path = Path(cfg.output) / "rows.json"
     done = json.loads(path.read_text()) if path.exists() else {}
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for row in chosen:
-            changed = dataclasses.replace(cfg, seed=seed, table="all", rows=(), seeds=1, stage="all", **ABLATIONS[row][1])
+            changed = dataclasses.replace(cfg, seed=seed, table="all", rows=(), seeds=1, **ABLATIONS[row][1])
             key, config = f"{row}, seed {seed}", json.loads(json.dumps(dataclasses.asdict(changed)))
             if key in done and done[key]["config"] == config:
                 print(f"{key}: finished before")
@@ -1221,7 +1291,7 @@ def ablate(cfg: Ablate) -> None:
 
 
 def ablation_row(cfg, latent_row) -> dict:
-    """Train what differs from the shared networks, then measure. The pixel flow trains as many seconds as the latent one did."""
+    """Train what differs from the shared networks, then measure. The pixel flow gets the latent flow's seconds."""
     run, faces = Run(cfg), Faces(cfg.data, cfg.image_size, cfg.validation_data)
     held, reader = faces.held_out(cfg.validation_faces), metrics.load_reader("b")
     torch.manual_seed(cfg.seed)
@@ -1237,27 +1307,29 @@ def ablation_row(cfg, latent_row) -> dict:
         if step % max(1, cfg.flow_steps // 10) == 0 or seconds > limit or step == cfg.flow_steps:
             average.load_state_dict(stage.ema["flow"])
             found = restore_held_out(cfg, run, {**nets, "flow": average}, held, cfg.num_inference_steps)
-            curve.append((step, round(seconds, 2), metrics.toy_scores(found["restored_faces"], held["hq"], reader)["fid_toy"]))
+            fid = metrics.toy_scores(found["restored_faces"], held["hq"], reader)["fid_toy"]
+            curve.append((step, round(seconds, 2), fid))
         return seconds > limit
 
-    if cfg.space == "pixel" and latent_row:                       # equal time: as many steps as fit, far more than can fit
+    if cfg.space == "pixel" and latent_row:  # equal time: as many steps as fit, far more than can fit
         cfg = dataclasses.replace(cfg, flow_steps=10 * cfg.flow_steps)
     train_flow(cfg, run, faces, nets, watch)
     nets["flow"] = average
     found = restore_held_out(cfg, run, nets, held, cfg.num_inference_steps)
     scores = metrics.toy_scores(found["restored_faces"], held["hq"], reader)
     if "reconstruction" in found:
-        scores["reconstruction_psnr"] = metrics.psnr(found["reconstruction"] * 0.5 + 0.5, held["hq"] * 0.5 + 0.5).mean().item()
+        scores["reconstruction_psnr"] = mean_psnr(found["reconstruction"], held["hq"])
     return dict(scores=scores, curve=curve, steps=curve[-1][0], seconds=curve[-1][1])
 
 
 def shared_network(cfg, run, faces, nets, part: str) -> None:
     """Train `part` into nets, or load it if an earlier row trained one with the same settings."""
-    fields = ["seed", "image_size", "data", "batch_size"] + (
-        [f.name for f in dataclasses.fields(cfg) if f.name.startswith("vae") or f.name in ("latent_channels", "perceptual")] if part == "vae" or cfg.source == "latent_mean" else [])
+    matters = ["seed", "image_size", "data", "batch_size"]
+    if part == "vae" or cfg.source == "latent_mean":
+        matters += ["vae", "latent_channels", "perceptual", "kl_weight"]
     if part == "mmse":
-        fields += [f.name for f in dataclasses.fields(cfg) if f.name.startswith("mmse")] + ["degradation", "source"]
-    key = json.dumps({name: getattr(cfg, name) for name in fields}, sort_keys=True)
+        matters += ["mmse", "degradation", "source"]
+    key = json.dumps({f: value for f, value in dataclasses.asdict(cfg).items() if f.startswith(tuple(matters))})
     folder = Path(cfg.output) / f"{part}_{hash_text(key)}"
     if (folder / "model.safetensors").exists():
         load_strict(nets[part], load_model(str(folder), "latent_pmrf")[1][part], folder)
@@ -1266,7 +1338,8 @@ def shared_network(cfg, run, faces, nets, part: str) -> None:
     stage = TRAINERS[part](cfg, run, faces, nets)
     nets[part].load_state_dict(stage.ema[part])
     nets[part].eval().requires_grad_(False)
-    save_model(folder, {part: nets[part].state_dict()}, dict(method="latent_pmrf", train=dataclasses.asdict(cfg), finished=[part]))
+    config = dict(method="latent_pmrf", train=dataclasses.asdict(cfg), finished=[part])
+    save_model(folder, {part: nets[part].state_dict()}, config)
 
 
 def hash_text(text: str) -> str:
@@ -1284,12 +1357,14 @@ def print_ablation(done: dict, chosen: list) -> None:
                 values = [run["scores"][name] for run in runs if name in run["scores"]]
                 if values:
                     cells.append(f"{name} {statistics.mean(values):.2f} ({statistics.pstdev(values):.2f})")
-            print(f"{row:>36}  {'  '.join(cells)}  {runs[0]['steps']} steps, {runs[0]['seconds']:.0f} s   paper: {ABLATIONS[row][2]}")
+            print(f"{row:>36}  {'  '.join(cells)}  {runs[0]['steps']} steps, {runs[0]['seconds']:.0f} s   "
+                  f"paper: {ABLATIONS[row][2]}")
     pairs = [(done[f"latent flow, seed {e['config']['seed']}"], e) for e in done.values()
              if e["row"] == "pixel flow (PMRF)" and f"latent flow, seed {e['config']['seed']}" in done]
     for latent, pixel in pairs:
         steps, seconds = speed_up(latent["curve"], pixel["curve"])
-        print(f"speed-up to the pixel flow's last fid_toy, seed {pixel['config']['seed']}: {steps} in steps, {seconds} in seconds (paper 5.79x)")
+        print(f"speed-up to the pixel flow's last fid_toy, seed {pixel['config']['seed']}: {steps} in steps, "
+              f"{seconds} in seconds (paper 5.79x)")
 
 
 def speed_up(latent: list, pixel: list) -> tuple:

@@ -1,8 +1,9 @@
-"""How fast are the paper-size networks?   python tests/bench.py [--device auto] [--repeat 5] [--batch_size 1] [--compile]
+"""How fast are the paper-size networks? python tests/bench.py [--device auto] [--repeat 5] [--batch_size 1] [--compile]
 
-HDiT at the paper's size (512 px face, 64 x 64 latents, 32 channels), forward + backward, against the least such a network can do:
-the same matrix products and attention calls without norms, positions, gates or convolutions. The two are timed in turn, so that other
-work on the machine touches both; the median of the ratios is what counts. On a GPU also the share of the card's peak.
+HDiT at the paper's size (512 px face, 64 x 64 latents, 32 channels), forward + backward, against the least such a
+network can do: the same matrix products and attention calls without norms, positions, gates or convolutions. The two
+are timed in turn, so that other work on the machine touches both; the median of the ratios is what counts. On a GPU
+also the share of the card's peak.
 """
 import argparse
 import statistics
@@ -30,7 +31,8 @@ class LowerBound(torch.nn.Module):
         layer = lambda w: torch.nn.ParameterList([make(w, 3 * w), make(w, w), make(w, 6 * w), make(3 * w, w)])
         self.into, self.out = make(in_channels, widths[0]), make(widths[0], in_channels)
         level = lambda i: torch.nn.ModuleList(layer(widths[i]) for _ in range(depths[i]))
-        self.down, self.up = torch.nn.ModuleList(level(i) for i in range(len(widths) - 1)), torch.nn.ModuleList(level(i) for i in range(len(widths) - 1))
+        self.down = torch.nn.ModuleList(level(i) for i in range(len(widths) - 1))
+        self.up = torch.nn.ModuleList(level(i) for i in range(len(widths) - 1))
         self.mid = level(len(widths) - 1)
         self.merge = torch.nn.ParameterList(make(4 * a, b) for a, b in zip(widths, widths[1:]))
         self.split = torch.nn.ParameterList(make(b, 4 * a) for a, b in zip(widths, widths[1:]))
@@ -80,11 +82,15 @@ def main():
     args = parser.parse_args()
     device = torch.device(args.device)
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu, {torch.get_num_threads()} threads'}, "
-          f"batch {args.batch_size}, {'bf16' if device.type == 'cuda' else 'fp32'}, median of {args.repeat}")
+    cuda = device.type == "cuda"
+    where = torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {where}, batch {args.batch_size}, {'bf16' if cuda else 'fp32'}, "
+          f"median of {args.repeat}")
     x, t = torch.randn(args.batch_size, 32, 64, 64, device=device), torch.rand(args.batch_size, device=device)
-    for name, config in (("paper (depth-wise convolutions)", lp.HDIT_PAPER), ("paper without them", dict(lp.HDIT_PAPER, depthwise=False))):
-        networks = {"HDiT": lp.HDiT(**config).to(device), "bound, same tiles": LowerBound(**config, dense=False).to(device),
+    for name, config in (("paper (depth-wise convolutions)", lp.HDIT_PAPER),
+                         ("paper without them", dict(lp.HDIT_PAPER, depthwise=False))):
+        networks = {"HDiT": lp.HDiT(**config).to(device),
+                    "bound, same tiles": LowerBound(**config, dense=False).to(device),
                     "bound, dense attention": LowerBound(**config, dense=True).to(device)}
         if args.compile:
             networks["HDiT"].compile()
@@ -96,7 +102,8 @@ def main():
                     times[key].append(took)
                 network.zero_grad()
         ratio = lambda key: statistics.median(a / b for a, b in zip(times["HDiT"], times[key]))
-        print(f"HDiT {name}: {statistics.median(times['HDiT']):.3f} s, {ratio('bound, same tiles'):.2f}x the bound with the same tiles, "
+        print(f"HDiT {name}: {statistics.median(times['HDiT']):.3f} s, "
+              f"{ratio('bound, same tiles'):.2f}x the bound with the same tiles, "
               f"{ratio('bound, dense attention'):.2f}x the bound with dense attention")
     if device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")

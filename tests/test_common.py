@@ -29,17 +29,20 @@ def test_toy_faces_are_a_pure_function_of_their_seeds():
     batch = toy_faces(torch.tensor([3, 9]), torch.tensor([5, 1]))
     alone = toy_faces(9, 1)
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.allclose(batch.image[1], alone.image[0], atol=1e-5) and torch.equal(batch.attributes[1], alone.attributes[0])
+    assert torch.allclose(batch.image[1], alone.image[0], atol=1e-5)
+    assert torch.equal(batch.attributes[1], alone.attributes[0])
     assert batch.image.shape == (2, 3, 64, 64) and batch.image.abs().max() <= 1 and batch.landmarks.shape == (2, 98, 2)
 
 
 def test_toy_splits_are_disjoint():
     ranges = sorted(TOY_SPLITS.values(), key=lambda r: r.start)
-    assert len(ranges) == 3 and all(a.stop <= b.start for a, b in zip(ranges, ranges[1:])) and len(TOY_SPLITS["train"]) >= 1_000_000
+    assert len(ranges) == 3 and all(a.stop <= b.start for a, b in zip(ranges, ranges[1:]))
+    assert len(TOY_SPLITS["train"]) >= 1_000_000
 
 
 # Where an attribute may change the picture, as a box (left, top, right, bottom) in shares of the side.
-REGIONS = {"Eyeglasses": (0.08, 0.28, 0.92, 0.66), "Mouth_Slightly_Open": (0.2, 0.5, 0.8, 0.98), "Bangs": (0.05, 0.0, 0.95, 0.62)}
+REGIONS = {"Eyeglasses": (0.08, 0.28, 0.92, 0.66), "Mouth_Slightly_Open": (0.2, 0.5, 0.8, 0.98),
+           "Bangs": (0.05, 0.0, 0.95, 0.62)}
 
 
 @pytest.mark.parametrize("name", REGIONS)
@@ -123,8 +126,9 @@ def test_degradation_equals_a_slow_reference():
     spec = Degradation("test", blur=(6, 6), down=(16, 16), noise=(0, 0), jpeg_share=0.0, isotropic=1.0)
     hq = toy_faces(1, 1, size=64).image
     lq = degrade(hq, spec, [0])[0].numpy()
-    sigma, half = 6 / 8, 2                                                  # 512 -> 64: lengths shrink by 8, the kernel 41 -> 5
-    weights = np.array([[np.exp(-(x * x + y * y) / (2 * sigma ** 2)) for x in range(-half, half + 1)] for y in range(-half, half + 1)])
+    sigma, half = 6 / 8, 2                                        # 512 -> 64: lengths shrink by 8, the kernel 41 -> 5
+    weights = np.array([[np.exp(-(x * x + y * y) / (2 * sigma ** 2)) for x in range(-half, half + 1)]
+                        for y in range(-half, half + 1)])
     weights /= weights.sum()
     image = np.pad(hq[0].numpy() * 0.5 + 0.5, ((0, 0), (half, half), (half, half)), mode="reflect")
     blurred = sum(weights[i, j] * image[:, i:i + 64, j:j + 64] for i in range(5) for j in range(5))
@@ -139,7 +143,7 @@ def test_degradation_equals_a_slow_reference():
         return rows[:, :, low] * (1 - f) + rows[:, :, low + 1] * f
 
     reference = np.round(resize(resize(blurred, 32), 64).clip(0, 1) * 255) / 127.5 - 1
-    assert np.abs(lq - reference).max() <= 1 / 127.5 + 1e-4                 # at most one grey level, where rounding flips
+    assert np.abs(lq - reference).max() <= 1 / 127.5 + 1e-4       # at most one grey level, where rounding flips
 
 
 def test_noise_and_thumbnail_are_as_specified():
@@ -194,7 +198,8 @@ def test_degrade_refuses_wrong_shapes():
 def test_alignment_is_exact_on_the_template_and_inverts():
     photo = toy_faces(3, 3, size=512).image[0]
     face, transform = common.align_face(photo, common.FFHQ_512, 512)
-    assert (face - photo)[:, 4:-4, 4:-4].abs().max() < 1e-2 and torch.allclose(transform, torch.eye(3, dtype=torch.float64)[:2], atol=1e-6)
+    assert (face - photo)[:, 4:-4, 4:-4].abs().max() < 1e-2
+    assert torch.allclose(transform, torch.eye(3, dtype=torch.float64)[:2], atol=1e-6)
     angle, scale = 0.3, 1.7
     turn = scale * torch.tensor([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], dtype=torch.float64)
     points = torch.tensor(common.FFHQ_512, dtype=torch.float64)
@@ -216,7 +221,8 @@ def test_pasting_a_face_back_unchanged_changes_nothing():
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16", "1", "LA"])
 def test_every_mode_becomes_rgb(mode, tmp_path):
     picture = Image.fromarray((np.arange(48 * 40).reshape(48, 40) % 256).astype(np.uint8))
-    picture = Image.fromarray((np.asarray(picture).astype(np.uint16) * 257)) if mode == "I;16" else picture.convert("RGB").convert(mode)
+    deep = Image.fromarray((np.asarray(picture).astype(np.uint16) * 257))
+    picture = deep if mode == "I;16" else picture.convert("RGB").convert(mode)
     path = tmp_path / ("x.tiff" if mode == "CMYK" else "x.png")
     picture.save(path)
     image = common.read_image(path)
@@ -312,7 +318,8 @@ def test_two_processes_agree_and_resume_bit_exactly(tmp_path):
     script.write_text(WORKER)
     port = 20000 + os.getpid() % 20000
     workers = [subprocess.Popen([sys.executable, str(script), str(tmp_path)], cwd=ROOT, env=dict(
-        os.environ, PYTHONPATH=str(ROOT), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)))
+        os.environ, PYTHONPATH=str(ROOT), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)))
         for rank in range(2)]
     assert [w.wait(timeout=240) for w in workers] == [0, 0]
     (straight, resumed), (straight1, resumed1) = (torch.load(tmp_path / f"rank{r}.pt") for r in range(2))
@@ -391,7 +398,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_a_full_disk_is_reported_in_one_line(tmp_path, monkeypatch):
     """torch.save and safetensors on a device without space."""
     import safetensors.torch
-    for save in (lambda p: torch.save({"a": torch.zeros(10)}, p), lambda p: safetensors.torch.save_file({"a": torch.zeros(10)}, p)):
+    for save in (lambda p: torch.save({"a": torch.zeros(10)}, p),
+                 lambda p: safetensors.torch.save_file({"a": torch.zeros(10)}, p)):
         with pytest.raises(UserError, match="cannot be written"):
             with common.whole_file(tmp_path / "w"):
                 save("/dev/full")
@@ -456,7 +464,8 @@ def test_flags_presets_and_overrides():
 
 
 @pytest.mark.parametrize("argv, words", [
-    (("do", "--batch_size", "0"), "--batch_size 0: must be at least 1"), (("do", "--learning_rate", "-1"), "--learning_rate"),
+    (("do", "--batch_size", "0"), "--batch_size 0: must be at least 1"),
+    (("do", "--learning_rate", "-1"), "--learning_rate"),
     (("do", "--learning_rate", "nan"), "--learning_rate"), (("do", "--batchsize", "3"), "did you mean --batch_size"),
     (("do", "--batch_size", "many"), "invalid int value"), (("undo",), "invalid choice"), ((), "required")])
 def test_a_wrong_command_is_one_line_and_a_status(argv, words, capsys):

@@ -37,7 +37,7 @@ def swinir():
 
 
 def test_swinir_relative_position_index_and_mask_are_the_public_ones(swinir):
-    """index = 15 (dy + 7) + (dx + 7); the mask forbids (about -100) pairs that only the cyclic shift made neighbours."""
+    """index = 15 (dy + 7) + (dx + 7); the mask forbids (about -100) pairs that are neighbours only by the shift."""
     state = swinir.state_dict()
     y, x = torch.arange(64) // 8, torch.arange(64) % 8
     index = 15 * (y[:, None] - y + 7) + x[:, None] - x + 7
@@ -71,7 +71,8 @@ def test_swinir_block_equals_dense_masked_attention(swinir, j):
         q, k, v = F.linear(h, w["attn.qkv.weight"], w["attn.qkv.bias"]).view(-1, 3, 6, 30).permute(1, 2, 0, 3)
         h = ((q @ k.mT * 30 ** -.5 + bias).softmax(-1) @ v).transpose(0, 1).reshape(-1, 180)
         x = x + F.linear(h, w["attn.proj.weight"], w["attn.proj.bias"])
-        h = F.linear(F.layer_norm(x, (180,), w["norm2.weight"], w["norm2.bias"]), w["mlp.fc1.weight"], w["mlp.fc1.bias"])
+        h = F.layer_norm(x, (180,), w["norm2.weight"], w["norm2.bias"])
+        h = F.linear(h, w["mlp.fc1.weight"], w["mlp.fc1.bias"])
         x = x + F.linear(F.gelu(h), w["mlp.fc2.weight"], w["mlp.fc2.bias"])
     torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
 
@@ -110,7 +111,7 @@ def shrink(value, name=""):
 
 
 def slow_hdit(w, x, t):
-    """k-diffusion's hourglass transformer from its state dict: 7 x 7 neighbourhoods outside, global attention in the middle."""
+    """k-diffusion's hourglass transformer from its state dict: 7 x 7 neighbourhoods, global attention in the middle."""
     rms = lambda v: v * (v.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
     fourier = lambda name, v: (lambda f: torch.cat([f.cos(), f.sin()], -1))(2 * math.pi * v @ w[f"{name}.weight"].T)
 
@@ -140,7 +141,8 @@ def slow_hdit(w, x, t):
         d = theta.shape[-1]
 
         def rotate(u):
-            u = u * (u.square().sum(-1, keepdim=True) + 1e-6).rsqrt() * w[f"{name}.self_attn.scale"].view(-1, 1, 1).sqrt()
+            scale = w[f"{name}.self_attn.scale"].view(-1, 1, 1).sqrt()
+            u = u * (u.square().sum(-1, keepdim=True) + 1e-6).rsqrt() * scale
             a, o = u[..., :d], u[..., d:2 * d]
             return torch.cat([a * theta.cos() - o * theta.sin(), o * theta.cos() + a * theta.sin(), u[..., 2 * d:]], -1)
 

@@ -1,4 +1,4 @@
-"""latent_pmrf.py as a program: stages, resume, released weight formats, strange files, wrong flags. Tiny networks, no download."""
+"""latent_pmrf.py as a program: stages, resume, released weights, strange files, wrong flags. Tiny, no download."""
 import dataclasses
 import json
 import os
@@ -18,15 +18,18 @@ import common
 import latent_pmrf as lp
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--vae_widths", "8", "8", "--latent_channels", "4", "--mmse_dim", "8", "--mmse_depths", "2", "--mmse_heads", "2", "--mmse_features", "8",
-        "--mmse_unshuffle", "2", "--flow_widths", "16", "16", "--flow_depths", "1", "1", "--head_dim", "8", "--mapping_width", "16", "--neighborhood", "5",
-        "--image_size", "32", "--vae_crop", "32", "--batch_size", "4", "--vae_steps", "4", "--mmse_steps", "4", "--flow_steps", "4", "--log_steps", "2",
+TINY = ["--vae_widths", "8", "8", "--latent_channels", "4", "--mmse_dim", "8", "--mmse_depths", "2",
+        "--mmse_heads", "2", "--mmse_features", "8", "--mmse_unshuffle", "2", "--flow_widths", "16", "16",
+        "--flow_depths", "1", "1", "--head_dim", "8", "--mapping_width", "16", "--neighborhood", "5",
+        "--image_size", "32", "--vae_crop", "32", "--batch_size", "4", "--vae_steps", "4", "--mmse_steps", "4",
+        "--flow_steps", "4", "--log_steps", "2",
         "--validation_faces", "8", "--num_inference_steps", "2", "--device", "cpu", "--perceptual", "none"]
 
 
 def call(*argv):
     common.command_line(lp.__doc__, {"train": (lp.Train, {"toy": lp.Train(), "paper": lp.Train(**lp.PAPER)}, lp.train),
-                                     "sample": (lp.Sample, {}, lp.sample), "ablate": (lp.Ablate, {"toy": lp.Ablate()}, lp.ablate)},
+                                     "sample": (lp.Sample, {}, lp.sample),
+                                     "ablate": (lp.Ablate, {"toy": lp.Ablate()}, lp.ablate)},
                         [str(a) for a in argv])
 
 
@@ -56,9 +59,11 @@ def weights(folder):
 
 def test_training_leaves_weights_numbers_and_pictures(trained):
     out = trained / "out"
-    assert {"model.safetensors", "config.json", "metrics.json", "samples.png", "curves.png", "log.jsonl"} <= {p.name for p in out.iterdir()}
+    wanted = {"model.safetensors", "config.json", "metrics.json", "samples.png", "curves.png", "log.jsonl"}
+    assert wanted <= {p.name for p in out.iterdir()}
     numbers = json.loads((out / "metrics.json").read_text())
-    assert numbers["faces"] == 8 and {"lq", "posterior_mean", "restored_faces", "reconstruction"} == set(numbers["rows"])
+    assert numbers["faces"] == 8
+    assert set(numbers["rows"]) == {"lq", "posterior_mean", "restored_faces", "reconstruction"}
     assert all(name.endswith("_toy") or name in ("psnr", "ssim") for row in numbers["rows"].values() for name in row)
     assert {name.split(".")[0] for name in weights(out)} == {"vae", "mmse", "flow"}
     first = json.loads((out / "log.jsonl").read_text().splitlines()[0])
@@ -73,10 +78,10 @@ def test_stage_by_stage_equals_all_at_once(trained, tmp_path):
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(trained, tmp_path):
-    """SIGKILL in the middle of the flow stage, then --resume_from_checkpoint latest: bit by bit the uninterrupted run."""
+    """SIGKILL amid the flow stage, then --resume_from_checkpoint latest: bit by bit the uninterrupted run."""
     command = [sys.executable, "latent_pmrf.py", "train", *TINY, "--checkpointing_steps", "1", "-o", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, env=dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS=str(torch.get_num_threads())),
-                               stdout=subprocess.PIPE, text=True)
+    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS=str(torch.get_num_threads()))
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     for _ in range(1200):
         state = tmp_path / "state.pt"
         if state.exists() and torch.load(state, weights_only=True)["stage"] == "flow":
@@ -90,7 +95,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(trained, tmp_path):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
-    command = [sys.executable, "latent_pmrf.py", "train", *TINY, "--vae_steps", "100000", "-o", str(tmp_path), "--log_steps", "1"]
+    command = [sys.executable, "latent_pmrf.py", "train", *TINY, "-o", str(tmp_path),
+               "--vae_steps", "100000", "--log_steps", "1"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     for _ in range(1200):
         log = tmp_path / "log.jsonl"
@@ -107,7 +113,8 @@ def test_an_earlier_run_is_moved_aside_not_overwritten(trained, tmp_path, capsys
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.safetensors").write_bytes(b"precious")
     call("train", *TINY, "-o", tmp_path / "out")
-    assert (tmp_path / "out.1" / "model.safetensors").read_bytes() == b"precious" and "moved to" in capsys.readouterr().out
+    assert (tmp_path / "out.1" / "model.safetensors").read_bytes() == b"precious"
+    assert "moved to" in capsys.readouterr().out
 
 
 def test_training_on_a_folder_of_pictures(trained, tmp_path):
@@ -120,14 +127,15 @@ def test_pmrf_and_option_1_train_and_sample(trained, tmp_path):
     for flags in (["--space", "pixel"], ["--source", "latent_mean"]):
         out = tmp_path / flags[1]
         call("train", *TINY, "-o", out, *flags)
-        call("sample", "-i", trained / "faces", "-o", out / "r", "--checkpoint", out, "--device", "cpu", "--num_inference_steps", "2")
+        call("sample", "-i", trained / "faces", "-o", out / "r", "--checkpoint", out, "--device", "cpu",
+             "--num_inference_steps", "2")
         assert len(list((out / "r" / "restored_faces").iterdir())) == 12
 
 
 def test_sampling_depends_on_the_seed_and_on_nothing_else(trained, tmp_path):
     """Batch size and neighbours in the folder do not matter; the seed does."""
-    run = lambda name, *flags: call("sample", "-i", trained / "faces", "-o", tmp_path / name, "--checkpoint", trained / "out", "--device", "cpu",
-                                    "--num_inference_steps", "2", *flags)
+    run = lambda name, *flags: call("sample", "-i", trained / "faces", "-o", tmp_path / name, "--device", "cpu",
+                                    "--checkpoint", trained / "out", "--num_inference_steps", "2", *flags)
     run("a"), run("b", "--batch_size", "5"), run("c", "--seed", "1")
     image = lambda name: common.read_image(tmp_path / name / "restored_faces" / "07.png")
     assert (image("a") - image("b")).abs().max() <= 2 / 127.5 + 1e-6 and not torch.equal(image("a"), image("c"))
@@ -138,8 +146,8 @@ def test_tiled_decoding_is_exact():
     torch.manual_seed(0)
     vae = lp.SimVAE(4, (8, 8, 8), layers=1, mid_layers=1).eval()
     z = torch.randn(1, 4, 40, 24)
-    gigabytes = 5 * 8 * 4 * (4 * (2 * 10 + 8)) ** 2 / 2 ** 30
-    assert int(vae.reach()) + 1 <= 10
+    gigabytes = 5 * 8 * 4 * (4 * (2 * 12 + 8)) ** 2 / 2 ** 30     # tiles of 8 latents with 12 around them
+    assert vae.reach() < 12
     with torch.no_grad():
         whole, tiled = vae.decode(z), vae.decode_tiled(z, gigabytes)
     assert whole.shape == tiled.shape and torch.allclose(whole, tiled, atol=1e-5)
@@ -176,11 +184,18 @@ def test_pmrf_release_loads_by_prefix(tmp_path, monkeypatch):
     swinir = lp.SwinIR
     monkeypatch.setattr(lp, "SwinIR", lambda: swinir(dim=8, depths=(2,), heads=2, features=8))
     flow, mmse = lp.HDiT(**small), lp.SwinIR()
-    state = {f"model.{n}": t for n, t in flow.state_dict().items()} | {f"mmse_model.{n}": t for n, t in mmse.state_dict().items()}
+    state = {f"model.{n}": t for n, t in flow.state_dict().items()}
+    state |= {f"mmse_model.{n}": t for n, t in mmse.state_dict().items()}
     safetensors.torch.save_file(state | {"fid.mean": torch.zeros(3)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"degradation": "difface"}))
     nets, config = lp.load_networks(lp.Sample(input="x", checkpoint=str(tmp_path)))
-    assert torch.equal(nets["flow"].patch_in.proj.weight, flow.patch_in.proj.weight) and config.space == "pixel" and config.image_size == 512
+    assert torch.equal(nets["flow"].patch_in.proj.weight, flow.patch_in.proj.weight)
+    assert config.space == "pixel" and config.image_size == 512
+    shadows = [torch.full_like(p, 0.5) for p in flow.parameters()]
+    torch.save({"state_dict": state, "ema": {"shadow_params": shadows, "decay": 0.9999}}, tmp_path / "last.ckpt")
+    averaged = lp.load_pmrf(tmp_path / "last.ckpt")["flow"]
+    assert all((p == 0.5).all() for p in averaged.parameters())
+    assert torch.equal(averaged.time_emb.weight, flow.time_emb.weight)
 
 
 # ---------------------------------------------------------------- bad input
@@ -188,13 +203,16 @@ def test_pmrf_release_loads_by_prefix(tmp_path, monkeypatch):
 def test_bad_folders(capsys, trained, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "--data" in refused(capsys, "train", *TINY, "-o", tmp_path / "o", "--data", trained / "faces" / "00.png")
-    assert "no such file or folder" in refused(capsys, "train", *TINY, "-o", tmp_path / "o", "--data", tmp_path / "absent")
+    absent = tmp_path / "absent"
+    assert "no such file or folder" in refused(capsys, "train", *TINY, "-o", tmp_path / "o", "--data", absent)
     assert "no pictures" in refused(capsys, "train", *TINY, "-o", tmp_path / "o", "--data", tmp_path / "empty")
-    assert "no such file or folder" in refused(capsys, "sample", "-i", tmp_path / "absent", "--checkpoint", trained / "out", "-o", tmp_path / "o")
+    assert "no such file or folder" in refused(capsys, "sample", "-i", absent, "--checkpoint", trained / "out",
+                                               "-o", tmp_path / "o")
 
 
 def test_bad_checkpoints(capsys, trained, tmp_path):
-    sample = lambda where: refused(capsys, "sample", "-i", trained / "faces", "-o", tmp_path / "o", "--checkpoint", where)
+    sample = lambda where: refused(capsys, "sample", "-i", trained / "faces", "-o", tmp_path / "o",
+                                   "--checkpoint", where)
     assert "no such file or folder" in sample(tmp_path / "absent")
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -212,7 +230,7 @@ def test_bad_checkpoints(capsys, trained, tmp_path):
     assert "damaged" in sample(copy)
     (tmp_path / "evil").mkdir()
     (tmp_path / "evil" / "model.ckpt").write_bytes(pickle.dumps({"state_dict": dataclasses.dataclass}))
-    assert "refused" in sample(tmp_path / "evil") or True
+    assert "damaged" in (said := sample(tmp_path / "evil")) or "refused" in said
 
 
 def test_bad_flags(capsys, tmp_path):
@@ -228,7 +246,8 @@ def test_bad_flags(capsys, tmp_path):
 
 def test_resume_from_a_run_with_other_sizes(capsys, tmp_path):
     call("train", *TINY, "-o", tmp_path, "--stage", "vae", "--checkpointing_steps", "2")
-    error = refused(capsys, "train", *TINY, "-o", tmp_path / "new", "--stage", "vae", "--vae_widths", "8", "16", "--resume_from_checkpoint", tmp_path / "state.pt")
+    error = refused(capsys, "train", *TINY, "-o", tmp_path / "new", "--stage", "vae", "--vae_widths", "8", "16",
+                    "--resume_from_checkpoint", tmp_path / "state.pt")
     assert "other sizes" in error and "state.pt" in error
 
 
@@ -247,9 +266,11 @@ def test_strange_pictures_are_restored(trained, tmp_path, capsys):
     Image.new("RGB", (1, 1)).save(source / "dot.webp")
     Image.new("RGB", (8000, 40), "blue").save(source / "wide.jpg")
     (source / "notes.png").write_text("not a picture")
-    call("sample", "-i", source, "-o", tmp_path / "out", "--checkpoint", trained / "out", "--device", "cpu", "--num_inference_steps", "1")
+    call("sample", "-i", source, "-o", tmp_path / "out", "--checkpoint", trained / "out", "--device", "cpu",
+         "--num_inference_steps", "1")
     said = capsys.readouterr().out
-    assert len(list((tmp_path / "out" / "restored_faces").iterdir())) == 9 and "notes.png" in said and "8000x40 resized" in said
+    assert len(list((tmp_path / "out" / "restored_faces").iterdir())) == 9
+    assert "notes.png" in said and "8000x40 resized" in said
 
 
 # ---------------------------------------------------------------- ablation
