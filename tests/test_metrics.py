@@ -348,3 +348,41 @@ def test_farl_attributes_equal_transformers_clip_and_a_hand_written_head():
         want = F.linear(mixed, w["head.final_fc.weight"], w["head.final_fc.bias"])
     assert got.shape == (1, 40) and seen[0].shape == (1, 3, 224, 224)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+# ---------------------------------------------------------------- the toy readers that are shipped
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_shipped_readers_read_people_they_never_saw(name):
+    """The requirement table of DESIGN 5, on identities of the test split."""
+    from common import DEGRADATIONS, TOY_SPLITS, degrade, toy_faces
+
+    reader = metrics.load_reader(name)
+    people = TOY_SPLITS["test"].start + torch.arange(400) // 4
+    faces = toy_faces(people, torch.arange(400) + 7)
+    with torch.no_grad():
+        read = reader(faces.image)
+        assert ((read.attributes > 0) == (faces.attributes > 0.5)).float().mean() >= 0.97
+        assert (reader.landmarks(faces.image) - faces.landmarks).norm(dim=-1).mean() <= 1
+        cosine = read.identity @ read.identity.T
+        same = (people[:, None] == people) & ~torch.eye(400, dtype=torch.bool)
+        other = people[:, None] != people
+        threshold = cosine[other].sort().values  # AUC: chance that a pair of one person beats a pair of two
+        auc = torch.searchsorted(threshold, cosine[same]).float().mean() / len(threshold)
+        assert auc >= 0.99
+        lq = degrade(faces.image[:200], DEGRADATIONS["codeformer"], range(200))
+        share = torch.linspace(0, 1, 200).view(-1, 1, 1, 1)
+        mixed = faces.image[:200] + share * (lq - faces.image[:200])
+        truth = metrics.ssim(mixed * 0.5 + 0.5, faces.image[:200] * 0.5 + 0.5)
+        rank = lambda v: v.argsort().argsort().float()
+        agreement = torch.corrcoef(torch.stack([rank(reader.quality(mixed)), rank(truth)]))[0, 1]
+        assert agreement >= 0.9
+
+
+def test_a_reader_is_a_smooth_loss():
+    """Gradients reach the picture through every output."""
+    reader = metrics.load_reader("a")
+    x = torch.zeros(2, 3, 64, 64, requires_grad=True)
+    for output in (reader(x).identity, reader(x).attributes, reader(x).heatmaps, reader(x).quality, reader.features(x)):
+        (gradient,) = torch.autograd.grad(output.square().sum(), x)
+        assert gradient.isfinite().all() and gradient.abs().max() > 0
