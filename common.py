@@ -16,7 +16,6 @@ the picture at (0, 0), so that the centre of pixel (row i, column j) is (j + 0.5
 of the person at the keyboard (or of their disk): `command_line` prints it as one line and exits with status 2.
 """
 import argparse
-import copy
 import dataclasses
 import difflib
 import functools
@@ -46,7 +45,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 
@@ -57,8 +56,6 @@ class UserError(ValueError):
 def mix(*numbers) -> int:
     """One 48-bit seed from any integers and strings: the same numbers give the same seed on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=6).digest(), "big")
-
-
 
 
 # ------------------------------------------------------------------------------------------------ toy world
@@ -789,8 +786,6 @@ def toy_faces(identity, instance, attributes=None, size=64) -> ToyFaces:
     return ToyFaces(torch.cat(images) * 2 - 1, landmarks.float(), attributes.float(), identity)
 
 
-
-
 # ------------------------------------------------------------------------------------------------ degradation
 
 @dataclass(frozen=True)
@@ -976,9 +971,8 @@ def whole_file(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:     # torch and safetensors word a full disk differently
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]}); what was there is unchanged. "
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({reason}); what was there is unchanged. "
                         "Free space or choose another --output") from None
     finally:
         try:
@@ -1097,8 +1091,6 @@ def paste_face(photo: torch.Tensor, restored: torch.Tensor, transform: torch.Ten
     return photo * (1 - weight) + warp(restored.to(photo), back, height, width, [0.0] * 3) * weight
 
 
-
-
 # ------------------------------------------------------------------------------------------------ data
 
 class Faces:
@@ -1132,17 +1124,19 @@ class Faces:
             self.cache[path] = image
         return self.cache[path] / 127.5 - 1
 
-    def read(self, paths) -> dict:
-        images, people = [], []
-        for path in paths:
+    def read(self, paths, seeds) -> dict:
+        """hq, identity, seeds of those files that can be read; the others are named and left out with their seeds."""
+        images, people, kept = [], [], []
+        for path, seed in zip(paths, seeds):
             try:
                 images.append(self.load(path))
                 people.append(self.person[str(path.parent)])
+                kept.append(seed)
             except UserError as error:
                 print(f"skipped: {error}", flush=True)
         if not images:
             raise UserError(f"none of {len(paths)} pictures could be read, the last one {paths[-1]}; check --data")
-        return dict(hq=torch.stack(images), identity=torch.tensor(people))
+        return dict(hq=torch.stack(images), identity=torch.tensor(people), seeds=torch.stack(kept))
 
     def training(self, batch_size: int, seed: int, step: int, rank: int = 0, world: int = 1) -> dict:
         """The batch of one (step, rank): hq (B, 3, S, S), identity (B,), seeds (B,) for `degrade`.
@@ -1159,9 +1153,10 @@ class Faces:
         places = (step * world + rank) * batch_size + torch.arange(batch_size)  # position in an endless row of epochs
         orders = {e: torch.randperm(len(self.files), generator=torch.Generator().manual_seed(mix("epoch", seed, e)))
                   for e in set((places // len(self.files)).tolist())}
-        batch = self.read([self.files[orders[p // len(self.files)][p % len(self.files)]] for p in places.tolist()])
-        flip = torch.rand(len(batch["hq"]), 1, 1, 1, generator=rng) < 0.5
-        return dict(batch, hq=torch.where(flip, batch["hq"].flip(-1), batch["hq"]), seeds=seeds[:len(flip)])
+        paths = [self.files[orders[p // len(self.files)][p % len(self.files)]] for p in places.tolist()]
+        batch = self.read(paths, seeds)
+        flip = (batch["seeds"] % 2 == 0).view(-1, 1, 1, 1)
+        return dict(batch, hq=torch.where(flip, batch["hq"].flip(-1), batch["hq"]))
 
     def held_out(self, count: int, split: str = "test") -> dict:
         """`count` faces never trained on, always the same; `split` "val" or "test" (a folder has one held-out set)."""
@@ -1171,8 +1166,7 @@ class Faces:
             faces = toy_faces(people, torch.zeros(count, dtype=torch.long), size=self.size)
             return dict(hq=faces.image, identity=faces.identity, attributes=faces.attributes,
                         landmarks=faces.landmarks, seeds=seeds)
-        batch = self.read(self.held_out_files[:count])
-        return dict(batch, seeds=seeds[:len(batch["hq"])])
+        return self.read(self.held_out_files[:count], seeds)
 
 
 class Endless(torch.utils.data.Dataset):
@@ -1218,14 +1212,14 @@ class Run:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         torch.manual_seed(cfg.seed)                               # the same initial weights in every process
         torch.set_float32_matmul_precision("high")                # TF32 on GPUs that have it; nothing changes on a CPU
-        if fresh and self.main and any((self.folder / name).exists() for name in ("model.safetensors", "state.pt")):
-            number = next(n for n in range(1, 10 ** 6) if not Path(f"{self.folder}.{n}").exists())
-            self.folder.rename(f"{self.folder}.{number}")
-            self.say(f"{self.folder} held an earlier run: moved to {self.folder}.{number}")
         try:
+            if fresh and self.main and any((self.folder / name).exists() for name in ("model.safetensors", "state.pt")):
+                number = next(n for n in range(1, 10 ** 6) if not Path(f"{self.folder}.{n}").exists())
+                self.folder.rename(f"{self.folder}.{number}")
+                self.say(f"{self.folder} held an earlier run: moved to {self.folder}.{number}")
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--output {self.folder}: cannot be made ({error.strerror}); "
+            raise UserError(f"--output {self.folder}: cannot be used ({error.strerror}); "
                             "choose another folder") from None
 
     @property
@@ -1306,7 +1300,7 @@ class Stage:
             num_workers=workers, persistent_workers=False))
         bar = tqdm(total=self.last, initial=first, desc=self.name, dynamic_ncols=True,
                    disable=not (run.main and sys.stderr.isatty()))
-        begun = logged = saved = time.time()
+        begun = logged = time.time()
         with caught_signals(self):
             while self.step < self.last:
                 for self.micro in range(pieces):
@@ -1384,7 +1378,7 @@ class Stage:
                                 "nothing was saved over "
                                 + (f"the last good checkpoint {kept}: " if kept.exists() else "(no checkpoint yet): ")
                                 + "try a smaller --learning_rate, or --mixed_precision no")
-            means[name] = round(values.mean().item(), 6)
+            means[name] = round(values[~bad].mean().item(), 6) if not bad.all() else 0.0
         self.history.clear()
         return means
 
@@ -1585,7 +1579,9 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
-        return self.base(x) + self.scale * self.lora_B(self.lora_A(x))
+        change = self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))      # LoRA may be float32 on a bf16 base
+        y = self.base(x)
+        return y + (self.scale * change).to(y.dtype)
 
 
 def add_lora(module: nn.Module, names: tuple, rank: int, alpha: float) -> list:
@@ -1668,12 +1664,14 @@ def restore_folder(cfg, restore, size: int, device) -> int:
             if not all(r.isfinite().all() for r in results.values()):
                 raise UserError("the network returned values that are not finite; try --mixed_precision no")
             for i, face in enumerate(batch):
-                columns = [face["lq"]]
-                columns += [r[i].cpu() for name, r in reversed(results.items()) if name == "restored_faces"]
                 for folder, images in results.items():
                     write_image(out / folder / f"{face['stem']}.png", images[i])
-                if face["path"].stem in references and points is None:
-                    columns.append(read_image(references[face["path"].stem], size))
+                columns = [face["lq"], results["restored_faces"][i].cpu()]
+                try:
+                    if points is None and face["path"].stem in references:
+                        columns.append(read_image(references[face["path"].stem], size))
+                except UserError as error:
+                    print(f"no reference for {face['stem']}: {error}", flush=True)
                 write_image(out / "cmp" / f"{face['stem']}.png", torch.cat(columns, dim=2))
                 if points is not None:
                     paste_back(out / "restored_photos", face, results["restored_faces"][i].cpu())
@@ -1853,5 +1851,3 @@ def command_line(doc: str, verbs: dict, argv: list | None = None) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-

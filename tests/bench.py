@@ -1,9 +1,8 @@
-"""How fast are the paper-size networks? python tests/bench.py [--device auto] [--repeat 5] [--batch_size 1] [--compile]
+"""How fast are the paper-size networks? python tests/bench.py [--device cuda] [--repeat 5] [--batch_size 1] [--compile]
 
 HDiT at the paper's size (512 px face, 64 x 64 latents, 32 channels), forward + backward, against the least such a
 network can do: the same matrix products and attention calls without norms, positions, gates or convolutions. The two
-are timed in turn, so that other work on the machine touches both; the median of the ratios is what counts. On a GPU
-also the share of the card's peak.
+are timed in turn, so that other work on the machine touches both; the median of the ratios is what counts.
 """
 import argparse
 import statistics

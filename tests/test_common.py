@@ -186,6 +186,11 @@ def test_grey_turns_both_images_grey():
     assert (clean[:, 0] - clean[:, 1]).abs().max() < 1e-6 and (lq[:, 0] - lq[:, 2]).abs().max() < 1e-6
 
 
+def test_every_preset_is_a_flag():
+    choices = common.typing.get_args(common.typing.get_type_hints(common.TrainFlags)["degradation"])
+    assert set(choices) == set(DEGRADATIONS)
+
+
 def test_degrade_refuses_wrong_shapes():
     with pytest.raises(ValueError, match="square"):
         degrade(torch.zeros(1, 3, 8, 9), DEGRADATIONS["gfpgan"], [0])

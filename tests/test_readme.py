@@ -11,14 +11,16 @@ from common import command_line
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-COMMANDS = [line.split("   #")[0] for block in re.findall(r"^```bash[^\n]*\n(.*?)^```", TEXT, re.S | re.M) for line in block.splitlines() if line]
+BLOCKS = re.findall(r"^```bash[^\n]*\n(.*?)^```", TEXT, re.S | re.M)
+COMMANDS = [line.split("   #")[0] for block in BLOCKS for line in block.splitlines() if line]
+PRESETS = {"toy": lp.Train(), "paper": lp.Train(**lp.PAPER)}
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "latent_pmrf.py" in c])
 def test_every_flag_of_the_readme_exists(command):
     """Parsed as the program would, with a function that only takes the configuration."""
     seen = []
-    verbs = {"train": (lp.Train, {"toy": lp.Train(), "paper": lp.Train(**lp.PAPER)}, seen.append), "sample": (lp.Sample, {}, seen.append)}
+    verbs = {"train": (lp.Train, PRESETS, seen.append), "sample": (lp.Sample, {}, seen.append)}
     command_line("x", verbs, shlex.split(command.split("latent_pmrf.py")[1]))
     assert len(seen) == 1
 
@@ -28,11 +30,13 @@ def test_the_quick_start_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     run = [shlex.split(c.split("latent_pmrf.py")[1]) for c in COMMANDS if c.startswith("python latent_pmrf.py")][:2]
-    verbs = {"train": (lp.Train, {"toy": lp.Train(), "paper": lp.Train(**lp.PAPER)}, lp.train), "sample": (lp.Sample, {}, lp.sample)}
-    command_line("x", verbs, [*run[0], "--max_train_steps", "2", "--validation_faces", "8", "--num_inference_steps", "2"])
+    verbs = {"train": (lp.Train, PRESETS, lp.train), "sample": (lp.Sample, {}, lp.sample)}
+    short = ["--max_train_steps", "2", "--validation_faces", "8", "--num_inference_steps", "2"]
+    command_line("x", verbs, [*run[0], *short])
     command_line("x", verbs, run[1])
     restored = sorted(p.name for p in (tmp_path / "results" / "toy" / "restored_faces").iterdir())
-    assert restored == sorted(p.stem + ".png" for p in (ROOT / "docs" / "toy_lq").iterdir()) and "restored 6 faces" in capsys.readouterr().out
+    assert restored == sorted(p.stem + ".png" for p in (ROOT / "docs" / "toy_lq").iterdir())
+    assert "restored 6 faces" in capsys.readouterr().out
 
 
 def test_measuring_a_folder_against_itself(capsys):
