@@ -1780,7 +1780,7 @@ class OneLine(argparse.ArgumentParser):
     def error(self, message):
         unknown = re.search(r"unrecognized arguments: (--\w+)", message)
         flags = [f for a in self._actions for f in a.option_strings]
-        near = difflib.get_close_matches(unknown[1], flags, 1) if unknown else []
+        near = difflib.get_close_matches(unknown[1], flags, 1, 0.65) if unknown else []
         self.exit(2, f"error: {message}{f'; did you mean {near[0]}?' if near else f'; see {self.prog} --help'}\n")
 
 
