@@ -22,10 +22,7 @@ Run `python latent_pmrf.py train` (toy world, CPU, minutes) or `train --preset p
 """
 import dataclasses
 import functools
-import hashlib
-import json
 import math
-import statistics
 import time
 import typing
 from dataclasses import dataclass
@@ -37,8 +34,9 @@ import torch.nn.functional as F
 
 import metrics
 from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, command_line, degrade,
-                    degrade_pair, find_checkpoint, load_model, load_strict, read_torch, read_weights, restore_folder,
-                    save_model, versions, write_curve, write_grid, write_json)
+                    degrade_pair, find_checkpoint, finished_parts, load_model, load_strict, lr_schedule,
+                    make_optimizer, print_ablation, print_table, read_curves, read_torch, read_weights, restore_folder,
+                    run_ablation, save_model, shared_part, versions, warmup_cosine, write_curve, write_grid, write_json)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -120,7 +118,7 @@ class Ablate(Train):
 
 PAPER = dict(
     image_size=512, batch_size=8, degradation="difface", ema_decay=0.9999, mixed_precision="bf16", num_workers=8,
-    checkpointing_steps=5000, log_steps=100,
+    checkpointing_steps=5000, log_steps=100, optimizer="adamw", lr_scheduler="constant", lr_warmup_steps=0,
     latent_channels=32, vae_widths=(128, 256, 512, 512), perceptual="vgg19", vae_steps=150_000, vae_learning_rate=1e-4,
     vae_min_learning_rate=1e-6, vae_cosine_steps=200_000, vae_warmup_steps=500, vae_crop=256,
     mmse_dim=180, mmse_depths=(6,) * 8, mmse_heads=6, mmse_features=64, mmse_unshuffle=8, mmse_residual=False,
@@ -992,17 +990,6 @@ def parts_of(cfg) -> list:
 # ------------------------------------------------------------------------------------------------ training stages
 
 
-def cosine_lr(cfg):
-    """Multiple of the peak learning rate: linear from a tenth in vae_warmup_steps, then a cosine to the minimum."""
-    floor, warmup = cfg.vae_min_learning_rate / cfg.vae_learning_rate, cfg.vae_warmup_steps
-
-    def at(step):
-        if step < warmup:
-            return 0.1 + 0.9 * step / warmup
-        return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * min(1, (step - warmup) / cfg.vae_cosine_steps)))
-    return at
-
-
 def perceptual_network(cfg, device):
     """Callable (a, b) -> scalar. The toy world has a network of its own for this; `vgg19` is the paper's."""
     if cfg.perceptual == "none":
@@ -1032,9 +1019,11 @@ def random_crop(x, side: int):
 def train_vae(cfg, run, faces, nets):
     """Stage 1: Sim-VAE on clean crops, in full precision as the authors do. Sampling the posterior, not its mean."""
     vae, perceptual = nets["vae"], perceptual_network(cfg, run.device)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=cfg.vae_learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = make_optimizer(cfg, vae.parameters(), cfg.vae_learning_rate, betas=(0.9, 0.99))
+    lr_at = warmup_cosine(cfg.vae_cosine_steps, cfg.vae_warmup_steps, cfg.vae_min_learning_rate / cfg.vae_learning_rate,
+                          first=0.1)
     steps = min(cfg.vae_steps, cfg.max_train_steps)
-    stage = Stage(run, "vae", {"vae": vae}, {"vae": optimizer}, steps, lr_at=cosine_lr(cfg))
+    stage = Stage(run, "vae", {"vae": vae}, {"vae": optimizer}, steps, lr_at)
     for _, batch in stage.steps(batches(cfg, run, faces, degraded=False)):
         hq = random_crop(batch["hq"], cfg.vae_crop)
         mean, logvar = vae.encode(hq)
@@ -1047,8 +1036,9 @@ def train_vae(cfg, run, faces, nets):
 def train_mmse(cfg, run, faces, nets):
     """Stage 2: the posterior mean, by least squares. With --source latent_mean the target is the latent."""
     mmse, vae = nets["mmse"].train(), nets.get("vae")
-    optimizer = torch.optim.AdamW(mmse.parameters(), lr=cfg.mmse_learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    stage = Stage(run, "mmse", {"mmse": mmse}, {"mmse": optimizer}, min(cfg.mmse_steps, cfg.max_train_steps))
+    steps = min(cfg.mmse_steps, cfg.max_train_steps)
+    optimizer = make_optimizer(cfg, mmse.parameters(), cfg.mmse_learning_rate)
+    stage = Stage(run, "mmse", {"mmse": mmse}, {"mmse": optimizer}, steps, lr_schedule(cfg, steps))
     for _, batch in stage.steps(batches(cfg, run, faces, degraded=True)):
         with run.autocast():
             estimate = mmse(batch["lq"] * 0.5 + 0.5)
@@ -1069,8 +1059,9 @@ def train_flow(cfg, run, faces, nets, watch=None):
     `watch(stage, step, seconds)` looks on while it trains and returns True to end it (the ablation's equal time).
     """
     flow, vae = nets["flow"], nets.get("vae")
-    optimizer = torch.optim.AdamW(flow.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    stage = Stage(run, "flow", {"flow": flow}, {"flow": optimizer}, min(cfg.flow_steps, cfg.max_train_steps))
+    steps = min(cfg.flow_steps, cfg.max_train_steps)
+    optimizer = make_optimizer(cfg, flow.parameters(), cfg.learning_rate)
+    stage = Stage(run, "flow", {"flow": flow}, {"flow": optimizer}, steps, lr_schedule(cfg, steps))
     seconds, since = 0.0, time.perf_counter()
     for step, batch in stage.steps(batches(cfg, run, faces, degraded=True)):
         with torch.no_grad(), run.autocast():
@@ -1105,7 +1096,7 @@ def train(cfg: Train) -> None:
     torch.manual_seed(cfg.seed)
     nets, weights = {part: build(cfg, part) for part in parts_of(cfg)}, {}
     reuse = [part for part in parts_of(cfg) if part not in wanted or cfg.resume_from_checkpoint]
-    saved = finished_parts(cfg) if reuse else {}
+    saved = finished_parts(cfg, "latent_pmrf") if reuse else {}
     for part in nets:
         given = getattr(cfg, part, "")
         if given:
@@ -1157,14 +1148,6 @@ def check_sizes(cfg) -> None:
         raise UserError("--source latent_mean: --mmse_unshuffle must equal the VAE's factor, 2 ** (levels - 1)")
 
 
-def finished_parts(cfg) -> dict:
-    """What earlier stages left in --output; empty if there is nothing yet."""
-    if not (Path(cfg.output) / "model.safetensors").exists():
-        return {}
-    config, parts = load_model(cfg.output, "latent_pmrf")
-    return {part: tensors for part, tensors in parts.items() if part in config.get("finished", [])}
-
-
 # ------------------------------------------------------------------------------------------------ measuring
 
 
@@ -1202,7 +1185,7 @@ def report(cfg, run, faces, nets) -> dict:
     write_json(folder / "metrics.json", dict(rows=rows, **extra, protocol=protocol, **versions(run.device)))
     columns = {name: found[name] for name in ("lq", "posterior_mean", "restored_faces")}
     write_grid(folder / "samples.png", dict(columns, hq=hq))
-    write_curve(folder / "curves.png", read_curves(folder / "log.jsonl"))
+    write_curve(folder / "curves.png", read_curves(folder / "log.jsonl", ("l1", "mse", "cfm")))
     print_table(rows)
     run.say(f"{len(hq)} held-out faces; {extra['seconds']:.0f} s, {extra['peak_memory_gb']} GB at most; "
             f"pictures and numbers in {folder}")
@@ -1211,23 +1194,6 @@ def report(cfg, run, faces, nets) -> dict:
 
 def mean_psnr(a, b) -> float:
     return metrics.psnr(a * 0.5 + 0.5, b * 0.5 + 0.5).mean().item()
-
-
-def read_curves(path) -> dict:
-    """{stage and loss: [(step, value)]} of log.jsonl; a resumed run writes a step twice, the last one counts."""
-    curves: dict = {}
-    for row in map(json.loads, Path(path).read_text().splitlines()):
-        for name in ("l1", "mse", "cfm"):
-            if name in row:
-                curves.setdefault(f"{row['stage']}: {name}", {})[row["step"]] = row[name]
-    return {name: sorted(points.items()) for name, points in curves.items()}
-
-
-def print_table(rows: dict) -> None:
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    print(f"{'':>16}" + "".join(f"{c:>15}" for c in columns))
-    for name, row in rows.items():
-        print(f"{name:>16}" + "".join(f"{row[c]:15.4g}" for c in columns), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ restore
@@ -1241,7 +1207,7 @@ def sample(cfg: Sample) -> None:
     if cfg.vae_memory_gb and "vae" in nets:
         decode = functools.partial(nets["vae"].decode_tiled, memory_gb=cfg.vae_memory_gb)
 
-    def restore_batch(lq):
+    def restore_batch(lq, stems):
         # Every face gets the same noise, so that its result depends on the seed and not on its place in the folder.
         rng = torch.Generator().manual_seed(cfg.seed)
         noise = lambda like: torch.randn(like.shape[1:], generator=rng).to(like).expand_as(like)
@@ -1270,28 +1236,21 @@ ABLATIONS = {
 
 
 def ablate(cfg: Ablate) -> None:
-    """Each row trains only what it changes; the rest is shared by the rows of a seed. Finished rows are kept."""
-    unknown = [row for row in cfg.rows if row not in ABLATIONS]
-    if unknown:
-        raise UserError(f"--rows {unknown[0]}: no such row; there are: {', '.join(ABLATIONS)}")
-    chosen = cfg.rows or [row for row, (table, _, _) in ABLATIONS.items() if cfg.table in ("all", table)]
-    path = Path(cfg.output) / "rows.json"
-    done = json.loads(path.read_text()) if path.exists() else {}
-    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        for row in chosen:
-            changed = dataclasses.replace(cfg, seed=seed, table="all", rows=(), seeds=1, **ABLATIONS[row][1])
-            key, config = f"{row}, seed {seed}", json.loads(json.dumps(dataclasses.asdict(changed)))
-            if key in done and done[key]["config"] == config:
-                print(f"{key}: finished before")
-                continue
-            print(f"--- {key}", flush=True)
-            done[key] = dict(ablation_row(changed, done.get(f"latent flow, seed {seed}")), config=config, row=row)
-            write_json(path, done)
-    print_ablation(done, chosen)
+    """Each row trains only what it changes; the rest is shared by the rows of a seed."""
+    done = run_ablation(cfg, ABLATIONS, ablation_row)
+    print_ablation(done, ABLATIONS, ("psnr", "fid_toy", "deg_toy", "lmd_toy", "reconstruction_psnr"))
+    for pixel in (entry for entry in done.values() if entry["row"] == "pixel flow (PMRF)"):
+        seed = pixel["config"]["seed"]
+        latent = done.get(f"latent flow, seed {seed}")
+        if latent:
+            steps, seconds = speed_up(latent["curve"], pixel["curve"])
+            print(f"speed-up to the pixel flow's last fid_toy, seed {seed}: {steps} in steps, {seconds} in seconds "
+                  "(paper 5.79x)")
 
 
-def ablation_row(cfg, latent_row) -> dict:
+def ablation_row(cfg, done: dict) -> dict:
     """Train what differs from the shared networks, then measure. The pixel flow gets the latent flow's seconds."""
+    latent_row = done.get(f"latent flow, seed {cfg.seed}")
     run, faces = Run(cfg), Faces(cfg.data, cfg.image_size, cfg.validation_data)
     held, reader = faces.held_out(cfg.validation_faces), metrics.load_reader("b")
     torch.manual_seed(cfg.seed)
@@ -1323,48 +1282,14 @@ def ablation_row(cfg, latent_row) -> dict:
 
 
 def shared_network(cfg, run, faces, nets, part: str) -> None:
-    """Train `part` into nets, or load it if an earlier row trained one with the same settings."""
-    matters = ["seed", "image_size", "data", "batch_size"]
+    """The autoencoder or the posterior mean: trained once for all rows of a seed that agree on its settings."""
+    matters = ("seed", "image_size", "data", "batch_size", "optimizer")
     if part == "vae" or cfg.source == "latent_mean":
-        matters += ["vae", "latent_channels", "perceptual", "kl_weight"]
+        matters += ("vae", "latent_channels", "perceptual", "kl_weight")
     if part == "mmse":
-        matters += ["mmse", "degradation", "source"]
-    key = json.dumps({f: value for f, value in dataclasses.asdict(cfg).items() if f.startswith(tuple(matters))})
-    folder = Path(cfg.output) / f"{part}_{hash_text(key)}"
-    if (folder / "model.safetensors").exists():
-        load_strict(nets[part], load_model(str(folder), "latent_pmrf")[1][part], folder)
-        return
-    nets[part].requires_grad_(True)
-    stage = TRAINERS[part](cfg, run, faces, nets)
-    nets[part].load_state_dict(stage.ema[part])
-    nets[part].eval().requires_grad_(False)
-    config = dict(method="latent_pmrf", train=dataclasses.asdict(cfg), finished=[part])
-    save_model(folder, {part: nets[part].state_dict()}, config)
-
-
-def hash_text(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
-
-
-def print_ablation(done: dict, chosen: list) -> None:
-    """One line per row: mean (standard deviation) over seeds, beside the paper's words. Toy numbers, toy names."""
-    for table in dict.fromkeys(ABLATIONS[row][0] for row in chosen):
-        print(f"\n{table}, toy size")
-        for row in (r for r in chosen if ABLATIONS[r][0] == table):
-            runs = [entry for entry in done.values() if entry["row"] == row]
-            cells = []
-            for name in ("psnr", "fid_toy", "deg_toy", "lmd_toy", "reconstruction_psnr"):
-                values = [run["scores"][name] for run in runs if name in run["scores"]]
-                if values:
-                    cells.append(f"{name} {statistics.mean(values):.2f} ({statistics.pstdev(values):.2f})")
-            print(f"{row:>36}  {'  '.join(cells)}  {runs[0]['steps']} steps, {runs[0]['seconds']:.0f} s   "
-                  f"paper: {ABLATIONS[row][2]}")
-    pairs = [(done[f"latent flow, seed {e['config']['seed']}"], e) for e in done.values()
-             if e["row"] == "pixel flow (PMRF)" and f"latent flow, seed {e['config']['seed']}" in done]
-    for latent, pixel in pairs:
-        steps, seconds = speed_up(latent["curve"], pixel["curve"])
-        print(f"speed-up to the pixel flow's last fid_toy, seed {pixel['config']['seed']}: {steps} in steps, "
-              f"{seconds} in seconds (paper 5.79x)")
+        matters += ("mmse", "degradation", "source")
+    shared_part(cfg, "latent_pmrf", part, matters, nets[part],
+                lambda: TRAINERS[part](cfg, run, faces, nets).ema[part])
 
 
 def speed_up(latent: list, pixel: list) -> tuple:

@@ -501,7 +501,7 @@ def test_restore_folder_takes_what_it_can_and_names_the_rest(tmp_path, capsys):
     Image.new("RGB", (64, 64), "red").save(source / "a.jpg")                # the same stem twice
     (source / "broken.png").write_bytes(b"\x89PNG\r\n")
     cfg = Restore(input=str(source), output=str(tmp_path / "out"), batch_size=2)
-    done = common.restore_folder(cfg, lambda lq: {"restored_faces": -lq, "posterior_mean": lq}, 64, "cpu")
+    done = common.restore_folder(cfg, lambda lq, stems: {"restored_faces": -lq, "posterior_mean": lq}, 64, "cpu")
     said = capsys.readouterr().out
     assert done == 5 and "skipped" in said and "broken.png" in said and "30x90 resized to 64x64" in said
     names = {p.name for p in (tmp_path / "out" / "restored_faces").iterdir()}
@@ -509,7 +509,7 @@ def test_restore_folder_takes_what_it_can_and_names_the_rest(tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "args.json").read_text())["restored"] == 5
     only_bad = Restore(input=str(source / "broken.png"), output=str(tmp_path / "out2"))
     with pytest.raises(UserError, match="nothing was restored"):
-        common.restore_folder(only_bad, lambda lq: {"restored_faces": lq}, 64, "cpu")
+        common.restore_folder(only_bad, lambda lq, stems: {"restored_faces": lq}, 64, "cpu")
 
 
 def test_whole_photographs_every_face_is_restored_and_pasted(tmp_path):
@@ -519,7 +519,7 @@ def test_whole_photographs_every_face_is_restored_and_pasted(tmp_path):
     faces = [(template + [20, 30]).tolist(), (template + [230, 40]).tolist()]
     (tmp_path / "points.json").write_text(json.dumps({"p.png": faces}))
     cfg = Restore(input=str(tmp_path / "p.png"), output=str(tmp_path / "out"), landmarks=str(tmp_path / "points.json"))
-    assert common.restore_folder(cfg, lambda lq: {"restored_faces": torch.ones_like(lq)}, 64, "cpu") == 2
+    assert common.restore_folder(cfg, lambda lq, stems: {"restored_faces": torch.ones_like(lq)}, 64, "cpu") == 2
     result = common.read_image(tmp_path / "out" / "restored_photos" / "p.png")
     assert result.shape == (3, 200, 400)
     for five in faces:
@@ -529,4 +529,4 @@ def test_whole_photographs_every_face_is_restored_and_pasted(tmp_path):
     assert (tmp_path / "out" / "restored_faces" / "p_01.png").exists()
     (tmp_path / "points.json").write_text("[1, 2")
     with pytest.raises(UserError, match="--landmarks"):
-        common.restore_folder(cfg, lambda lq: {"restored_faces": lq}, 64, "cpu")
+        common.restore_folder(cfg, lambda lq, stems: {"restored_faces": lq}, 64, "cpu")
