@@ -1127,18 +1127,19 @@ class Faces:
         return self.cache[path] / 127.5 - 1
 
     def read(self, paths, seeds) -> dict:
-        """hq, identity, seeds of those files that can be read; the others are named and left out with their seeds."""
-        images, people, kept = [], [], []
+        """hq, identity, seeds, paths of the files that can be read; the others are named and left out."""
+        images, people, kept, read = [], [], [], []
         for path, seed in zip(paths, seeds):
             try:
                 images.append(self.load(path))
                 people.append(self.person[str(path.parent)])
                 kept.append(seed)
+                read.append(path)
             except UserError as error:
                 print(f"skipped: {error}", flush=True)
         if not images:
             raise UserError(f"none of {len(paths)} pictures could be read, the last one {paths[-1]}; check --data")
-        return dict(hq=torch.stack(images), identity=torch.tensor(people), seeds=torch.stack(kept))
+        return dict(hq=torch.stack(images), identity=torch.tensor(people), seeds=torch.stack(kept), paths=read)
 
     def training(self, batch_size: int, seed: int, step: int, rank: int = 0, world: int = 1) -> dict:
         """The batch of one (step, rank): hq (B, 3, S, S), identity (B,), seeds (B,) for `degrade`.
@@ -1195,6 +1196,13 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from None
     return device
+
+
+def not_half(x: torch.Tensor):
+    """For autoencoders, which overflow inside an fp16 autocast: they run in float32 there. bf16 is fine."""
+    kind = x.device.type
+    half = torch.get_autocast_dtype(kind) is torch.float16
+    return torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not half)
 
 
 def pick_precision(name: str, device: torch.device) -> str:
@@ -1666,13 +1674,18 @@ class LoRALinear(nn.Module):
 
 
 class LoRAConv2d(nn.Module):
-    """The same for a convolution: A keeps its kernel, stride and padding, B is 1x1 [layout of diffusers and peft]."""
+    """The same for a convolution: A keeps its kernel, stride and padding, B is 1x1 [layout of diffusers and peft].
+
+    Raises ValueError for a grouped convolution.
+    """
 
     def __init__(self, base: nn.Conv2d, rank: int, alpha: float):
         super().__init__()
+        if base.groups > 1:
+            raise ValueError("LoRA of a grouped convolution is not a product of two convolutions")
         self.base, self.scale = base.requires_grad_(False), alpha / rank
-        self.lora_A = nn.Conv2d(base.in_channels, rank, base.kernel_size, base.stride, base.padding, bias=False,
-                                device=base.weight.device)
+        self.lora_A = nn.Conv2d(base.in_channels, rank, base.kernel_size, base.stride, base.padding, base.dilation,
+                                bias=False, padding_mode=base.padding_mode, device=base.weight.device)
         self.lora_B = nn.Conv2d(rank, base.out_channels, 1, bias=False, device=base.weight.device)
         nn.init.normal_(self.lora_A.weight, std=1 / rank)
         nn.init.zeros_(self.lora_B.weight)
@@ -1896,21 +1909,19 @@ def print_ablation(done: dict, table: dict, names: tuple) -> None:
             print(f"{row:>36}  {'  '.join(cells)}   paper: {table[row][2]}")
 
 
-def shared_part(cfg, method: str, part: str, matters: tuple, net: nn.Module, train_part) -> None:
-    """Ablation rows share what they do not change: load `part` if a row with the same settings trained it, else do.
+def shared_parts(cfg, method: str, name: str, matters: tuple, train_parts) -> dict:
+    """Ablation rows share what they do not change: {part: weights} of a row with the same settings, or trained now.
 
-    matters: beginnings of the fields that decide; train_part() -> {name: tensor}, the trained weights.
+    name: of the stage; matters: beginnings of the fields that decide; train_parts() -> {part: {name: tensor}}.
     """
     fields = dataclasses.asdict(cfg)
-    key = json.dumps({name: value for name, value in fields.items() if name.startswith(matters)}, default=str)
-    folder = Path(cfg.output) / f"{part}_{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}"
+    key = json.dumps({field: value for field, value in fields.items() if field.startswith(matters)}, default=str)
+    folder = Path(cfg.output) / f"{name}_{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}"
     if (folder / "model.safetensors").exists():
-        load_strict(net, load_model(str(folder), method)[1][part], folder)
-        return
-    net.requires_grad_(True)
-    net.load_state_dict(train_part())
-    net.eval().requires_grad_(False)
-    save_model(folder, {part: net.state_dict()}, dict(method=method, train=fields, finished=[part]))
+        return load_model(str(folder), method)[1]
+    parts = train_parts()
+    save_model(folder, parts, dict(method=method, train=fields, finished=list(parts)))
+    return parts
 
 
 # ---------------------------------------------------------------------------------------- flags every method has

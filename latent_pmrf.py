@@ -35,8 +35,9 @@ import torch.nn.functional as F
 import metrics
 from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, command_line, degrade,
                     degrade_pair, find_checkpoint, finished_parts, load_model, load_strict, lr_schedule,
-                    make_optimizer, print_ablation, print_table, read_curves, read_torch, read_weights, restore_folder,
-                    run_ablation, save_model, shared_part, versions, warmup_cosine, write_curve, write_grid, write_json)
+                    make_optimizer, not_half, print_ablation, print_table, read_curves, read_torch, read_weights,
+                    restore_folder, run_ablation, save_model, shared_parts, versions, warmup_cosine, write_curve,
+                    write_grid, write_json)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -253,13 +254,6 @@ class Decoder(nn.Module):
         for block in self.up_blocks:
             z = block(z)
         return self.conv_out(z)
-
-
-def not_half(x):
-    """Inside an fp16 autocast the autoencoder would overflow: it runs in float32 there; bf16 is fine."""
-    kind = x.device.type
-    half = torch.get_autocast_dtype(kind) is torch.float16
-    return torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not half)
 
 
 class SimVAE(nn.Module):
@@ -1288,8 +1282,11 @@ def shared_network(cfg, run, faces, nets, part: str) -> None:
         matters += ("vae", "latent_channels", "perceptual", "kl_weight")
     if part == "mmse":
         matters += ("mmse", "degradation", "source")
-    shared_part(cfg, "latent_pmrf", part, matters, nets[part],
-                lambda: TRAINERS[part](cfg, run, faces, nets).ema[part])
+    nets[part].requires_grad_(True)
+    trained = shared_parts(cfg, "latent_pmrf", part, matters,
+                           lambda: {part: TRAINERS[part](cfg, run, faces, nets).ema[part]})
+    load_strict(nets[part], trained[part], f"{cfg.output}, {part}")
+    nets[part].eval().requires_grad_(False)
 
 
 def speed_up(latent: list, pixel: list) -> tuple:

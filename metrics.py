@@ -34,9 +34,9 @@ import torch.nn.functional as F
 import torchvision
 from tqdm import tqdm
 
-from common import (ATTRIBUTES, DEGRADATIONS, TOY_SPLITS, Degradation, Run, Stage, TrainFlags, UserError,
-                    command_line, degrade, list_images, load_strict, mix, pick_device, read_image,
-                    read_weights, toy_faces, whole_file)
+from common import (ATTRIBUTES, DEGRADATIONS, PRECISIONS, TOY_SPLITS, Degradation, Run, Stage, TrainFlags, UserError,
+                    command_line, degrade, list_images, load_strict, lr_schedule, make_optimizer, mix, pick_device,
+                    read_image, read_weights, toy_faces, whole_file)
 
 # ------------------------------------------------------------------------ full reference
 
@@ -786,7 +786,7 @@ class FaceReader(nn.Module):
 
 
 def load_reader(name="b", folder=None):
-    """A trained FaceReader, frozen, in eval mode: "a" for losses, "b" for measuring. UserError if it is
+    """A trained FaceReader, frozen, in eval mode: "a" and "c" for losses, "b" for measuring. UserError if it is
     missing.
 
     Two networks of different width and seed, so that no number is read from the network that was optimised.
@@ -808,10 +808,13 @@ def load_reader(name="b", folder=None):
 class TrainReader(TrainFlags):
     """Train the face readers on toy faces, or on a folder of faces with what labels it has; measure them."""
     output: str = "runs/reader"            # folder for checkpoints and log
-    weights: str = "weights"               # folder that receives reader_a.safetensors and reader_b
-    which: typing.Literal["both", "a", "b"] = "both"  # a: for losses, b: for measuring
+    weights: str = "weights"               # folder that receives reader_a.safetensors, reader_b and reader_c
+    which: typing.Literal["all", "a", "b", "c"] = "all"  # a: for losses, b: for measuring, c: a second one for losses
     width_a: int = 12                      # channels of reader a at 64 px
     width_b: int = 16                      # channels of reader b
+    width_c: int = 12                      # channels of reader c
+    optimizer: typing.Literal["muon", "adamw"] = "adamw"  # muon for c: half the steps
+    lr_warmup_steps: int = 100             # steps in which the learning rate rises from 0
     steps: int = 1000                      # optimiser steps of each reader
     learning_rate: float = 3e-3            # of AdamW, cosine to zero after 100 steps of warm-up
     weight_decay: float = 0.02             # of AdamW
@@ -822,7 +825,7 @@ class TrainReader(TrainFlags):
     landmark_weight: float = 1.0           # of the cross-entropy of heatmaps plus the distance in pixels
     quality_weight: float = 20.0           # of the squared error
     batch_size: int = 64                   # faces per step
-    mixed_precision: typing.Literal["no", "bf16", "fp16"] = "bf16"  # autocast type
+    mixed_precision: PRECISIONS = "bf16"   # autocast type
     ema_decay: float = 0.99                # of the averaged weights that are stored
     num_workers: int = 1                   # processes that draw faces ahead
     validation_faces: int = 1200           # held-out faces, four per person in the toy world
@@ -994,18 +997,18 @@ def reader_losses(reader, classes, batch, cfg):
 
 def train_reader(cfg):
     """Train the readers that cfg.which names, store them, and measure what was stored."""
-    for name in "ab" if cfg.which == "both" else cfg.which:
-        one = replace(cfg, which=name, output=str(Path(cfg.output) / name), seed=cfg.seed + (name == "b"))
+    for number, name in enumerate("abc"):
+        if cfg.which not in ("all", name):
+            continue
+        one = replace(cfg, which=name, output=str(Path(cfg.output) / name), seed=cfg.seed + number)
         run, data = Run(one), FolderLabels(one) if cfg.data else ToyLabels(one)
-        reader = FaceReader(one.width_a if name == "a" else one.width_b)
+        reader = FaceReader(getattr(one, f"width_{name}"))
         reader = reader.to(run.device, memory_format=torch.channels_last)
         classes = nn.ParameterList([0.05 * torch.randn(max(1, data.classes), 128)]).to(run.device)
         parameters = [*reader.parameters(), *classes.parameters()]
-        optimizer = torch.optim.AdamW(parameters, one.learning_rate, weight_decay=one.weight_decay)
-        steps = min(one.steps, one.max_train_steps)
-        lr_at = lambda k: min(1, (k + 1) / 100) * 0.5 * (1 + math.cos(math.pi * k / steps))
-        modules = dict(reader=reader, classes=classes)
-        stage = Stage(run, f"reader_{name}", modules, dict(reader=optimizer), steps, lr_at)
+        optimizer = make_optimizer(one, parameters, one.learning_rate, (0.9, 0.999), one.weight_decay)
+        steps, modules = min(one.steps, one.max_train_steps), dict(reader=reader, classes=classes)
+        stage = Stage(run, f"reader_{name}", modules, dict(reader=optimizer), steps, lr_schedule(one, steps))
         run.start_log()
         for _, batch in stage.steps(data.training):
             with run.autocast():
