@@ -1937,6 +1937,7 @@ class TrainFlags:
     output: str = ""                       # folder for weights, checkpoints, log and pictures
     data: str = ""                         # folder of aligned faces, sub-folders = identities (default: the toy world)
     validation_data: str = ""              # folder of held-out faces (default: the last tenth of --data)
+    readers: str = ""                      # folder of face readers trained on your own faces (default: weights/)
     degradation: DEGRADATION_NAMES = "codeformer"  # preset of common.DEGRADATIONS
     image_size: int = 64                   # side of the faces in pixels
     batch_size: int = 16                   # faces per process and micro-batch
@@ -2017,7 +2018,7 @@ def check_numbers(cfg) -> None:
             if isinstance(number, (int, float)) and not isinstance(number, bool):
                 if not math.isfinite(number) or number < 0:
                     raise UserError(f"--{field.name} {number}: must be a finite number, 0 or more")
-                if number == 0 and re.search(r"_size|steps$|^seeds$|widths|channels|^rank$|faces", field.name):
+                if number == 0 and re.search(r"_size|(?<!warmup_)steps$|^seeds$|widths|channels|^rank$|faces", field.name):
                     raise UserError(f"--{field.name} 0: must be at least 1")
 
 

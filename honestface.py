@@ -68,8 +68,7 @@ class Train(TrainFlags):
     adapter: str = ""                      # OSDFace's embedding_change weights: where the prompt adapter starts
     gradient_checkpointing: bool = False   # recompute UNet and decoder in the backward pass: less memory, more time
     # networks that look at faces
-    face_networks: typing.Literal["reader", "released"] = "reader"  # toy reader, or the four files below
-    readers: str = ""                      # folder of readers trained on your own faces (default: the toy readers)
+    face_networks: typing.Literal["reader", "released"] = "reader"  # face readers (--readers), or the files below
     arcface: str = ""                      # IR-50 ArcFace weights: identity loss, and the FIE's recogniser X_FR
     adaface: str = ""                      # IR-50 AdaFace weights: identity loss
     fan: str = ""                          # AWing-FAN weights (alignment_WFLW_4HG.pth): landmarks and heatmaps
@@ -746,7 +745,7 @@ def face_networks(cfg, device) -> SimpleNamespace:
     .landmarks and .heatmaps; eyes: backbone of the FFE; lpips (a, b) on [-1, 1]; dists (a, b) on [0, 1].
     """
     if cfg.face_networks == "reader":
-        readers = {name: metrics.load_reader(name, cfg.readers or None).to(device) for name in ("a", "c")}
+        readers = {name: metrics.load_reader(name, cfg.readers).to(device) for name in ("a", "c")}
         a = readers["a"]
         chosen = readers["c"] if getattr(cfg, "fie_network", "") == "adaface" else a
         return SimpleNamespace(recogniser=chosen.embed, id_dim=128, recognisers=[r.embed for r in readers.values()],
@@ -802,8 +801,9 @@ def build(cfg, eyes_on, device) -> dict:
 def load_stable_diffusion(where: str, cfg) -> dict:
     """vae and unet of a diffusers folder or hub id. Raises UserError where they cannot be had or do not fit."""
     try:
-        nets = dict(vae=AutoencoderKL.from_pretrained(where, subfolder="vae"),
-                    unet=UNet2DConditionModel.from_pretrained(where, subfolder="unet"))
+        # low_cpu_mem_usage would need the accelerate package
+        nets = dict(vae=AutoencoderKL.from_pretrained(where, subfolder="vae", low_cpu_mem_usage=False),
+                    unet=UNet2DConditionModel.from_pretrained(where, subfolder="unet", low_cpu_mem_usage=False))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--pretrained_model_name_or_path {where}: {str(error).splitlines()[0][:160]}; "
                         "wants a diffusers folder with unet/ and vae/, or a hub id") from None
@@ -880,21 +880,22 @@ def load_unet_lora(unet, path: str, alpha: float) -> None:
         weight.data += alpha / pair["A"].shape[0] * change.view_as(weight).to(weight)
 
 
-def load_osdface(folder: Path, base: str, cfg) -> tuple:
+def load_osdface(folder: Path, base: str) -> tuple:
     """(nets, Train configuration) of OSDFace's release: SD 2.1 with its LoRA merged, VRE, adapter; no references."""
+    files = {}
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".ckpt", ".pth", ".pt", ".safetensors")):
+        names = " ".join(read_weights(path))
+        files["lora" if "lora" in names else "vre" if "quant_conv" in names else "adapter"] = path
+    missing = [kind for kind in ("vre", "adapter", "lora") if kind not in files]
+    if missing:
+        raise UserError(f"--checkpoint {folder}: neither a training run (no config.json) nor OSDFace's release "
+                        f"(no {', '.join(missing)} weights in it)")
     trained = dataclasses.replace(Train(**PAPER), ide="none", vre_double_normalise=True,
                                   pretrained_model_name_or_path=base)
     nets = build(trained, SimpleNamespace(eyes=None, id_dim=512), "cpu")
-    readers = {"vre": lambda path: load_vre(nets["vre"], path),
-               "adapter": lambda path: load_adapter(nets["prompt"].adapter, path),
-               "lora": lambda path: load_unet_lora(nets["unet"], path, trained.lora_alpha)}
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".ckpt", ".pth", ".pt", ".safetensors")):
-        names = " ".join(read_weights(path))
-        kind = "lora" if "lora" in names else "vre" if "vqvae_LQ." in names or "quant_conv" in names else "adapter"
-        if kind in readers:
-            readers.pop(kind)(path)
-    if readers:
-        raise UserError(f"--checkpoint {folder}: no file with the {', '.join(readers)} weights of OSDFace in it")
+    load_vre(nets["vre"], files["vre"])
+    load_adapter(nets["prompt"].adapter, files["adapter"])
+    load_unet_lora(nets["unet"], files["lora"], trained.lora_alpha)
     return nets, trained
 
 
@@ -1082,14 +1083,16 @@ def train_onestep(cfg, run, faces, nets, eyes_on) -> dict:
         losses = restorer_losses(cfg, eyes_on, restored, hq, mask)
         t = torch.randint(len(bars), (len(lq),), device=lq.device)
         diffuse = lambda z: forward_diffuse(z, torch.randn_like(z), bars[t])
+        with frozen(discriminator):                               # until its gradients have passed through
+            if cfg.gan_weight:
+                with run.autocast():
+                    losses["gan"] = generator_loss(discriminator(diffuse(z_hat), t, p.detach()).float())
+            total = sum(weights[name] * loss for name, loss in losses.items())
+            stage.update(total, optimizer="restorer", **losses)
         if cfg.gan_weight:
-            with frozen(discriminator), run.autocast():
-                losses["gan"] = generator_loss(discriminator(diffuse(z_hat), t, p.detach()).float())
-        total = sum(weights[name] * loss for name, loss in losses.items())
-        stage.update(total, optimizer="restorer", **losses)
-        if cfg.gan_weight:
+            both = torch.cat([diffuse(z_h), diffuse(z_hat.detach())])
             with run.autocast():
-                real, fake = (discriminator(diffuse(z), t, p.detach()).float() for z in (z_h, z_hat.detach()))
+                real, fake = discriminator(both, t.repeat(2), p.detach().repeat(2, 1, 1)).float().chunk(2)
             judged = discriminator_loss(real, fake)
             stage.update(judged, optimizer="discriminator", discriminator=judged)
     return {"lora": stage.ema["unet"], "prompt": stage.ema["prompt"]}
@@ -1125,6 +1128,7 @@ def train(cfg: Train) -> None:
                 weights[part] = saved[part]
             run.say(f"stage {name}: finished before, taken as it is")
         elif name in wanted:
+            torch.manual_seed(mix(name, cfg.seed))                # stages one by one give what all at once gives
             trained = train_stage(cfg, run, faces, nets, eyes_on)
             finish(nets, trained, cfg)
             weights |= trained
@@ -1143,6 +1147,10 @@ def prepare(cfg, eyes_on, device) -> dict:
     nets = build(cfg, eyes_on, device)
     for net in (nets[name] for name in nets if name != "prompt"):
         net.requires_grad_(False)
+    layers = ["." + name for name, _ in nets["unet"].named_modules()]
+    unknown = [end for end in cfg.lora_layers if not any(layer.endswith("." + end) for layer in layers)]
+    if len(unknown) == len(cfg.lora_layers):
+        raise UserError(f"--lora_layers {' '.join(unknown)}: the UNet has no layer whose name ends so")
     if cfg.vre:
         load_vre(nets["vre"], cfg.vre)
     if cfg.adapter:
@@ -1207,7 +1215,7 @@ def held_out(cfg, faces) -> tuple:
 def report(cfg, run, faces, nets, eyes_on) -> dict:
     """Restore faces the networks never saw, with and without references; write pictures, numbers and the table."""
     batch, lq, references, present = held_out(cfg, faces)
-    hq, reader = batch["hq"], metrics.load_reader("b", cfg.readers or None)
+    hq, reader = batch["hq"], metrics.load_reader("b", cfg.readers)
     one, wrong = torch.arange(cfg.max_references) < 1, torch.arange(len(hq)).roll(1)
     restored = functools.partial(restore_held_out, cfg, run, nets, eyes_on, batch, lq)
     begun = time.perf_counter()
@@ -1245,7 +1253,7 @@ def load_networks(cfg: Sample, device) -> tuple:
     folder = Path(cfg.checkpoint)
     if folder.is_dir() and not (folder / "config.json").exists():
         base = cfg.pretrained_model_name_or_path or PAPER["pretrained_model_name_or_path"]
-        nets, trained = load_osdface(folder, base, cfg)
+        nets, trained = load_osdface(folder, base)
         return {name: net.to(device) for name, net in nets.items()}, trained, None
     config, parts = load_model(cfg.checkpoint, "honestface")
     known = {f.name for f in dataclasses.fields(Train)}
@@ -1365,7 +1373,7 @@ def ablation_row(cfg, done: dict) -> dict:
     finish(nets, train_onestep(cfg, run, faces, nets, eyes_on), cfg)
     batch, lq, references, present = held_out(cfg, faces)
     restored = restore_held_out(cfg, run, nets, eyes_on, batch, lq, references, present)
-    scores = metrics.toy_scores(restored, batch["hq"], metrics.load_reader("b", cfg.readers or None), lq)
+    scores = metrics.toy_scores(restored, batch["hq"], metrics.load_reader("b", cfg.readers), lq)
     return dict(scores=scores, seconds=round(time.time() - begun, 1))
 
 

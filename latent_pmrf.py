@@ -62,21 +62,21 @@ class Train(TrainFlags):
     vgg: str = ""                          # file of torchvision's vgg19 weights (default: torchvision fetches them)
     perceptual_weight: float = 0.05        # authors' file; the paper's text says Real-ESRGAN's 1.0
     kl_weight: float = 1e-6                # of the KL summed over a latent
-    vae_steps: int = 2600                  # paper 150 000
+    vae_steps: int = 1500                  # paper 150 000
     vae_learning_rate: float = 2e-3        # peak; paper 1e-4
     vae_min_learning_rate: float = 1e-4    # end of the cosine; paper 1e-6
-    vae_cosine_steps: int = 2600           # horizon of the cosine; authors 200 000 for a run of 150 000
+    vae_cosine_steps: int = 1500           # horizon of the cosine; authors 200 000 for a run of 150 000
     vae_warmup_steps: int = 50             # linear, from a tenth of the peak; paper 500
     vae_crop: int = 32                     # side of the random crop the VAE sees; paper 256
     # posterior mean
     mmse_dim: int = 64                     # SwinIR width; DifFace 180
     mmse_depths: tuple[int, ...] = (4, 4)  # Swin layers per residual group; DifFace 6 x 8
     mmse_heads: int = 4                    # attention heads; DifFace 6
-    mmse_features: int = 16                # width at full resolution, after upsampling; DifFace 64
+    mmse_features: int = 48                # width at full resolution, after upsampling; DifFace 64
     mmse_unshuffle: int = 4                # space-to-depth before and upsampling after; DifFace 8
     mmse_residual: bool = True  # add the input, as SwinIR does for denoising: learns sooner; DifFace does not
     mmse_drop_path: float = 0.0            # share of skipped residual branches in training; DifFace 0.1
-    mmse_steps: int = 1500                 # paper trains none (DifFace's weights); PMRF 1000 epochs
+    mmse_steps: int = 3600                 # paper trains none (DifFace's weights); PMRF 1000 epochs
     mmse_learning_rate: float = 2e-3       # PMRF 5e-4, constant
     # flow
     flow_widths: tuple[int, ...] = (64, 128)  # HDiT width per level; paper 256 512 1024
@@ -89,8 +89,8 @@ class Train(TrainFlags):
     mapping_width: int = 128               # width of the time embedding; paper 768
     source_noise: float = 0.1              # sigma_s: noise on the source, in units of the space the flow runs in
     source_sample: bool = True             # source is a sample of the posterior q(z | x_hat), not its mean
-    flow_steps: int = 700                  # paper 400 000
-    learning_rate: float = 1e-3            # of the flow; paper 5e-4, constant
+    flow_steps: int = 600                  # paper 400 000
+    learning_rate: float = 2e-3            # of the flow; paper 5e-4, constant
     num_inference_steps: int = 25          # Euler steps
 
 
@@ -990,7 +990,7 @@ def perceptual_network(cfg, device):
         return lambda a, b: a.new_zeros(())
     if cfg.perceptual == "vgg19":
         return VGGLoss(cfg.vgg).to(device)
-    reader = metrics.load_reader("a").to(device)
+    reader = metrics.load_reader("a", cfg.readers).to(device)
     return lambda a, b: sum((x - y).abs().mean() for x, y in zip(reader.stages(a), reader.stages(b)))
 
 
@@ -1164,7 +1164,7 @@ def restore_held_out(cfg, run, nets, batch, steps: int) -> dict:
 def report(cfg, run, faces, nets) -> dict:
     """Restore faces the networks never saw; write samples.png, curves.png, metrics.json; print the table."""
     batch = faces.held_out(cfg.validation_faces)
-    hq, reader = batch["hq"], metrics.load_reader("b")
+    hq, reader = batch["hq"], metrics.load_reader("b", cfg.readers)
     found = restore_held_out(cfg, run, nets, batch, cfg.num_inference_steps)
     rows = {name: metrics.toy_scores(found[name], hq, reader) for name in ("lq", "posterior_mean", "restored_faces")}
     if "vae" in nets:
@@ -1246,7 +1246,7 @@ def ablation_row(cfg, done: dict) -> dict:
     """Train what differs from the shared networks, then measure. The pixel flow gets the latent flow's seconds."""
     latent_row = done.get(f"latent flow, seed {cfg.seed}")
     run, faces = Run(cfg), Faces(cfg.data, cfg.image_size, cfg.validation_data)
-    held, reader = faces.held_out(cfg.validation_faces), metrics.load_reader("b")
+    held, reader = faces.held_out(cfg.validation_faces), metrics.load_reader("b", cfg.readers)
     torch.manual_seed(cfg.seed)
     nets = {}
     for part in parts_of(cfg):

@@ -808,7 +808,7 @@ def load_reader(name="b", folder=None):
 class TrainReader(TrainFlags):
     """Train the face readers on toy faces, or on a folder of faces with what labels it has; measure them."""
     output: str = "runs/reader"            # folder for checkpoints and log
-    weights: str = "weights"               # folder that receives reader_a.safetensors, reader_b and reader_c
+    readers: str = "weights"               # folder that receives reader_a.safetensors, reader_b and reader_c
     which: typing.Literal["all", "a", "b", "c"] = "all"  # a: for losses, b: for measuring, c: a second one for losses
     width_a: int = 12                      # channels of reader a at 64 px
     width_b: int = 16                      # channels of reader b
@@ -1021,13 +1021,13 @@ def train_reader(cfg):
 
 def finish_reader(cfg, name, reader, held, run):
     """Store the reader, measure the stored file on held-out faces, print the numbers and keep them in it."""
-    path = Path(cfg.weights) / f"reader_{name}.safetensors"
+    path = Path(cfg.readers) / f"reader_{name}.safetensors"
     save_reader(path, reader, {})
     missing = [label for label in ("attributes", "landmarks") if held[label].isnan().all()]
     missing += ["identity"] if (held["identity"] < 0).all() else []
     if missing:
         run.say(f"not trained, since {cfg.data} has no such labels: {', '.join(missing)}")
-    rows = measure_reader(load_reader(name, cfg.weights).to(run.device), held)
+    rows = measure_reader(load_reader(name, cfg.readers).to(run.device), held)
     command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     about = dict(command=command, seed=cfg.seed, steps=cfg.steps, not_trained=missing, measured=rows)
     save_reader(path, reader, about)

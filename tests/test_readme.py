@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import common
 import latent_pmrf as lp
 import metrics
 from common import command_line
@@ -55,3 +56,11 @@ def test_the_equation_map_names_functions_that_exist():
     page = (ROOT / "docs" / "latent_pmrf.md").read_text()
     names = re.findall(r"\[`(\w+)`\]\(\.\./latent_pmrf\.py\)", page)
     assert len(names) >= 8 and all(hasattr(lp, name) for name in names)
+
+
+@pytest.mark.parametrize("method", ["latent_pmrf", "honestface"])
+def test_presets_pass_their_own_checks(method):
+    module = __import__(method)
+    for preset in (module.Train(), module.Train(**module.PAPER), module.Ablate(), module.Ablate(**module.PAPER)):
+        common.check_numbers(preset)
+    assert module.Train(**module.PAPER).optimizer == "adamw" and module.Train(**module.PAPER).image_size == 512

@@ -1,0 +1,373 @@
+"""a2bfr.py as a program: stages, resume, real FLUX folders, pairs, photographs, bad input. Tiny, no download."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from test_a2bfr import tiny_flux_folder
+
+import a2bfr as ab
+import common
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--vae_widths", "8", "8", "8", "--latent_channels", "4", "--heads", "1", "--double_layers", "1",
+        "--single_layers", "1", "--text_width", "16", "--image_size", "32", "--vae_steps", "3", "--prior_steps", "3",
+        "--lora_steps", "4", "--vae_batch_size", "4", "--prior_batch_size", "4", "--batch_size", "4", "--rank", "4",
+        "--lora_alpha", "4", "--log_steps", "1", "--validation_faces", "4", "--num_inference_steps", "2", "--device", "cpu"]
+LOOSE = ["--min_identity", "0", "--min_structure", "0", "--max_shift", "9", "--max_leak", "1", "--positive", "0.5",
+         "--negative", "0.5"]
+SHORT = ["--num_inference_steps", "3", "--n_max", "2", "--image_size", "32", "--device", "cpu"]
+QUICK = ["--num_inference_steps", "2", "--device", "cpu"]
+
+
+def call(*argv):
+    common.command_line(ab.__doc__, ab.VERBS, [str(a) for a in argv])
+
+
+def refused(capsys, *argv):
+    """Status 2 and one line on stderr, which is returned."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call(*argv)
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith(("error", "stopped"))]
+    assert stop.value.code == 2 and len(lines) == 1 and "Traceback" not in error, error
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One tiny run of all stages, a folder of toy pictures, and pairs built by its prior."""
+    folder = tmp_path_factory.mktemp("run")
+    call("train", *TINY, "-o", folder / "out")
+    faces = common.toy_faces(torch.arange(6), torch.arange(6), size=40)
+    for i, image in enumerate(faces.image):
+        common.write_image(folder / "faces" / f"{i:02d}.png", image)
+    call("pairs", *LOOSE, *SHORT, "--checkpoint", folder / "out", "-o", folder / "pairs", "--count", "8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flux") / "FLUX.1-tiny"
+    tiny_flux_folder(folder)
+    return folder
+
+
+def weights(folder):
+    found = safetensors.torch.load_file(Path(folder) / ab.LORA_FILE)
+    path = Path(folder) / "model.safetensors"
+    return found | (safetensors.torch.load_file(path) if path.exists() else {})
+
+
+def same(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+# ---------------------------------------------------------------- training
+
+def test_training_leaves_weights_numbers_and_pictures(trained):
+    out = trained / "out"
+    wanted = {"model.safetensors", ab.LORA_FILE, "config.json", "metrics.json", "samples.png", "prompts.png", "curves.png",
+              "log.jsonl"}
+    assert wanted <= {p.name for p in out.iterdir()}
+    numbers = json.loads((out / "metrics.json").read_text())
+    assert set(numbers["rows"]) == {"lq", "source", "target", "template", "edited"} and numbers["faces"] == 4
+    assert 0 <= numbers["rows"]["target"]["attribute_accuracy_toy"] <= 1
+    assert sum(n for _, n in numbers["per_attribute"]["target"].values()) == 4
+    names = weights(out)
+    assert {n.split(".")[0] for n in names} == {"codec", "text", "prior", "transformer"}
+    assert not any("lora" in n or ".base." in n for n in names if n.startswith("prior"))
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert log[0]["config"]["seed"] == 0 and {"diffusion_src", "diffusion_tar", "dual", "prodigy_d"} <= log[-1].keys()
+
+
+def test_only_the_lora_learns_in_the_last_stage(trained, tmp_path):
+    call("train", *TINY, "-o", tmp_path, "--prior", trained / "out", "--lora_steps", "2", "--lora_optimizer", "adamw",
+         "--learning_rate", "1e-2", "--seed", "3")
+    a, b = weights(trained / "out"), weights(tmp_path)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[n], b[n]) == ("lora" not in n) for n in a if "lora_A" not in n or "x_embedder" in n)
+
+
+def test_stage_by_stage_equals_all_at_once(trained, tmp_path):
+    for stage in ("vae", "prior", "lora"):
+        call("train", *TINY, "-o", tmp_path, "--stage", stage)
+    assert same(trained / "out", tmp_path)
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(trained, tmp_path):
+    """SIGKILL amid the LoRA stage, then --resume_from_checkpoint latest: bit by bit the uninterrupted run."""
+    command = [sys.executable, "a2bfr.py", "train", *TINY, "--checkpointing_steps", "1", "-o", str(tmp_path)]
+    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS=str(torch.get_num_threads()))
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(2400):
+        state = tmp_path / "state.pt"
+        if process.poll() is not None or (state.exists() and b"lora" in state.read_bytes()
+                                          and common.read_torch(state)["stage"] == "lora"):
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    call(*command[2:], "--resume_from_checkpoint", "latest")
+    assert same(trained / "out", tmp_path)
+
+
+def test_memory_flags_change_nothing_that_is_learned(trained, tmp_path):
+    """Two passes, checkpointing and cached text give the same LoRA, up to rounding."""
+    base = ["train", *TINY, "--prior", trained / "out", "--lora_optimizer", "adamw", "--learning_rate", "1e-3",
+            "--mixed_precision", "no", "--attr_t_max", "1"]
+    call(*base, "-o", tmp_path / "a")
+    call(*base, "-o", tmp_path / "b", "--two_pass", "--gradient_checkpointing", "--cache_text")
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    lora = [n for n in a if "lora_B" in n]
+    change = torch.cat([a[n].flatten() for n in lora])
+    assert torch.cat([(a[n] - b[n]).flatten() for n in lora]).norm() < .05 * change.norm() and change.norm() > 0
+    assert len(list((tmp_path / "b" / "text").glob("*.safetensors"))) == 514
+
+
+@pytest.mark.parametrize("flags", [
+    ["--no-dual_training", "--attribute_weight", "0"], ["--dual", "abs", "--lq_from", "random", "--decoded", "1"],
+    ["--independent_condition", "--dropped_prompt", "empty", "--drop_text", "1", "--drop_condition", "1"],
+    ["--degradation", "a2bfr", "--gradient_accumulation_steps", "2", "--lora_optimizer", "muon", "--learning_rate", "1e-3"]])
+def test_variants_of_the_method_train(trained, tmp_path, flags):
+    call("train", *TINY, "--prior", trained / "out", "-o", tmp_path, "--lora_steps", "1", *flags)
+    rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
+    assert rows["target"]["psnr"] > 0
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert ("diffusion_tar" in last) == ("--no-dual_training" not in flags)
+    assert ("attribute_src" in last) == ("--attribute_weight" not in flags and "--drop_text" not in flags)
+
+
+def test_condition_in_half_resolution_and_the_cache(trained, tmp_path):
+    call("train", *TINY, "--prior", trained / "out", "-o", tmp_path / "r", "--lora_steps", "1", "--condition_scale", "2",
+         "--independent_condition")
+    for name, flags in (("a", []), ("b", ["--kv_cache"])):
+        call("sample", "-i", trained / "faces", "-o", tmp_path / name, "--checkpoint", tmp_path / "r", *QUICK, *flags)
+    image = lambda name: common.read_image(tmp_path / name / "restored_faces" / "03.png")
+    assert (image("a") - image("b")).abs().max() <= 2 / 127.5
+
+
+# ---------------------------------------------------------------- sampling
+
+def test_sampling_depends_on_prompt_and_seed_and_on_nothing_else(trained, tmp_path):
+    run = lambda name, *flags: call("sample", "-i", trained / "faces", "-o", tmp_path / name, *QUICK,
+                                    "--checkpoint", trained / "out", *flags)
+    run("a"), run("b", "--batch_size", "4"), run("c", "--seed", "1"), run("d", "--prompt", "a smiling person with bangs")
+    run("e", "--true_cfg_scale", "3", "--negative_prompt", "a hat", "--image_guidance_scale", "1.5")
+    image = lambda name: common.read_image(tmp_path / name / "restored_faces" / "03.png")
+    assert (image("a") - image("b")).abs().max() <= 2 / 127.5
+    assert all(not torch.equal(image("a"), image(name)) for name in "cde")
+    assert (tmp_path / "a" / "cmp" / "03.png").exists()
+
+
+def test_strange_pictures_are_restored(trained, tmp_path, capsys):
+    source = tmp_path / "in"
+    source.mkdir()
+    Image.new("RGBA", (50, 30), "orange").save(source / "a.png")
+    Image.new("I;16", (33, 33), 40000).save(source / "deep.png")
+    Image.new("RGB", (1, 1)).save(source / "dot.webp")
+    (source / "notes.png").write_text("not a picture")
+    call("sample", "-i", source, "-o", tmp_path / "out", "--checkpoint", trained / "out", *QUICK)
+    said = capsys.readouterr().out
+    assert len(list((tmp_path / "out" / "restored_faces").iterdir())) == 3
+    assert "notes.png" in said and "50x30 resized to 32x32" in said
+
+
+# ---------------------------------------------------------------- pairs
+
+def test_pairs_leave_a_data_set_that_trains(trained, tmp_path, capsys):
+    rows, broken = ab.read_pairs(trained / "pairs" / "pairs.jsonl")
+    good = [row for row in rows if row["accepted"]]
+    assert len(rows) == 16 and not broken and good and {p.name for p in (trained / "pairs").iterdir()} >= {
+        "metrics.json", "sheet.png", "source", "target"}
+    for row in rows:
+        assert row["accepted"] == (not row["reasons"]) == bool(row["target"]) and set(ab.PAIR_KEYS) <= row.keys()
+        assert row["accepted"] or row["attempts"] == 6                             # three blends, two noises each
+    assert len(list((trained / "pairs" / "target").iterdir())) == len(good)
+    numbers = json.loads((trained / "pairs" / "metrics.json").read_text())
+    assert numbers["acceptance"] == len(good) / 16 and numbers["minutes_per_1000_pairs"] > 0
+    call("train", *TINY, "--prior", trained / "out", "-o", tmp_path, "--lora_steps", "1",
+         "--pairs", trained / "pairs" / "pairs.jsonl")
+    assert "not accepted" in capsys.readouterr().out or len(good) == 16
+
+
+def test_pairs_resume_after_a_kill(trained, tmp_path):
+    """A torn last line and a lost later half: what was listed stays as it is, the rest comes out as before."""
+    folder = tmp_path / "pairs"
+    shutil.copytree(trained / "pairs", folder)
+    lines = (folder / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (folder / "pairs.jsonl").write_text("".join(lines[:7]) + lines[7][:40])        # killed while writing
+    kept = [json.loads(line) for line in lines[:7]]
+    stamp = {row["target"]: (folder / row["target"]).stat().st_mtime_ns for row in kept if row["accepted"]}
+    for row in map(json.loads, lines[7:]):
+        if row["accepted"]:
+            (folder / row["target"]).unlink()
+    call("pairs", *LOOSE, *SHORT, "--checkpoint", trained / "out", "-o", folder, "--count", "8")
+    rows, broken = ab.read_pairs(folder / "pairs.jsonl")
+    assert broken == {"not JSON": 1} and rows[:7] == kept
+    by_id = lambda rows: {row["id"]: {k: v for k, v in row.items() if k != "scores"} for row in rows}
+    assert by_id(rows) == by_id(ab.read_pairs(trained / "pairs" / "pairs.jsonl")[0]) and len(rows) == 16
+    assert all((folder / name).stat().st_mtime_ns == time for name, time in stamp.items())
+    assert all((folder / row["target"]).exists() for row in rows if row["accepted"])
+
+
+def test_broken_rows_are_counted_and_left_out(trained, tmp_path, capsys):
+    folder = tmp_path / "pairs"
+    shutil.copytree(trained / "pairs", folder)
+    good = [row for row in ab.read_pairs(folder / "pairs.jsonl")[0] if row["accepted"]]
+    rows = [dict(good[0], target="target/absent.png"), dict(good[0], attribute="Horns"), dict(good[0], sign=0),
+            dict(good[0], source_prompt=""), dict(good[0], target_prompt="a zebra"), dict(good[0], source=7),
+            dict(good[0], source_prompt=None), dict(good[0], source_prompt="a person " * 5000)]
+    text = "".join(json.dumps(row) + "\n" for row in rows) + "{\"half\n[]\n{}\n\n"
+    (folder / "pairs.jsonl").write_text(text + "".join(json.dumps(row) + "\n" for row in good[:2]))
+    found = ab.FilePairs(str(folder / "pairs.jsonl"), 32, ab.WordText(8, 24))
+    said = capsys.readouterr().out
+    assert len(found.rows) + len(found.held) == 2 and found.held
+    for part in ("missing file such as target/absent.png", "unknown attribute such as Horns", "neither 1 nor -1",
+                 "prompt that cannot be used", "1 row left out, not JSON", "2 rows left out, without all fields"):
+        assert part in said, part
+    (folder / "pairs.jsonl").write_text(text)
+    assert "no accepted pair" in refused(capsys, "train", *TINY, "--prior", trained / "out", "-o", tmp_path / "o",
+                                         "--pairs", folder / "pairs.jsonl")
+    assert "--pairs" in refused(capsys, "train", *TINY, "--prior", trained / "out", "-o", tmp_path / "o",
+                                "--pairs", tmp_path / "absent.jsonl")
+
+
+def test_photographs_pairs_and_training_end_to_end(trained, tmp_path, capsys):
+    """A folder instead of the toy world: own autoencoder and prior, pairs from it, LoRA on them; and without pairs."""
+    faces, out = trained / "faces", tmp_path / "out"
+    folder = [*TINY, "--data", faces, "-o", out]
+    call("train", *folder, "--stage", "vae"), call("train", *folder, "--stage", "prior")
+    call("pairs", *LOOSE, *SHORT, "--checkpoint", out, "-o", tmp_path / "pairs", "--data", faces)
+    assert "only knows toy faces" in capsys.readouterr().out
+    call("train", *folder, "--stage", "lora", "--pairs", tmp_path / "pairs" / "pairs.jsonl")
+    call("train", *TINY, "--data", faces, "-o", tmp_path / "single", "--prior", out, "--no-dual_training")
+    assert (out / "metrics.json").exists() and (tmp_path / "single" / "metrics.json").exists()
+    assert "has no pairs" in refused(capsys, "train", *TINY, "--data", faces, "-o", tmp_path / "o", "--prior", out)
+
+
+# ---------------------------------------------------------------- the real FLUX, tiny
+
+PAPER = ["--preset", "paper", "--image_size", "32", "--text_length", "24", "--rank", "4", "--lora_alpha", "4",
+         "--lora_steps", "2", "--log_steps", "1", "--validation_faces", "2", "--num_inference_steps", "2", "--num_workers", "0",
+         "--device", "cpu"]
+
+
+def test_paper_preset_on_a_flux_folder(trained, flux, tmp_path):
+    """Every memory flag on, bf16, text cached to disk; then sampling, and the LoRA file alone as the release is used."""
+    out = tmp_path / "out"
+    call("train", *PAPER, "--pretrained_model_name_or_path", flux, "-o", out, "--pairs", trained / "pairs" / "pairs.jsonl")
+    assert len(list((out / "text").iterdir())) > 2 and not any(n.startswith("prior") for n in weights(out))
+    assert any(t.any() for n, t in weights(out).items() if "lora_B" in n)
+    config = json.loads((out / "config.json").read_text())["train"]
+    assert config["two_pass"] and config["gradient_checkpointing"] and config["cache_text"]
+    sample = ["sample", "-i", trained / "faces" / "00.png", *QUICK, "--mixed_precision", "bf16", "--prompt", "any words do"]
+    call(*sample, "--checkpoint", out, "-o", tmp_path / "a")
+    call(*sample, "--lora", out / ab.LORA_FILE, "--pretrained_model_name_or_path", flux, "--image_size", "32",
+         "--text_length", "24", "--guidance_scale", "3.5", "-o", tmp_path / "b")
+    image = lambda name: common.read_image(tmp_path / name / "restored_faces" / "00.png")
+    assert torch.equal(image("a"), image("b"))                                     # the run's guidance is 3.5
+
+
+def test_flux_edits_pairs_with_its_embedded_guidance(trained, flux, tmp_path):
+    call("pairs", "--preset", "flux", "--pretrained_model_name_or_path", flux, *SHORT, *LOOSE, "-o", tmp_path,
+         "--count", "3", "--mixed_precision", "no", "--data", trained / "faces", "--positive", "0.01", "--negative", "0.99",
+         "--max_shift", "999", "--max_leak", "2")
+    rows, _ = ab.read_pairs(tmp_path / "pairs.jsonl")
+    assert len(rows) == 6 and any(row["accepted"] for row in rows)
+
+
+def test_incomplete_flux_folders_are_named(flux, tmp_path, capsys, trained):
+    train = lambda where: refused(capsys, "train", *PAPER, "--pretrained_model_name_or_path", where, "-o", tmp_path / "o",
+                                  "--pairs", trained / "pairs" / "pairs.jsonl", "--no-cache_text")
+    copy = tmp_path / "flux"
+    shutil.copytree(flux, copy)
+    shutil.rmtree(copy / "vae")
+    assert "no folder vae/" in train(copy)
+    shutil.copytree(flux / "vae", copy / "vae")
+    (copy / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 100)
+    assert "transformer cannot be loaded" in train(copy)
+    shutil.copy(flux / "transformer" / "diffusion_pytorch_model.safetensors", copy / "transformer")
+    config = json.loads((copy / "transformer" / "config.json").read_text())
+    (copy / "transformer" / "config.json").write_text(json.dumps(dict(config, in_channels=64)))
+    assert "transformer cannot be loaded" in train(copy)
+    shutil.rmtree(copy / "text_encoder_2")
+    assert "text_encoder_2" in train(copy)
+    assert "--pretrained_model_name_or_path" in train(tmp_path / "absent")
+
+
+# ---------------------------------------------------------------- bad input
+
+def test_bad_prompts(capsys, trained, tmp_path):
+    said = lambda prompt: refused(capsys, "sample", "-i", trained / "faces", "-o", tmp_path / "o", *QUICK,
+                                  "--checkpoint", trained / "out", "--prompt", prompt)
+    assert "--prompt is empty" in said("") and "--prompt is empty" in said("   ")
+    assert "does not know zebra" in said("a smiling zebra") and "2500 tokens" in said("a hat " * 1250)
+    assert "does not know" in said("x" * 10_000) and len(said("x" * 10_000)) < 800
+
+
+def test_bad_checkpoints_and_lora_files(capsys, trained, tmp_path):
+    sample = lambda *flags: refused(capsys, "sample", "-i", trained / "faces", "-o", tmp_path / "o", *QUICK, *flags)
+    out = trained / "out"
+    assert "no such file or folder" in sample("--checkpoint", tmp_path / "absent")
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    (copy / ab.LORA_FILE).unlink()
+    assert ab.LORA_FILE in sample("--checkpoint", copy)
+    state = safetensors.torch.load_file(out / ab.LORA_FILE)
+    cut = {n: (t[:2] if "lora_A" in n else t[:, :2]).contiguous() for n, t in state.items() if "single" in n}
+    safetensors.torch.save_file(cut, tmp_path / "part.safetensors")
+    assert "other layers" in sample("--checkpoint", out, "--lora", tmp_path / "part.safetensors")
+    wrong = {n: torch.cat([t, t]) if "lora_B" in n else t for n, t in state.items()}
+    safetensors.torch.save_file(wrong, tmp_path / "wide.safetensors")
+    assert "wide.safetensors" in sample("--checkpoint", out, "--lora", tmp_path / "wide.safetensors")
+    config = json.loads((out / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(dict(config, finished=["vae", "prior"])))
+    assert "stage lora is not finished" in sample("--checkpoint", copy)
+    (copy / "config.json").write_text(json.dumps(dict(config, train=dict(config["train"], heads=2))))
+    assert "does not fit" in sample("--checkpoint", copy)
+    assert "independent_condition" in sample("--checkpoint", out, "--kv_cache")
+
+
+def test_bad_flags(capsys, trained, tmp_path):
+    train = lambda *flags: refused(capsys, "train", *TINY, "-o", tmp_path / "o", *flags)
+    assert "--image_size 36: must be a multiple of 8" in train("--image_size", "36")
+    assert "multiple of 16" in refused(capsys, "train", *PAPER, "--image_size", "500", "-o", tmp_path / "o",
+                                       "--pretrained_model_name_or_path", "x")
+    assert "needs vae" in train("--stage", "prior") and "only the stage lora" in train("--stage", "vae", "--prior", "x")
+    assert "--lora_alpha 0" in train("--lora_alpha", "0") and "--vae_widths" in train("--vae_widths", "12", "8")
+    assert "was trained with --text_width 16" in train("--prior", trained / "out", "--text_width", "32")
+    assert "--condition_scale" in train("--condition_scale", "3")
+    assert "did you mean --lora_steps" in refused(capsys, "train", "--lora_step", "3")
+    assert "--rows" in refused(capsys, "ablate", "-o", tmp_path, "--rows", "nonsense")
+    pairs = lambda *flags: refused(capsys, "pairs", "-o", tmp_path / "p", "--device", "cpu", *flags)
+    assert "needs --pretrained" in pairs("--editor", "sd3")
+    assert "needs --llm" in pairs("--verbaliser", "llm", "--checkpoint", trained / "out", "--image_size", "32")
+    assert "multiple of 8" in pairs("--checkpoint", trained / "out", "--image_size", "36")
+    assert "no pair was accepted" in pairs("--checkpoint", trained / "out", *SHORT, "--count", "1", "--min_identity", "2")
+    assert "loaded as SD3" in pairs("--editor", "sd3", "--pretrained_model_name_or_path", trained / "faces")
+
+
+# ---------------------------------------------------------------- ablation
+
+def test_ablation_rows_are_kept_and_share_their_prior(tmp_path, capsys):
+    flags = ["ablate", *TINY, "-o", tmp_path, "--lora_steps", "1", "--rows", "none", "full"]
+    call(*flags)
+    said = capsys.readouterr().out
+    assert "AA .8536" in said and "restored, then edited" in said and len(list(tmp_path.glob("prior_*"))) == 1
+    before = (tmp_path / "rows.json").read_text()
+    entry = json.loads(before)["full, seed 0"]
+    assert {"attribute_accuracy_toy", "leakage_toy", "source_psnr_gain", "template_attr_toy"} <= entry["scores"].keys()
+    assert json.loads(before)["none, seed 0"]["config"]["dual_training"] is False
+    call(*flags)
+    assert capsys.readouterr().out.count("finished before") == 2 and (tmp_path / "rows.json").read_text() == before

@@ -1,0 +1,396 @@
+"""honestface.py as a program: stages, resume, references, released formats, wrong flags. Tiny, no download."""
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import safetensors.torch
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+import common
+import honestface as hf
+import metrics
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--vre_width", "8", "--vre_multiples", "1", "2", "--vre_dim", "8", "--vre_codes", "96", "--eye_crop", "8",
+         "--image_size", "32", "--batch_size", "2", "--vre_steps", "2", "--onestep_steps", "3", "--log_steps", "1",
+         "--validation_faces", "4", "--max_references", "2", "--device", "cpu", "--mixed_precision", "no"]
+TINY = [*SMALL, "--prompt_dim", "32", "--vae_widths", "8", "16", "--latent_channels", "4", "--unet_widths", "32", "32",
+        "--vae_steps", "2", "--prior_steps", "2"]
+
+
+def call(*argv):
+    common.command_line(hf.__doc__, {"train": (hf.Train, {"toy": hf.Train(), "paper": hf.Train(**hf.PAPER)}, hf.train),
+                                     "sample": (hf.Sample, {}, hf.sample),
+                                     "ablate": (hf.Ablate, {"toy": hf.Ablate()}, hf.ablate)}, [str(a) for a in argv])
+
+
+def refused(capsys, *argv):
+    """Status 2 and one line on stderr, which is returned."""
+    with pytest.raises(SystemExit) as stop:
+        call(*argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.strip().count("\n") == 0, error
+    return error
+
+
+def weights(folder):
+    return safetensors.torch.load_file(Path(folder) / "model.safetensors")
+
+
+def tiny_config(**changes):
+    sizes = dict(vre_width=8, vre_multiples=(1, 2), vre_dim=8, vre_codes=96, eye_crop=8, image_size=32, batch_size=2,
+                 max_references=2, prompt_dim=32, vae_widths=(8, 16), latent_channels=4, unet_widths=(32, 32))
+    return dataclasses.replace(hf.Train(), mixed_precision="no", **(sizes | changes))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny run of all stages, three degraded faces `lq/`, and an album per person `people/00` ..."""
+    folder = tmp_path_factory.mktemp("run")
+    call("train", *TINY, "-o", folder / "out")
+    for person in range(3):
+        faces = common.toy_faces([person] * 4, torch.arange(4), size=40)
+        lq = common.degrade(faces.image[:1], common.DEGRADATIONS["codeformer"], [person])
+        common.write_image(folder / "lq" / f"{person:02d}.png", lq[0])
+        for i in range(1, 4):
+            common.write_image(folder / "people" / f"{person:02d}" / f"{i}.png", faces.image[i])
+    return folder
+
+
+def pictures(folder):
+    return {p.name: common.read_image(p) for p in sorted((Path(folder) / "restored_faces").glob("*.png"))}
+
+
+def test_training_leaves_weights_numbers_and_pictures(trained):
+    out = trained / "out"
+    wanted = {"model.safetensors", "config.json", "metrics.json", "samples.png", "curves.png", "log.jsonl"}
+    assert wanted <= {p.name for p in out.iterdir()}
+    rows = json.loads((out / "metrics.json").read_text())["rows"]
+    assert set(rows) == {"lq", "restored_faces", "one reference", "no reference", "wrong person", "autoencoder"}
+    assert rows["lq"]["psnr_gain"] == 0
+    assert {name.split(".")[0] for name in weights(out)} == {"vae", "unet", "words", "vre", "lora", "prompt"}
+
+
+def test_stage_by_stage_equals_all_at_once(trained, tmp_path):
+    for stage in hf.STAGES:
+        call("train", *TINY, "-o", tmp_path, "--stage", stage)
+    a, b = weights(trained / "out"), weights(tmp_path)
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(trained, tmp_path):
+    """SIGKILL amid the one-step stage, with its two optimisers: bit by bit the uninterrupted run."""
+    command = [sys.executable, "honestface.py", "train", *TINY, "--checkpointing_steps", "1", "-o", str(tmp_path)]
+    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS=str(torch.get_num_threads()))
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    for _ in range(2400):
+        state = tmp_path / "state.pt"
+        if state.exists() and torch.load(state, weights_only=True)["stage"] == "onestep":
+            break
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    call(*command[2:], "--resume_from_checkpoint", "latest")
+    a, b = weights(trained / "out"), weights(tmp_path)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_sample_with_an_album_per_face(trained, tmp_path, capsys):
+    """References change the result; each input finds its own sub-folder; no reference at all works too."""
+    arguments = ["sample", "-i", trained / "lq", "--checkpoint", trained / "out", "--device", "cpu"]
+    call(*arguments, "-o", tmp_path / "with", "--reference", trained / "people")
+    said = capsys.readouterr().out
+    call(*arguments, "-o", tmp_path / "without")
+    a, b = pictures(tmp_path / "with"), pictures(tmp_path / "without")
+    assert len(a) == len(b) == 3 and said.count("3 references") == 3 and a["00.png"].shape == (3, 32, 32)
+
+
+def test_merged_lora_restores_as_the_unmerged_one(trained):
+    nets, cfg, eyes_on = hf.load_networks(hf.Sample(input="", checkpoint=str(trained / "out")), "cpu")
+    apart = hf.prepare(cfg, eyes_on, "cpu")
+    _, parts = common.load_model(str(trained / "out"), "honestface")
+    for part in ("vae", "unet", "vre", "lora", "prompt"):
+        hf.put(apart, part, parts[part], cfg, "test")
+    faces = common.toy_faces([5, 6], [0, 0], size=32)
+    references, present = faces.image[:, None], torch.ones(2, 1, dtype=torch.bool)
+    a, b = (hf.restore(n, cfg, eyes_on, faces.image, references, present, torch.zeros_like) for n in (nets, apart))
+    assert common.lora_layers(apart["unet"]) and not common.lora_layers(nets["unet"])
+    assert torch.allclose(a, b, atol=1e-4)
+
+
+def perturbed(cfg, eyes_on):
+    """Networks whose every path matters: nothing is at its zero start."""
+    nets = hf.prepare(cfg, eyes_on, "cpu")
+    with torch.no_grad():
+        for p in nets["prompt"].parameters():
+            p.add_(0.3 * torch.randn_like(p)) if p.requires_grad else None
+    return nets
+
+
+def test_null_references_reproduce_the_model_without_references():
+    """What stands in an absent slot never matters, and an empty album gives the same face as none."""
+    torch.manual_seed(0)
+    cfg = tiny_config()
+    eyes_on = hf.face_networks(cfg, "cpu")
+    nets = perturbed(cfg, eyes_on)
+    faces = common.toy_faces([1, 2, 3, 4], [0, 0, 0, 0], size=32)
+    lq, references = faces.image[:2], faces.image[2:][:, None].expand(-1, 3, -1, -1, -1)
+    run = lambda r, m: hf.restore(nets, cfg, eyes_on, lq, r, m, torch.zeros_like)
+    none = run(references, torch.zeros(2, 3, dtype=torch.bool))
+    assert torch.equal(none, run(torch.zeros_like(references[:, :1]), torch.zeros(2, 1, dtype=torch.bool)))
+    first = torch.tensor([[True, False, False]] * 2)
+    other = torch.cat([references[:, :1], torch.rand_like(references[:, 1:])], 1)
+    assert torch.allclose(run(references, first), run(other, first), atol=1e-6)
+    assert (run(references, first) - none).abs().max() > 1e-4     # and a reference does something
+
+
+def test_the_reference_used_for_the_eyes_is_the_one_that_fits():
+    """Eq. 6 inside a batch: each face picks among its present references, by geometry of eyes and brows."""
+    lq = torch.rand(2, 98, 2) * 64
+    landmarks = torch.rand(2, 3, 98, 2) * 64
+    landmarks[0, 2] = lq[0] @ torch.tensor([[0.8, 0.1], [-0.2, 1.1]]) + 3
+    landmarks[1, 0] = lq[1] * 0.5                                 # fits best, but is absent
+    landmarks[1, 1] = lq[1] + 0.5 * torch.randn(98, 2)
+    looked = SimpleNamespace(recogniser=lambda x: torch.zeros(len(x), 4),
+                             detector=SimpleNamespace(landmarks=lambda x: landmarks.flatten(0, 1)))
+    images = torch.arange(6.0).view(2, 3, 1, 1, 1).expand(-1, -1, 3, 8, 8)
+    present = torch.tensor([[True, True, True], [False, True, True]])
+    found = hf.read_references(looked, lq, images, present)
+    assert found.chosen[:, 0, 0, 0].tolist() == [2.0, 4.0]
+    assert torch.equal(found.landmarks, torch.stack([landmarks[0, 2], landmarks[1, 1]]))
+
+
+def test_references_are_the_person_and_never_the_face_itself(tmp_path):
+    for person in "ab":
+        for i in range(3):
+            common.write_image(tmp_path / person / f"{i}.png", torch.full((3, 16, 16), i / 4 + (person == "b") * -1.0))
+    common.write_image(tmp_path / "alone" / "0.png", torch.ones(3, 16, 16))
+    (tmp_path / "a" / "broken.png").write_text("no picture")
+    faces = common.Faces(str(tmp_path), 16, str(tmp_path))
+    people = hf.album(faces)
+    batch = faces.held_out(20)
+    images, present = hf.draw_references(faces, {k: sorted(set(v)) for k, v in people.items()}, batch, 4)
+    assert sorted(present.sum(1).tolist()) == [0, 2, 2, 2, 2, 2, 2]
+    for i, path in enumerate(batch["paths"]):
+        for j in range(4):
+            if present[i, j]:
+                assert not torch.equal(images[i, j], batch["hq"][i])
+                assert (images[i, j].mean() < 0) == (path.parent.name == "b")
+    toy = common.Faces("", 16)
+    batch = toy.training(3, 0, 0)
+    images, present = hf.draw_references(toy, {}, batch, 2)
+    again = common.toy_faces(batch["identity"], batch["seeds"] + 2, size=16).image
+    assert present.all() and torch.equal(images[:, 1], again)
+
+
+def test_number_and_absence_of_training_references():
+    cfg = tiny_config(max_references=4, batch_size=16, reference_dropout=0.25)
+    at = hf.batches(cfg, SimpleNamespace(rank=0, world=1), common.Faces("", 16), "references")
+    counts = torch.cat([at(k)["present"].sum(1) for k in range(40)])
+    share = torch.bincount(counts, minlength=5) / len(counts)
+    assert abs(share[0] - 0.25) < 0.06 and all(abs(s - 0.75 / 4) < 0.06 for s in share[1:])
+
+
+def test_turns_leave_no_gradients_in_the_other_network():
+    """Eq. 5: the restorer's turn fills no gradient of D, D's turn none of the restorer; frozen networks get none."""
+    torch.manual_seed(0)
+    cfg = tiny_config()
+    eyes_on = hf.face_networks(cfg, "cpu")
+    nets = perturbed(cfg, eyes_on)
+    judge = hf.LatentDiscriminator(nets["unet"], cfg.lora_layers, 2, 2.0)
+    common.add_lora(nets["unet"], cfg.lora_layers, 2, 2.0)
+    faces = common.toy_faces([1, 2], [0, 0], size=32)
+    references = torch.stack([faces.image, faces.image.flip(0)], 1)  # two: among one there is nothing to weigh
+    prompt = hf.make_prompt(nets, eyes_on, faces.image, references, torch.ones(2, 2, dtype=torch.bool))
+    z = hf.encode(nets["vae"], faces.image)
+    z_hat, t = hf.restore_latent(nets["unet"], z, prompt, 399), torch.tensor([10, 700])
+    with hf.frozen(judge):
+        hf.generator_loss(judge(z_hat, t, prompt.detach())).backward()
+    has = lambda net: {n for n, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert not has(judge) and not has(nets["vae"]) and not has(nets["vre"])
+    assert all("lora_" in n for n in has(nets["unet"])) and any("lora_B" in n for n in has(nets["unet"]))
+    assert {"adapter.conv1.weight", "fie.query", "ffe.colour.weight"} <= has(nets["prompt"])
+    assert not any("backbone" in n for n in has(nets["prompt"]))
+    before = {n: p.grad.clone() for n, p in nets["prompt"].named_parameters() if p.grad is not None}
+    hf.discriminator_loss(judge(z, t, prompt.detach()), judge(z_hat.detach(), t, prompt.detach())).backward()
+    assert "head.0.weight" in has(judge) and all("lora_" in n or "head" in n for n in has(judge))
+    assert all(torch.equal(before[n], p.grad) for n, p in nets["prompt"].named_parameters() if n in before)
+
+
+def test_the_restorer_overfits_one_batch():
+    torch.manual_seed(0)
+    cfg = tiny_config()
+    eyes_on = hf.face_networks(cfg, "cpu")
+    nets = hf.prepare(cfg, eyes_on, "cpu")
+    own = common.add_lora(nets["unet"], cfg.lora_layers, 16, 16.0)
+    own += [p for p in nets["prompt"].parameters() if p.requires_grad]
+    optimizer = common.Muon(own, lr=5e-3)
+    faces = common.toy_faces([1, 2], [0, 0], size=32)
+    lq = common.degrade(faces.image, common.DEGRADATIONS["codeformer"], [0, 1])
+    z_l, z_h = hf.encode(nets["vae"], lq).detach(), hf.encode(nets["vae"], faces.image).detach()
+    losses = []
+    for _ in range(40):
+        prompt = hf.make_prompt(nets, eyes_on, lq, faces.image[:, None], torch.ones(2, 1, dtype=torch.bool))
+        loss = (hf.restore_latent(nets["unet"], z_l, prompt, 399) - z_h).square().mean() / z_h.var()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_scaled_autoencoder_has_unit_latents_and_the_same_pictures():
+    torch.manual_seed(0)
+    vae = hf.prepare(tiny_config(), hf.face_networks(tiny_config(), "cpu"), "cpu")["vae"]
+    images = common.toy_faces(torch.arange(8), torch.arange(8), size=32).image
+    before = hf.decode(vae, hf.encode(vae, images))
+    spread = vae.encode(images).latent_dist.std.mean() / vae.encode(images).latent_dist.mean.std()
+    hf.scale_latents(vae, images)
+    posterior = vae.encode(images).latent_dist
+    assert abs(posterior.mean.std() - 1) < 1e-4
+    assert torch.allclose(hf.decode(vae, hf.encode(vae, images)), before, atol=1e-4)
+    assert torch.allclose(posterior.std.mean(), spread, rtol=1e-3)  # the noise is scaled with the signal
+
+
+# -------------------------------------------------------------------------------------- released formats
+
+
+@pytest.fixture(scope="module")
+def tiny_sd(tmp_path_factory):
+    """Random weights in Stable Diffusion 2.1's layout, every width cut down."""
+    folder = tmp_path_factory.mktemp("sd")
+    unet = hf.SD21_UNET | dict(block_out_channels=(32, 32, 64, 64), attention_head_dim=(1, 1, 2, 2), layers_per_block=1,
+                               cross_attention_dim=1024)
+    vae = hf.SD21_VAE | dict(block_out_channels=(32, 32, 32, 32), layers_per_block=1)
+    torch.manual_seed(0)
+    UNet2DConditionModel(**unet).save_pretrained(folder / "unet")
+    AutoencoderKL(**vae).save_pretrained(folder / "vae")
+    return folder
+
+
+def test_a_paper_step_on_stable_diffusions_layout(tiny_sd, tmp_path):
+    call("train", "--preset", "paper", *SMALL, "--prompt_dim", "1024", "--image_size", "64", "--max_train_steps", "1",
+         "--pretrained_model_name_or_path", tiny_sd, "--face_networks", "reader", "--num_workers", "0", "-o", tmp_path,
+         "--gradient_checkpointing", "--validation_faces", "2")
+    assert {name.split(".")[0] for name in weights(tmp_path)} == {"vre", "lora", "prompt"}  # the base is not copied
+    config = json.loads((tmp_path / "config.json").read_text())["train"]
+    assert config["pretrained_model_name_or_path"] == str(tiny_sd) and config["timestep"] == 399
+    common.write_image(tmp_path / "in" / "a.png", torch.zeros(3, 64, 64))
+    call("sample", "-i", tmp_path / "in", "-o", tmp_path / "res", "--checkpoint", tmp_path, "--device", "cpu")
+    assert pictures(tmp_path / "res")["a.png"].shape == (3, 64, 64)
+
+
+def test_osdface_release_loads_and_restores(tiny_sd, tmp_path):
+    """associate_2.ckpt, embedding_change and a LoRA file, in their names: merged, loaded strictly, one face restored."""
+    torch.manual_seed(1)
+    vre, adapter = hf.VREncoder(), hf.PromptAdapter()
+    release = tmp_path / "osdface"
+    release.mkdir()
+    state = {f"vqvae_LQ.{n}": t for n, t in vre.state_dict().items()} | {"vqvae_LQ.decoder.conv_in.bias": torch.ones(3)}
+    torch.save({"state_dict": state}, release / "associate_2.ckpt")
+    torch.save(adapter.state_dict(), release / "embedding_change_weights.pth")
+    base = UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet")
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    conv = "down_blocks.0.resnets.0.conv1"
+    a, b = torch.randn(16, 32), torch.randn(32, 16)
+    ca, cb = torch.randn(16, 32, 3, 3), torch.randn(32, 16, 1, 1)
+    lora = {f"unet.{layer}.lora_A.weight": a, f"unet.{layer}.lora_B.weight": b,
+            f"unet.{conv}.lora.down.weight": ca, f"unet.{conv}.lora.up.weight": cb}
+    safetensors.torch.save_file(lora, release / "pytorch_lora_weights.safetensors")
+    nets, cfg = hf.load_osdface(release, str(tiny_sd))
+    got, want = nets["unet"].get_submodule(layer).weight, base.get_submodule(layer).weight + b @ a
+    assert torch.allclose(got, want, atol=1e-5)
+    kernel = torch.einsum("or,rikl->oikl", cb[..., 0, 0], ca)
+    assert torch.allclose(nets["unet"].get_submodule(conv).weight, base.get_submodule(conv).weight + kernel, atol=1e-4)
+    assert torch.equal(nets["vre"].codebook, vre.codebook) and cfg.vre_double_normalise
+    assert torch.equal(nets["prompt"].adapter.conv2.weight, adapter.conv2.weight)
+    lq, nothing = torch.rand(1, 3, 256, 256), torch.zeros(1, 1, dtype=torch.bool)
+    out = hf.restore(nets, cfg, None, lq, torch.zeros(1, 1, 3, 256, 256), nothing, torch.zeros_like)
+    assert out.shape == lq.shape and out.isfinite().all()
+
+
+def test_paper_sizes_on_the_meta_device():
+    """Fact sheet: 865.91 M UNet, 351.7 M of it in the discriminator, 83.65 M VAE, 978.34 M for OSDFace in all."""
+    millions = lambda *nets: sum(p.numel() for net in nets for p in net.parameters()) / 1e6
+    with torch.device("meta"):
+        unet, vae = UNet2DConditionModel(**hf.SD21_UNET), AutoencoderKL(**hf.SD21_VAE)
+        vre, adapter = hf.VREncoder(), hf.PromptAdapter()
+        assert round(millions(unet), 2) == 865.91 and round(millions(vae), 2) == 83.65
+        assert round(millions(unet, vae, vre.encoder, adapter), 1) == 978.3
+        judge = hf.LatentDiscriminator(unet, hf.ALL_LAYERS, 16, 16.0)
+        frozen = sum(p.numel() for p in judge.parameters() if not p.requires_grad) / 1e6
+        assert round(frozen, 1) == 351.7
+        assert round(sum(p.numel() for p in common.add_lora(unet, hf.ALL_LAYERS, 16, 16.0)) / 1e6, 2) == 16.22
+
+
+# ------------------------------------------------------------------------------------------- bad input
+
+
+def test_bad_references_are_named_and_left_out(trained, tmp_path, capsys):
+    arguments = ["sample", "-i", trained / "lq" / "00.png", "--checkpoint", trained / "out", "--device", "cpu",
+                 "-o", tmp_path / "out"]
+    assert "--reference" in refused(capsys, *arguments, "--reference", tmp_path / "nowhere")
+    album = tmp_path / "album"
+    album.mkdir()
+    call(*arguments, "--reference", album)                        # empty: restored without
+    said = capsys.readouterr().out
+    assert "no references" in said and "restored 1 face" in said
+    (album / "broken.png").write_text("no picture")
+    common.write_image(album / "grey.png", torch.zeros(3, 64, 64))
+    call(*arguments, "--reference", album)
+    said = capsys.readouterr().out
+    assert "broken.png" in said and "no face found in" in said and "0 references" in said and "restored 1 face" in said
+    face = common.toy_faces(3, 1, size=64).image[0]
+    for i in range(6):
+        common.write_image(album / f"same{i}.png", face)          # all identical, more than fit
+    call(*arguments, "--reference", album, "--max_references", "4")
+    assert "first 4 of 6" in capsys.readouterr().out
+
+
+def test_collinear_landmarks_give_a_box_and_a_choice():
+    line = torch.stack([torch.linspace(0, 63, 98), torch.full((98,), 20.0)], 1)
+    assert hf.select_reference(torch.stack([line + 1, line]), line) in (0, 1)
+    boxes = hf.eye_boxes(line[None], 64)
+    assert boxes.isfinite().all() and (boxes[..., 2] > boxes[..., 0]).all()
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--unet_widths", "33", "32"], "--unet_widths"), (["--image_size", "30"], "--image_size"),
+    (["--timestep", "1000"], "--timestep"), (["--max_references", "0"], "--max_references"),
+    (["--face_networks", "released"], "--arcface"), (["--vre", "nothing.ckpt"], "nothing.ckpt"),
+    (["--pretrained_model_name_or_path", "/nowhere/sd"], "--pretrained_model_name_or_path"),
+    (["--stage", "onestep"], "needs vae"), (["--lora_layers", "nothing"], "nothing")])
+def test_wrong_flags(capsys, tmp_path, flags, word):
+    assert word in refused(capsys, "train", *TINY, "-o", tmp_path / "out", *flags)
+
+
+def test_checkpoints_of_another_kind(trained, tmp_path, capsys):
+    call_sample = ["sample", "-i", trained / "lq", "-o", tmp_path / "o", "--device", "cpu", "--checkpoint"]
+    assert "nowhere" in refused(capsys, *call_sample, tmp_path / "nowhere")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "--" in refused(capsys, *call_sample, empty)
+    half = tmp_path / "half"
+    call("train", *TINY, "-o", half, "--stage", "vae")
+    assert "--stage" in refused(capsys, *call_sample, half)
+    config = json.loads((trained / "out" / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps(dict(config, method="latent_pmrf")))
+    assert "latent_pmrf" in refused(capsys, *call_sample, half)
+
+
+def test_ablation_rows_share_the_frozen_networks(tmp_path, capsys):
+    flags = ["ablate", *TINY, "-o", tmp_path, "--rows", "no IDE", "MFA with MSE"]
+    call(*flags)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    folders = sorted(p.name.split("_")[0] for p in tmp_path.iterdir() if p.is_dir())
+    assert folders == ["prior", "vae", "vre"] and {r["row"] for r in rows.values()} == {"no IDE", "MFA with MSE"}
+    capsys.readouterr()
+    call(*flags)
+    assert capsys.readouterr().out.count("finished before") == 2
