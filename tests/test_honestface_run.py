@@ -364,7 +364,7 @@ def test_collinear_landmarks_give_a_box_and_a_choice():
 @pytest.mark.parametrize("flags, word", [
     (["--unet_widths", "33", "32"], "--unet_widths"), (["--image_size", "30"], "--image_size"),
     (["--timestep", "1000"], "--timestep"), (["--max_references", "0"], "--max_references"),
-    (["--face_networks", "released"], "--arcface"), (["--vre", "nothing.ckpt"], "nothing.ckpt"),
+    (["--face_networks", "released"], "--fan"), (["--vre", "nothing.ckpt"], "nothing.ckpt"),
     (["--pretrained_model_name_or_path", "/nowhere/sd"], "--pretrained_model_name_or_path"),
     (["--stage", "onestep"], "needs vae"), (["--lora_layers", "nothing"], "nothing")])
 def test_wrong_flags(capsys, tmp_path, flags, word):

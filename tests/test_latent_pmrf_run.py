@@ -280,7 +280,7 @@ def test_ablation_rows_are_kept_and_shared(tmp_path, capsys):
     call("ablate", *flags)
     said = capsys.readouterr().out
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert {r["row"] for r in rows.values()} == {"latent flow", "pixel flow (PMRF)"} and "speed-up" in said
+    assert {r["row"] for r in rows.values()} == {"Latent-PMRF", "pixel flow (PMRF)"} and "speed-up" in said
     before = (tmp_path / "rows.json").read_text()
     call("ablate", *flags)
     assert capsys.readouterr().out.count("finished before") == 2 and (tmp_path / "rows.json").read_text() == before

@@ -1,4 +1,5 @@
 """The README's commands: the quick start runs (shortened), the others are only parsed; what it names exists."""
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -6,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import common
-import latent_pmrf as lp
+import honestface
+import latent_pmrf
 import metrics
 from common import command_line
 
@@ -14,28 +16,34 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```bash[^\n]*\n(.*?)^```", TEXT, re.S | re.M)
 COMMANDS = [line.split("   #")[0] for block in BLOCKS for line in block.splitlines() if line]
-PRESETS = {"toy": lp.Train(), "paper": lp.Train(**lp.PAPER)}
+METHODS = {"latent_pmrf": latent_pmrf, "honestface": honestface}
+CALLED = [(m, c) for c in COMMANDS for m in METHODS if f"{m}.py " in c]
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "latent_pmrf.py" in c])
-def test_every_flag_of_the_readme_exists(command):
+def verbs(method, train=None, sample=None):
+    presets = {"toy": method.Train(), "paper": method.Train(**method.PAPER)}
+    return {"train": (method.Train, presets, train or method.train),
+            "sample": (method.Sample, {}, sample or method.sample)}
+
+
+@pytest.mark.parametrize("name, command", CALLED)
+def test_every_flag_of_the_readme_exists(name, command):
     """Parsed as the program would, with a function that only takes the configuration."""
     seen = []
-    verbs = {"train": (lp.Train, PRESETS, seen.append), "sample": (lp.Sample, {}, seen.append)}
-    command_line("x", verbs, shlex.split(command.split("latent_pmrf.py")[1]))
+    command_line("x", verbs(METHODS[name], seen.append, seen.append), shlex.split(command.split(f"{name}.py")[1]))
     assert len(seen) == 1
 
 
-def test_the_quick_start_runs(tmp_path, monkeypatch, capsys):
-    """The two commands of the first screen, with fewer steps and faces."""
+@pytest.mark.parametrize("name", METHODS)
+def test_the_quick_start_runs(name, tmp_path, monkeypatch, capsys):
+    """The two commands of the first screen for each method, with fewer steps and faces."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
-    run = [shlex.split(c.split("latent_pmrf.py")[1]) for c in COMMANDS if c.startswith("python latent_pmrf.py")][:2]
-    verbs = {"train": (lp.Train, PRESETS, lp.train), "sample": (lp.Sample, {}, lp.sample)}
-    short = ["--max_train_steps", "2", "--validation_faces", "8", "--num_inference_steps", "2"]
-    command_line("x", verbs, [*run[0], *short])
-    command_line("x", verbs, run[1])
-    restored = sorted(p.name for p in (tmp_path / "results" / "toy" / "restored_faces").iterdir())
+    train, sample = [shlex.split(c.split(f"{name}.py")[1]) for c in COMMANDS if c.startswith(f"python {name}.py")][:2]
+    command_line("x", verbs(METHODS[name]), [*train, "--max_train_steps", "2", "--validation_faces", "8"])
+    command_line("x", verbs(METHODS[name]), sample)
+    folder = Path(sample[sample.index("-o") + 1])
+    restored = sorted(p.name for p in (tmp_path / folder / "restored_faces").iterdir())
     assert restored == sorted(p.stem + ".png" for p in (ROOT / "docs" / "toy_lq").iterdir())
     assert "restored 6 faces" in capsys.readouterr().out
 
@@ -47,20 +55,28 @@ def test_measuring_a_folder_against_itself(capsys):
 
 
 def test_files_and_links_exist():
-    for page in (ROOT / "README.md", ROOT / "docs" / "latent_pmrf.md"):
+    for page in (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in METHODS)):
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_the_equation_map_names_functions_that_exist():
-    page = (ROOT / "docs" / "latent_pmrf.md").read_text()
-    names = re.findall(r"\[`(\w+)`\]\(\.\./latent_pmrf\.py\)", page)
-    assert len(names) >= 8 and all(hasattr(lp, name) for name in names)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_equation_map_names_functions_that_exist(method):
+    page = (ROOT / "docs" / f"{method}.md").read_text()
+    names = re.findall(rf"\[`(\w+)`\]\(\.\./{method}\.py\)", page)
+    assert len(names) >= 8 and all(hasattr(METHODS[method], name) for name in names)
 
 
-@pytest.mark.parametrize("method", ["latent_pmrf", "honestface"])
-def test_presets_pass_their_own_checks(method):
-    module = __import__(method)
+@pytest.mark.parametrize("module", METHODS.values(), ids=METHODS)
+def test_presets_pass_their_own_checks(module):
     for preset in (module.Train(), module.Train(**module.PAPER), module.Ablate(), module.Ablate(**module.PAPER)):
         common.check_numbers(preset)
     assert module.Train(**module.PAPER).optimizer == "adamw" and module.Train(**module.PAPER).image_size == 512
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_tables_are_what_the_results_say(path):
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    assert tables.filled(path.read_text()) == path.read_text(), "run python docs/tables.py"
