@@ -1987,6 +1987,7 @@ class SampleFlags:
 
 # ------------------------------------------------------------------------------------------------ command line
 
+@functools.lru_cache
 def field_help(cls) -> dict:
     """{field: the comment beside it} for a dataclass and its parents: comment and --help text cannot differ."""
     return {m[1]: m[2] for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)
