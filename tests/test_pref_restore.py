@@ -17,10 +17,10 @@ import common
 import pref_restore as pr
 
 f64 = torch.float64
-TINY = dict(image_size=32, batch_size=4, token_side=2, codes=16, code_dim=8, tokenizer_width=24, llm_width=32, llm_layers=2,
-            latent_channels=8, vae_widths=(16, 16, 32), sana_heads=1, sana_layers=2, bank=0, mixed_precision="no",
-            rank=4, lora_alpha=8.0, groups=2, group_size=3, rollout_batch=4, rollout_steps=3, num_inference_steps=2,
-            device="cpu")
+TINY = dict(image_size=32, batch_size=4, token_side=2, codes=16, code_dim=8, tokenizer_width=24, llm_width=32,
+            llm_layers=2, latent_channels=8, vae_widths=(16, 16, 32), sana_heads=1, sana_layers=2, bank=0,
+            mixed_precision="no", rank=4, lora_alpha=8.0, groups=2, group_size=3, rollout_batch=4, rollout_steps=3,
+            num_inference_steps=2, device="cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,8 @@ def test_a_loss_mask_leaves_out_the_degraded_words_and_padding_only(whole):
         kept = s.labels[b] != -100
         assert torch.equal(s.labels[b][kept], s.ids[b][kept])
         start = s.start[b]
-        assert s.ids[b, start] == vocab.scale and torch.equal(s.ids[b, start + 1:start + 5] - vocab.first_code, answer[b])
+        assert s.ids[b, start] == vocab.scale
+        assert torch.equal(s.ids[b, start + 1:start + 5] - vocab.first_code, answer[b])
     only = pr.build_sequence(vocab, source, batch["caption"], answer, ce_on_text=False)
     assert ((only.labels != -100).sum(1) == 5).all()
     assert (only.labels[:, 1:].gather(1, only.start[:, None]) == answer[:, :1] + vocab.first_code).all()
@@ -88,7 +89,8 @@ def test_captions_choose_the_request_and_the_side_mission_overrides_them(whole):
     text = lambda caption, task: [vocab.tokenizer.words[i] if i < len(vocab.tokenizer) else "#" for i in
                                   pr.build_sequence(vocab, words[:1], [caption], tasks=[task]).ids[0].tolist()]
     assert "content" in text("a young person", "restore") and "young" in text("a young person", "restore")
-    assert "content" not in text("", "restore") and text("", "restore") == text("  \n", "restore")   # empty: caption-free
+    assert "content" not in text("", "restore")                                              # empty: caption-free
+    assert text("", "restore") == text("  \n", "restore")
     assert "mission" in text("a young person", "copy") and "young" not in text("a young person", "copy")
 
 
@@ -117,7 +119,7 @@ def test_simvq_takes_the_nearest_code_and_passes_the_gradient_straight(normalize
     torch.testing.assert_close(loss, 1.25 * (table[ids] - flat).square().mean())
     weight = torch.randn_like(code)
     found, = torch.autograd.grad((code * weight).sum(), z, retain_graph=True)
-    wanted, = torch.autograd.grad((flat * weight).sum(), z)                                  # as if nothing were rounded
+    wanted, = torch.autograd.grad((flat * weight).sum(), z)  # as if nothing were rounded
     torch.testing.assert_close(found, wanted)
     loss.backward()
     assert quantiser.embedding.weight.grad is None and quantiser.embedding_proj.weight.grad.abs().sum() > 0
@@ -144,7 +146,7 @@ def test_ta_tok_pools_27_a_side_to_13_and_9():
 
 
 def test_eq7_token_loss_is_the_plain_cross_entropy_in_value_and_gradient():
-    states, head = torch.randn(2, 9, 6, dtype=f64, requires_grad=True), torch.randn(11, 6, dtype=f64, requires_grad=True)
+    states, head = (torch.randn(*shape, dtype=f64, requires_grad=True) for shape in ((2, 9, 6), (11, 6)))
     labels = torch.randint(11, (2, 9))
     labels[0, 3:6], labels[1, 7:] = -100, -100
     loss = pr.token_loss(states, head, labels, chunk=4)
@@ -177,7 +179,7 @@ def test_training_and_inference_condition_on_the_same_positions(whole):
     _, model, vocab, batch = whole
     source = torch.randint(16, (4, 4))
     prompt = pr.build_sequence(vocab, source, batch["caption"])
-    assert len(set(prompt.mask.sum(1).tolist())) > 1 and not prompt.mask[1, 0]               # unequal, padded on the left
+    assert len(set(prompt.mask.sum(1).tolist())) > 1 and not prompt.mask[1, 0]  # unequal, padded on the left
     tokens, states = model.integrator.generate(prompt, vocab, 4)
     assert tokens.shape == (4, 4) and states.shape == (4, 5, 32)
     full = pr.build_sequence(vocab, source, batch["caption"], tokens)
@@ -233,16 +235,16 @@ def test_eq8_both_solvers_are_exact_on_straight_lines():
 
 
 def test_eq8_solvers_converge_at_orders_one_and_two():
-    """From sigma .9 to .1 against the closed form; at the ends, where lambda is infinite, DPM is first-order by design."""
+    """From sigma .9 to .1 against the closed form; at the ends, where lambda is infinite, DPM is first-order."""
     x, m, d = torch.randn(64, 1, 1, 1, dtype=f64), 1.5, .3
     width = lambda s: math.sqrt((1 - s) ** 2 * d ** 2 + s ** 2)
     exact = .9 * m + width(.1) / width(.9) * (x - .1 * m)
-    error = lambda sample, n: (sample(gaussian_velocity(m, d), x, [.9 - .8 * i / n for i in range(n + 1)]) - exact).abs().mean()
-    euler, dpm = ([error(sample, n).item() for n in (80, 160, 320)] for sample in (pr.euler_sample, pr.dpm_solver_sample))
+    field, solvers = gaussian_velocity(m, d), (pr.euler_sample, pr.dpm_solver_sample)
+    error = lambda sample, n: (sample(field, x, [.9 - .8 * i / n for i in range(n + 1)]) - exact).abs().mean().item()
+    euler, dpm = ([error(sample, n) for n in (80, 160, 320)] for sample in solvers)
     assert all(1.9 < a / b < 2.1 for a, b in zip(euler, euler[1:]))
     assert all(3.8 < a / b < 5 for a, b in zip(dpm, dpm[1:])) and dpm[0] < euler[0] / 20
-    whole = [(sample(gaussian_velocity(m, d), x, pr.sigma_grid(20)) - m - d * x).abs().mean() for sample in
-             (pr.euler_sample, pr.dpm_solver_sample)]
+    whole = [(sample(field, x, pr.sigma_grid(20)) - m - d * x).abs().mean() for sample in solvers]
     assert whole[1] < whole[0] / 5
 
 
@@ -297,7 +299,8 @@ def test_eq10_consistency_pulls_the_degraded_side_only():
 def test_the_null_condition_is_zero_for_the_wanted_share_and_guidance_extrapolates_from_it():
     dropped = pr.drop_condition(torch.ones(20_000, 2, 3), .1)
     empty = (dropped == 0).flatten(1).all(1)
-    assert ((dropped == 1).flatten(1).all(1) | empty).all() and empty.float().mean().item() == pytest.approx(.1, abs=.01)
+    assert ((dropped == 1).flatten(1).all(1) | empty).all()
+    assert empty.float().mean().item() == pytest.approx(.1, abs=.01)
     field = lambda x, sigma, cond: x + cond.sum((1, 2)).view(-1, 1, 1, 1)
     x, sigma, cond = torch.randn(2, 1, 2, 2), torch.ones(2), torch.randn(2, 3, 4)
     null, full = x, x + cond.sum((1, 2)).view(-1, 1, 1, 1)
@@ -329,7 +332,7 @@ def test_eq12_constant_groups_sit_at_a_half_and_outliers_are_clipped():
     rewards = torch.tensor([1., 1., 0., 4.])
     r = pr.optimality(rewards, torch.tensor([0, 0, 1, 1]))
     assert (r[:2] == .5).all() and r[2] < .5 < r[3]
-    alone = pr.optimality(torch.tensor([5., -3.]), torch.tensor([0, 1]))                     # a group of one says nothing
+    alone = pr.optimality(torch.tensor([5., -3.]), torch.tensor([0, 1]))  # a group of one says nothing
     assert (alone == .5).all()
     far = pr.optimality(torch.cat([torch.zeros(999), torch.tensor([1000.])]), torch.zeros(1000, dtype=torch.long))
     assert far[-1] == 1 and far.min() >= 0
@@ -346,7 +349,8 @@ def seen_groups(whole, monkeypatch, captions):
     seen, real = [], pr.optimality
     monkeypatch.setattr(pr, "optimality", lambda rewards, group, *a: seen.append(group) or real(rewards, group, *a))
     cfg = pr.Train(**TINY, preference_steps=1, output=tempfile.mkdtemp(), updates_per_epoch=1)
-    source = SimpleNamespace(training=lambda size, *w: dict(hq=batch["hq"][:2], caption=captions, seeds=torch.arange(2)))
+    faces = dict(hq=batch["hq"][:2], caption=captions, seeds=torch.arange(2))
+    source = SimpleNamespace(training=lambda *which: faces)
     pr.train_preference(cfg, common.Run(cfg), source, copy.deepcopy(model), vocab)
     return seen[0]
 
@@ -371,18 +375,20 @@ def test_eq1_to_eq4_the_minimiser_is_the_old_velocity_moved_by_two_over_beta_del
     target = eps - x0
     mean = lambda weight: (weight * target).sum() / weight.sum()
     old, plus, minus, alpha = mean(posterior), mean(posterior * r), mean(posterior * (1 - r)), (posterior * r).sum()
-    torch.testing.assert_close(alpha * plus + (1 - alpha) * minus, old)                      # the policies mix to the old
+    torch.testing.assert_close(alpha * plus + (1 - alpha) * minus, old)  # the policies mix to the old
     delta = alpha * (plus - old)
     torch.testing.assert_close(delta, (1 - alpha) * (old - minus))
 
     def loss(v):
-        each = [pr.nft_loss(v.view(1, 1), old.view(1, 1), torch.full((1, 1), x_t, dtype=f64), x.view(1, 1),
-                            torch.full((1,), sigma, dtype=f64), one.view(1), beta, form="velocity") for x, one in zip(x0, r)]
+        point, level = torch.full((1, 1), x_t, dtype=f64), torch.full((1,), sigma, dtype=f64)
+        each = [pr.nft_loss(v.view(1, 1), old.view(1, 1), point, x.view(1, 1), level, one.view(1), beta,
+                            form="velocity") for x, one in zip(x0, r)]
         return (posterior * torch.stack(each)).sum()
     v = old.clone().requires_grad_()
     gradient, = torch.autograd.grad(loss(v), v, create_graph=True)
     curvature, = torch.autograd.grad(gradient, v)
-    torch.testing.assert_close((v - gradient / curvature).detach(), old + 2 / beta * delta)  # quadratic: one Newton step
+    best = (v - gradient / curvature).detach()                                               # quadratic: a Newton step
+    torch.testing.assert_close(best, old + 2 / beta * delta)
 
 
 def nft_inputs(batch=3):
@@ -396,7 +402,8 @@ def test_eq15_both_forms_against_loops():
     plain, stable = [], []
     for b in range(3):
         s, plus, minus = sigma[b], .9 * old[b] + .1 * v[b], 1.1 * old[b] - .1 * v[b]
-        plain.append(r[b] * ((plus - (eps[b] - x0[b])) ** 2).mean() + (1 - r[b]) * ((minus - (eps[b] - x0[b])) ** 2).mean())
+        star = eps[b] - x0[b]
+        plain.append(r[b] * ((plus - star) ** 2).mean() + (1 - r[b]) * ((minus - star) ** 2).mean())
         terms = []
         for velocity in (plus, minus):
             miss = (x_t[b] - s * velocity) - x0[b]
@@ -405,7 +412,8 @@ def test_eq15_both_forms_against_loops():
     arguments = (v, old, x_t, x0, sigma, r, .1)
     torch.testing.assert_close(pr.nft_loss(*arguments, form="velocity"), sum(plain) / 3)
     torch.testing.assert_close(pr.nft_loss(*arguments), sum(stable) / 3)
-    torch.testing.assert_close(pr.nft_loss(*arguments, v_ref=ref, kl_weight=.3), sum(stable) / 3 + .3 * ((v - ref) ** 2).mean())
+    with_kl = pr.nft_loss(*arguments, v_ref=ref, kl_weight=.3)
+    torch.testing.assert_close(with_kl, sum(stable) / 3 + .3 * ((v - ref) ** 2).mean())
 
 
 @pytest.mark.parametrize("beta", [.1, 1.])
@@ -444,7 +452,7 @@ class MeanPolicy(nn.Module):
 
 
 def optimise(algorithm: str, epochs: int = 60):
-    """Reward -(x - 2)^2 on one number, 64 roll-outs an epoch, six levels each, one step. -> (reward before, after, mean)."""
+    """Reward -(x - 2)^2 on one number, 64 roll-outs an epoch, six levels each, one step -> rewards, mean."""
     torch.manual_seed(0)
     policy, old, curve = MeanPolicy(), MeanPolicy(), []
     grid = pr.sigma_grid(8)
@@ -541,7 +549,7 @@ def test_policies_start_as_stage_1_and_the_base_stays_so_bit_for_bit(policies):
     with pr.acting(sana, "old"):
         assert torch.equal(call(sana), call(plain))                                          # old still lags
     assert not torch.allclose(call(sana), call(plain))
-    assert len(pr.policy_layers(sana)) == 2 * 8                                              # blocks x attentions x layers
+    assert len(pr.policy_layers(sana)) == 2 * 8  # blocks x attentions x layers
 
 
 def test_the_old_policy_never_gets_a_gradient_and_follows_by_its_decay(policies):
@@ -635,7 +643,8 @@ def test_stage_1_2_teaches_blocks_texture_connector_and_the_degraded_encoder(who
 
 def test_joint_teaches_all_of_both_and_the_prior_all_of_sana(whole):
     got, _ = trained_after(whole, "joint", pr.joint_loss)
-    assert starts(got, "integrator.llm", "sana.caption_", "sana.transformer_blocks", "texture", "lq_encoder") == [True] * 5
+    parts = ("integrator.llm", "sana.caption_", "sana.transformer_blocks", "texture", "lq_encoder")
+    assert starts(got, *parts) == [True] * 5
     got, _ = trained_after(whole, "prior", pr.prior_loss)
     assert starts(got, "sana.patch_embed", "sana.proj_out", "sana.time_embed", "integrator.", "vae", "tatok") == \
         [True] * 4 + [False] * 2
@@ -662,7 +671,7 @@ def test_guessed_answers_replace_whole_rows_by_what_the_model_expects(whole):
     assert torch.equal(pr.guess_answers(model, vocab, states, s.start, answer, 0.), answer)
     guess = pr.guess_answers(model, vocab, states, s.start, answer, 1.)
     tokens, _ = model.integrator.generate(pr.build_sequence(vocab, source, [""] * 4), vocab, 4)
-    assert torch.equal(guess[:, 0], tokens[:, 0])                                            # the first word has no past
+    assert torch.equal(guess[:, 0], tokens[:, 0])  # the first word has no past
 
 
 # ---------------------------------------------------------------- rewards
@@ -680,7 +689,7 @@ def test_toy_rewards_prefer_the_face_itself_and_read_captions():
     assert same["lpips"].abs().max() < 1e-6 and (same["lmd"] == 1).all() and same["clip"].min() > .5
     wrong = pr.score(rewards, faces.image, faces.image, [common.verbalise(1 - a) for a in faces.attributes])["clip"]
     assert (wrong < same["clip"]).all()
-    assert (pr.score(rewards, faces.image, faces.image, [""] * 6)["clip"] == .5).all()       # an empty caption is silent
+    assert (pr.score(rewards, faces.image, faces.image, [""] * 6)["clip"] == .5).all()  # an empty caption is silent
 
 
 def test_caption_targets_say_what_the_caption_says():
@@ -690,9 +699,9 @@ def test_caption_targets_say_what_the_caption_says():
 
 def test_landmark_reward_counts_pixels_of_a_512_face_and_survives_failure():
     points = torch.rand(2, 98, 2) * 64
-    network = SimpleNamespace(landmarks=lambda x: points + (5 * 64 / 512 if x.sum() > 0 else 0) * torch.tensor([1., 0.]))
+    network = SimpleNamespace(landmarks=lambda x: points + torch.tensor([5 * 64 / 512 * (x.sum() > 0), 0.]))
     reward = pr.landmark_reward(network)(torch.ones(2, 3, 64, 64), -torch.ones(2, 3, 64, 64), None)
-    torch.testing.assert_close(reward, torch.full((2,), .8))                                 # d = 5: the fact sheet's example
+    torch.testing.assert_close(reward, torch.full((2,), .8))  # d = 5: the fact sheet's example
     lost = SimpleNamespace(landmarks=lambda x: torch.full((1, 98, 2), math.nan))
     assert pr.landmark_reward(lost)(torch.ones(1, 3, 8, 8), torch.ones(1, 3, 8, 8), None).item() == pytest.approx(.01)
 
@@ -720,7 +729,8 @@ class OpenClip(nn.Module):
         super().__init__()
         self.visual = nn.Module()
         self.visual.conv1 = nn.Conv2d(3, width, 4, 4, bias=False)
-        self.visual.class_embedding, self.visual.proj = nn.Parameter(torch.randn(width)), nn.Parameter(torch.randn(width, out))
+        self.visual.class_embedding = nn.Parameter(torch.randn(width))
+        self.visual.proj = nn.Parameter(torch.randn(width, out))
         self.visual.positional_embedding = nn.Parameter(torch.randn(1 + 4, width))
         self.visual.ln_pre, self.visual.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
         self.visual.transformer, self.transformer = OpenClipTower(width, 2), OpenClipTower(width, 2)
@@ -739,12 +749,11 @@ class OpenClip(nn.Module):
         return self.ln_final(x)[torch.arange(len(ids)), ids.argmax(1)] @ self.text_projection
 
 
-CLIP = dict(projection_dim=12, vision_config=dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                                                  num_attention_heads=2, image_size=8, patch_size=4, hidden_act="gelu",
-                                                  projection_dim=12),
-            text_config=dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=40,
-                             max_position_embeddings=7, hidden_act="gelu", projection_dim=12, eos_token_id=39,
-                             bos_token_id=38, pad_token_id=0))
+SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, hidden_act="gelu",
+             projection_dim=12)
+CLIP = dict(projection_dim=12, vision_config=dict(SMALL, image_size=8, patch_size=4),
+            text_config=dict(SMALL, vocab_size=40, max_position_embeddings=7, eos_token_id=39, bos_token_id=38,
+                             pad_token_id=0))
 
 
 def test_open_clip_weights_become_a_clip_model_with_the_same_embeddings():
@@ -778,8 +787,9 @@ def test_real_rewards_from_files_in_the_released_formats(tmp_path, monkeypatch):
     torch.save({"state_dict": OpenClip().state_dict()}, tmp_path / "hps.pt")
     monkeypatch.setattr(pr, "HPS_CLIP", CLIP)
     torch.save(pr.metrics.ArcFaceGray().state_dict(), tmp_path / "arcface.pth")
-    cfg = pr.Train(rewards="real", lpips_weight=0., lmd_weight=0., clip=str(tmp_path / "clip"), pick=str(tmp_path / "pick"),
-                   hps=str(tmp_path / "hps.pt"), arcface=str(tmp_path / "arcface.pth"))
+    files = dict(clip="clip", pick="pick", hps="hps.pt", arcface="arcface.pth")
+    files = {name: str(tmp_path / file) for name, file in files.items()}
+    cfg = pr.Train(rewards="real", lpips_weight=0., lmd_weight=0., **files)
     rewards = pr.build_rewards(cfg, "cpu")
     x, y = torch.rand(2, 2, 3, 16, 16) * 2 - 1
     scores = pr.score(rewards, x, y, ["a face", ""])
@@ -846,14 +856,15 @@ def release(folder, texture=True, tower=True):
         state |= {f"model.vae_connector.{n}": t for n, t in model.texture.state_dict().items() if n != "3.weight"}
         state |= {f"fixed_vae.{n}": t for n, t in model.vae.state_dict().items()}
     if tower:
-        extra = {"decoder.layers.0.weight": torch.zeros(2), "scale_layer.shift": torch.zeros(3)}  # of TA-Tok's own training
+        extra = {"decoder.layers.0.weight": torch.zeros(2), "scale_layer.x": torch.zeros(3)}  # of TA-Tok's own training
         state |= {f"model.vision_tower.vision_tower.{n}": t for n, t in (model.tatok.state_dict() | extra).items()}
     folder.mkdir(parents=True, exist_ok=True)
     names, half = sorted(state), len(state) // 2
     for i, part in enumerate((names[:half], names[half:])):
-        safetensors.torch.save_file({n: state[n].clone() for n in part}, folder / f"model-0000{i + 1}-of-00002.safetensors")
-    config = dict(model_type="blip3o_qwen_inference", image_start_tag_id=vocab.image_start, image_start_token_id=vocab.first_code,
-                  num_image_tokens=16, diffusion_name_or_path="somewhere", **{k: v for k, v in sizes["llm"].items()})
+        file = folder / f"model-0000{i + 1}-of-00002.safetensors"
+        safetensors.torch.save_file({n: state[n].clone() for n in part}, file)
+    config = dict(model_type="blip3o_qwen_inference", image_start_tag_id=vocab.image_start, num_image_tokens=16,
+                  image_start_token_id=vocab.first_code, diffusion_name_or_path="somewhere", **sizes["llm"])
     (folder / "config.json").write_text(json.dumps(config))
     word_tokenizer(folder, words)
     model.sana.save_pretrained(folder.parent / "sana" / "transformer")
@@ -881,7 +892,8 @@ def test_a_release_before_stage_1_2_and_one_without_its_tokenizer(tmp_path):
         pr.load_release(str(tmp_path / "release"), sana=str(tmp_path / "sana"))
     torch.save(dict(model=dict(sd=wanted.tatok.state_dict(), args={"bottleneck": {"args": {"bottleneck_dim": 8}}})),
                tmp_path / "ta_tok.pth")
-    model, _, finished, _ = pr.load_release(str(tmp_path / "release"), str(tmp_path / "sana"), str(tmp_path / "ta_tok.pth"))
+    places = [str(tmp_path / name) for name in ("release", "sana", "ta_tok.pth")]
+    model, _, finished, _ = pr.load_release(*places)
     assert finished == ["tokenizer", "prior"] and model.uses == ("semantic",)
     assert torch.equal(model.tatok.bottleneck["in_linear"].weight, wanted.tatok.bottleneck["in_linear"].weight)
     assert torch.equal(model.vae.encoder.conv_in.conv.weight, wanted.vae.encoder.conv_in.conv.weight)   # E_0 of --sana
@@ -898,13 +910,15 @@ class Trap:
 
 
 def test_ta_toks_file_is_read_without_running_its_code(tmp_path):
-    arguments = {"bottleneck": {"args": {"bottleneck_dim": 8}}, "teacher": Trap(tmp_path / "sprung"), "x": SimpleNamespace(a=1)}
-    state = {"encode_task_layer.0.weight": torch.randn(3, 3), "teacher.w": torch.zeros(1), "half": torch.ones(2).bfloat16()}
+    arguments = {"bottleneck": {"args": {"bottleneck_dim": 8}}, "x": SimpleNamespace(a=Trap(tmp_path / "sprung"))}
+    state = {"encode_task_layer.0.weight": torch.randn(3, 3), "teacher.w": torch.zeros(1),
+             "half": torch.ones(2).bfloat16()}
     torch.save({"model": {"args": arguments, "sd": state}}, tmp_path / "ta_tok.pth")
     with pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / "ta_tok.pth", weights_only=True)                               # why it needs a reader of its own
+        torch.load(tmp_path / "ta_tok.pth", weights_only=True)  # why it needs a reader of its own
     found, told = pr.read_ta_tok(tmp_path / "ta_tok.pth")
     assert not (tmp_path / "sprung").exists() and told["bottleneck"]["args"]["bottleneck_dim"] == 8
+    assert set(told["x"]) == {"a"}                                                           # a harmless shell
     assert set(found) == {"encode_task_layer.0.weight", "half"} and found["half"].dtype == torch.bfloat16
     assert torch.equal(found["encode_task_layer.0.weight"], state["encode_task_layer.0.weight"])
     for content in (b"nonsense", b""):
@@ -933,10 +947,13 @@ def test_contradictory_captions_turn_every_attribute_round():
 
 def test_ablation_rows_share_what_they_do_not_change():
     base = pr.Ablate()
-    other = dataclasses.replace(base, learning_rate=.5, group_size=7, hps_weight=0., ar="sample", text="true", stage="1.2")
+    later = dict(learning_rate=.5, group_size=7, hps_weight=0., ar="sample", text="true", stage="1.2")
+    other = dataclasses.replace(base, **later)
     differ = lambda a, b, stage: any(getattr(a, f) != getattr(b, f) for f in pr.matters(a, stage))
     assert not any(differ(base, other, s) for s in ("tokenizer", "prior", "1.1", "1.2")) and differ(base, other, "2")
     other = dataclasses.replace(base, caption_share=0.)
     assert [differ(base, other, s) for s in ("prior", "1.1", "1.2", "2")] == [False, True, True, True]
     assert all(differ(base, dataclasses.replace(base, seed=1), s) for s in ("tokenizer", "2"))
+    other = dataclasses.replace(base, texture_steps=7)                                       # not the field `text`
+    assert [differ(base, other, s) for s in ("1.1", "1.2")] == [False, True]
     assert not differ(base, dataclasses.replace(base, semantic=False, stage="1.2"), "prior")

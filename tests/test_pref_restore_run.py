@@ -69,7 +69,8 @@ def test_training_leaves_weights_numbers_pictures_and_a_lora(trained):
     wanted = {"model.safetensors", "config.json", "metrics.json", "samples.png", "curves.png", "log.jsonl", "lora"}
     assert wanted <= {p.name for p in out.iterdir()}
     numbers = json.loads((out / "metrics.json").read_text())
-    assert list(numbers["rows"]) == ["lq", "reconstruction", "stage 1.1", "stage 1.2", "stage 2"] and numbers["faces"] == 6
+    assert list(numbers["rows"]) == ["lq", "reconstruction", "stage 1.1", "stage 1.2", "stage 2"]
+    assert numbers["faces"] == 6
     assert all(name.endswith("_toy") or name in ("psnr", "ssim") for row in numbers["rows"].values() for name in row)
     assert {"deg_std_toy", "reward_toy", "reward_lmd_toy", "lmd_toy"} <= set(numbers["rows"]["stage 2"])
     config = json.loads((out / "config.json").read_text())
@@ -116,7 +117,8 @@ def test_stage_1_is_kept_bit_for_bit_under_stage_2(trained, tmp_path):
 
 def test_joint_no_semantic_and_grpo_run(trained, tmp_path):
     call("train", *TINY, "-o", tmp_path / "joint", "--joint", "--algorithm", "grpo", "--guidance_scale", "2")
-    assert json.loads((tmp_path / "joint" / "config.json").read_text())["finished"] == ["tokenizer", "prior", "joint", "2"]
+    config = json.loads((tmp_path / "joint" / "config.json").read_text())
+    assert config["finished"] == ["tokenizer", "prior", "joint", "2"]
     call("train", *TINY, "-o", tmp_path / "texture", "--no-semantic", "--nft_form", "velocity", "--anchor", "stage1")
     config = json.loads((tmp_path / "texture" / "config.json").read_text())
     assert config["uses"] == ["texture"] and "1.1" not in config["finished"]
@@ -166,7 +168,7 @@ def test_every_stage_runs_on_the_authors_layout_and_sample_restores_with_it(trai
     call("train", *TINY, "-o", tmp_path / "out", *flags)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["finished"] == ["tokenizer", "prior", "1.1", "1.2", "2"] and not config["toy_words"]
-    ours = sample(trained, tmp_path / "a", "--checkpoint", tmp_path / "out")                 # our copy of it, its tokenizer too
+    ours = sample(trained, tmp_path / "a", "--checkpoint", tmp_path / "out")  # our copy of it, its tokenizer too
     assert len(ours) == 6 and ours.shape[-1] == 32
 
 
@@ -195,10 +197,12 @@ def test_parts_from_diffusers_and_transformers_folders(trained, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "qwen" / name).write_bytes((tmp_path / "release" / name).read_bytes())
     torch.save({"model": {"sd": model.tatok.state_dict(), "args": {}}}, tmp_path / "ta_tok.pth")
-    cfg = pr.Train(llm=str(tmp_path / "qwen"), sana=str(tmp_path / "sana"), ta_tok=str(tmp_path / "ta_tok.pth"), image_size=32)
+    files = {name: str(tmp_path / file) for name, file in dict(llm="qwen", sana="sana", ta_tok="ta_tok.pth").items()}
+    cfg = pr.Train(**files, image_size=32)
     built, words, finished, _ = pr.build(cfg)
     assert built.integrator.llm.embed_tokens.weight.shape == (vocab.size, 32) and finished == ["tokenizer"]
-    assert same(built.tatok.state_dict(), model.tatok.state_dict()) and same(built.sana.state_dict(), model.sana.state_dict())
+    for part in ("tatok", "sana", "vae"):
+        assert same(getattr(built, part).state_dict(), getattr(model, part).state_dict())
     assert words.first_code == vocab.first_code
 
 
@@ -220,7 +224,8 @@ def test_bad_captions(capsys, trained, tmp_path):
 def test_bad_flags(capsys, trained, tmp_path):
     go = lambda *flags: refused(capsys, "train", *TINY, "-o", tmp_path / "o", *flags)
     assert "--group_size 1" in go("--group_size", "1")
-    assert "--token_side 3" in go("--token_side", "3")
+    assert "--token_side 3" in go("--token_side", "3") and "--nft_beta 0" in go("--nft_beta", "0")
+    assert "--groups 0" in go("--groups", "0")
     assert "--vae_widths" in go("--vae_widths", "16", "16", "40")
     assert "--context 30" in go("--context", "30")
     assert "every reward weight is 0" in go(*[f for n in pr.REWARD_FILES for f in (f"--{n}_weight", "0")])
@@ -243,14 +248,16 @@ def test_a_reward_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(caps
     for stage in ("tokenizer", "prior", "1.1", "1.2"):
         call("train", *TINY, "-o", tmp_path, "--stage", stage)
     before, real = weights(tmp_path), pr.toy_rewards
-    monkeypatch.setattr(pr, "toy_rewards", lambda reader: dict(real(reader), hps=lambda x, *a: x.mean((1, 2, 3)) * float("nan")))
+    nan = lambda x, *others: x.mean((1, 2, 3)) * float("nan")
+    monkeypatch.setattr(pr, "toy_rewards", lambda reader: dict(real(reader), hps=nan))
     capsys.readouterr()
     assert "reward hps is not finite" in refused(capsys, "train", *TINY, "-o", tmp_path, "--stage", "2")
     assert same(before, weights(tmp_path))
 
 
 def test_constant_rewards_teach_nothing_and_stay_finite(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(pr, "toy_rewards", lambda reader: dict.fromkeys(pr.REWARD_FILES, lambda x, *a: torch.ones(len(x))))
+    one = lambda x, *others: torch.ones(len(x))
+    monkeypatch.setattr(pr, "toy_rewards", lambda reader: dict.fromkeys(pr.REWARD_FILES, one))
     cfg = ["--kl_weight", "0", "--preference_weight_decay", "0", "--stage", "2", "--pretrained"]
     for stage in ("tokenizer", "prior", "1.1", "1.2"):
         call("train", *TINY, "-o", tmp_path / "s", "--stage", stage)
@@ -267,6 +274,8 @@ def test_bad_checkpoints(capsys, trained, tmp_path):
     assert "no .safetensors" in go(bare)
     safetensors.torch.save_file({"x": torch.zeros(1)}, bare / "model.safetensors")
     assert "config.json" in go(bare)
+    (bare / "config.json").write_text("{}")
+    assert "image_start_tag_id" in go(bare)
     copied = tmp_path / "copied"
     copied.mkdir()
     (copied / "config.json").write_bytes((trained / "out" / "config.json").read_bytes())
@@ -288,7 +297,8 @@ def test_bad_checkpoints(capsys, trained, tmp_path):
 # ---------------------------------------------------------------- ablation
 
 def test_ablation_rows_are_kept_and_shared(tmp_path, capsys):
-    flags = ["ablate", *TINY, "-o", tmp_path, "--rows", "stage 1.1", "stages 1.1 + 1.2", "caption, true text", "NFT", "GRPO"]
+    flags = ["ablate", *TINY, "-o", tmp_path, "--rows", "stage 1.1", "stages 1.1 + 1.2", "caption, true text", "NFT",
+             "GRPO"]
     call(*flags)
     said = capsys.readouterr().out
     rows = json.loads((tmp_path / "rows.json").read_text())
