@@ -62,10 +62,10 @@ class Train(TrainFlags):
     vgg: str = ""                          # file of torchvision's vgg19 weights (default: torchvision fetches them)
     perceptual_weight: float = 0.05        # authors' file; the paper's text says Real-ESRGAN's 1.0
     kl_weight: float = 1e-6                # of the KL summed over a latent
-    vae_steps: int = 1300                  # paper 150 000
+    vae_steps: int = 1150                  # paper 150 000
     vae_learning_rate: float = 2e-3        # peak; paper 1e-4
     vae_min_learning_rate: float = 1e-4    # end of the cosine; paper 1e-6
-    vae_cosine_steps: int = 1300           # horizon of the cosine; authors 200 000 for a run of 150 000
+    vae_cosine_steps: int = 1150           # horizon of the cosine; authors 200 000 for a run of 150 000
     vae_warmup_steps: int = 50             # linear, from a tenth of the peak; paper 500
     vae_crop: int = 32                     # side of the random crop the VAE sees; paper 256
     # posterior mean
@@ -76,7 +76,7 @@ class Train(TrainFlags):
     mmse_unshuffle: int = 4                # space-to-depth before and upsampling after; DifFace 8
     mmse_residual: bool = True  # add the input, as SwinIR does for denoising: learns sooner; DifFace does not
     mmse_drop_path: float = 0.0            # share of skipped residual branches in training; DifFace 0.1
-    mmse_steps: int = 4000                 # paper trains none (DifFace's weights); PMRF 1000 epochs
+    mmse_steps: int = 3700                 # paper trains none (DifFace's weights); PMRF 1000 epochs
     mmse_learning_rate: float = 2e-3       # PMRF 5e-4, constant
     # flow
     flow_widths: tuple[int, ...] = (64, 128)  # HDiT width per level; paper 256 512 1024
@@ -89,9 +89,9 @@ class Train(TrainFlags):
     mapping_width: int = 128               # width of the time embedding; paper 768
     source_noise: float = 0.1              # sigma_s: noise on the source, in units of the space the flow runs in
     source_sample: bool = True             # source is a sample of the posterior q(z | x_hat), not its mean
-    flow_steps: int = 650                  # paper 400 000
+    flow_steps: int = 600                  # paper 400 000
     learning_rate: float = 2e-3            # of the flow; paper 5e-4, constant
-    num_inference_steps: int = 10          # Euler steps of the faces restored at the end; paper 25
+    num_inference_steps: int = 4           # Euler steps of the faces restored at the end; paper 25
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,7 @@ class Ablate(Train):
     vae_cosine_steps: int = 1000           # as vae_steps
     mmse_steps: int = 1500                 # shared by the rows of a seed
     flow_steps: int = 400                  # of the latent flow; the pixel flow gets the same seconds
+    num_inference_steps: int = 10          # Euler steps
     validation_faces: int = 128            # held-out faces restored and measured per row
 
 
