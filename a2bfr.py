@@ -52,9 +52,9 @@ import metrics
 from common import (ATTRIBUTES, DEGRADATION_NAMES, DEGRADATIONS, PRECISIONS, TOY_SPLITS, Degradation, Faces, LoRALinear,
                     Run, SampleFlags, Stage, TrainFlags, UserError, WordTokenizer, command_line, degrade,
                     find_checkpoint, list_images, load_lora, load_model, load_strict, lr_schedule, make_optimizer, mix,
-                    not_half, print_ablation, print_table, read_curves, read_image, read_weights, restore_folder,
-                    run_ablation, save_lora, save_model, shared_parts, toy_faces, verbalise, versions, whole_file,
-                    write_curve, write_grid, write_image, write_json)
+                    not_half, print_ablation, print_table, random_crop, read_curves, read_image, read_weights,
+                    restore_folder, run_ablation, save_lora, save_model, shared_parts, toy_faces, verbalise, versions,
+                    whole_file, write_curve, write_grid, write_image, write_json)
 
 TEMPLATE = "A photo of a human face"  # the paper's prompt where nothing is asked for
 NAMES = [name for _, name, _, _ in ATTRIBUTES]
@@ -1088,11 +1088,6 @@ def degraded(cfg, batch: dict):
         target = (batch["seeds"] % 2 == 0) | (cfg.lq_from == "tar")
         hq = torch.where(target.view(-1, 1, 1, 1), batch["hq_tar"], hq)
     return degrade(hq, degradation(cfg), batch["seeds"])
-
-
-def random_crop(x, side: int):
-    top, left = (int(torch.randint(n - side + 1, ())) if n > side else 0 for n in x.shape[-2:])
-    return x[..., top:top + side, left:left + side]
 
 
 def train_vae(cfg, run, nets, encoder):

@@ -81,7 +81,7 @@ class Train(TrainFlags):
     vae_steps: int = 1400                  # steps of stage vae
     vae_learning_rate: float = 2e-3        # of stage vae
     kl_weight: float = 1e-6                # of the KL, summed over a latent
-    unet_widths: tuple[int, ...] = (64, 128)  # channels per level; SD 320 640 1280 1280
+    unet_widths: tuple[int, ...] = (96, 128)  # channels per level; SD 320 640 1280 1280
     unet_layers: int = 1                   # residual blocks per level; SD 2
     prompt_dim: int = 64                   # width of a prompt token; SD 2.1 1024
     prior_steps: int = 400                 # steps of stage prior
@@ -781,7 +781,7 @@ def build(cfg, eyes_on, device) -> dict:
     else:
         last = len(cfg.vae_widths)
         heads = tuple(width // 32 for width in cfg.unet_widths)
-        down, up = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+        lower = len(heads) - 1                                    # the finest level has no attention: half the time
         nets = dict(
             vae=AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * last, norm_num_groups=8, scaling_factor=1.0,
                               up_block_types=("UpDecoderBlock2D",) * last, block_out_channels=cfg.vae_widths,
@@ -789,7 +789,8 @@ def build(cfg, eyes_on, device) -> dict:
             unet=UNet2DConditionModel(
                 in_channels=cfg.latent_channels, out_channels=cfg.latent_channels, norm_num_groups=16,
                 block_out_channels=cfg.unet_widths, layers_per_block=cfg.unet_layers, use_linear_projection=True,
-                down_block_types=(down,) * len(heads), up_block_types=(up,) * len(heads),
+                down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * lower,
+                up_block_types=("CrossAttnUpBlock2D",) * lower + ("UpBlock2D",),
                 attention_head_dim=heads, cross_attention_dim=cfg.prompt_dim),
             words=nn.Embedding(len(WordTokenizer()), cfg.prompt_dim))
     nets["vre"] = VREncoder(cfg.vre_width, cfg.vre_multiples, cfg.vre_dim, cfg.vre_codes, cfg.vre_double_normalise)

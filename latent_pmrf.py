@@ -475,7 +475,7 @@ def neighborhood_tiles(height: int, width: int, kernel: int, device: torch.devic
     flat = lambda y, x: (y[:, None, :, None] * width + x[None, :, None, :]).flatten(2).flatten(0, 1)
     mask = (my[:, None, :, None, :, None] & mx[None, :, None, :, None, :]).flatten(4).flatten(2, 3).flatten(0, 1)
     # Where each token's answer stands; tiles that hang over the edge repeat its last queries, which nobody reads.
-    (tiles_y, ty), (tiles_x, tx) = qy.shape, qx.shape
+    ty, (tiles_x, tx) = qy.shape[1], qx.shape
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     place = ((y // ty) * tiles_x + x // tx) * (ty * tx) + (y % ty) * tx + x % tx
     return flat(qy, qx).to(device), flat(ky, kx).to(device), mask.to(device), place.flatten().to(device)

@@ -15,7 +15,6 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 import common
 import honestface as hf
-import metrics
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--vre_width", "8", "--vre_multiples", "1", "2", "--vre_dim", "8", "--vre_codes", "96", "--eye_crop", "8",
