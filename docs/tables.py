@@ -19,9 +19,13 @@ DOCS = Path(__file__).parent
 FILES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
 BLOCK = re.compile(r"(<!-- table (\S+) ([^>]*?) ?-->\n).*?(<!-- end -->)", re.S)
 ROWS = {"lq": "degraded", "posterior_mean": "posterior mean", "restored_faces": "restored",
-        "reconstruction": "autoencoder, clean faces", "autoencoder": "autoencoder, clean faces"}
+        "reconstruction": "autoencoder, clean faces", "autoencoder": "autoencoder, clean faces",
+        "source": "restored, prompt of the source", "target": "restored, prompt of the target",
+        "template": "restored, template prompt", "prior": "painted by the prior alone",
+        "edited": "restored with the template, then edited"}
 DIGITS = {"psnr": 2, "psnr_gain": 2, "ssim": 3, "fid_toy": 2, "deg_toy": 1, "lmd_toy": 2, "ald_e_toy": 2,
-          "ald_m_toy": 2, "attr_toy": 3, "quality_toy": 2, "reconstruction_psnr": 2, "seconds": 0, "steps": 0}
+          "ald_m_toy": 2, "attr_toy": 3, "quality_toy": 2, "reconstruction_psnr": 2, "seconds": 0, "steps": 0,
+          "hps_std_toy": 4, "pick_std_toy": 4, "clip_std_toy": 4}
 HEADS = {"psnr": "PSNR dB", "psnr_gain": "PSNR gain dB", "ssim": "SSIM", "lmd_toy": "lmd_toy px",
          "reconstruction_psnr": "autoencoder PSNR dB", "seconds": "s"}
 

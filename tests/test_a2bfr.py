@@ -580,7 +580,8 @@ def test_dropout_rates_black_condition_and_what_dropping_switches_off():
         assert torch.equal(plain, (draw["prompt_tar"].text - template).flatten(1).norm(dim=1) == 0)
         assert torch.equal(plain, ~draw["told"]) and draw["told"][draw["seen"]].all()     # dropped pairs are not read
     assert (torch.sigmoid(torch.randn(10 ** 5)).quantile(.95) - .84).abs() < .01          # the law of t, facts 1.6
-    assert (ab.logit_normal(10 ** 5, "cpu").quantile(.05) - .16).abs() < .01
+    assert (ab.draw_times(10 ** 5, 1.0, "cpu").quantile(.05) - .16).abs() < .01
+    assert (ab.draw_times(10 ** 5, 4.0, "cpu").quantile(.5) - .8).abs() < .01             # 4 t / (1 + 3 t) of 1/2
 
 
 def test_late_times_are_not_read_and_decoded_caps_the_readings():
@@ -616,7 +617,7 @@ def test_degraded_image_is_shared_and_comes_from_the_chosen_face():
     cfg = ab.Train(image_size=32)
     batch = ab.ToyPairs(32).held_out(4)
     change = lambda **k: ab.degraded(ab.dataclasses.replace(cfg, **k), batch)
-    expected = lambda key: common.degrade(batch[key], ab.TOY_DEGRADATION, batch["seeds"])
+    expected = lambda key: common.degrade(batch[key], common.DEGRADATIONS["thumbnail"], batch["seeds"])
     assert torch.equal(change(), expected("hq")) and torch.equal(change(lq_from="tar"), expected("hq_tar"))
     mixed, even = change(lq_from="random"), batch["seeds"] % 2 == 0
     assert torch.equal(mixed[even], expected("hq_tar")[even]) and torch.equal(mixed[~even], expected("hq")[~even])
@@ -872,6 +873,17 @@ def test_toy_pairs_differ_in_one_attribute_of_one_person():
     assert torch.equal(batch["hq_tar"], again["hq_tar"]) and batch["target_prompts"] == again["target_prompts"]
     assert len(set(ab.ToyPairs(64).prompts())) == 512
     assert set(batch["source_prompts"] + batch["target_prompts"]) <= set(ab.ToyPairs(64).prompts())
+
+
+def test_short_prompts_of_toy_pairs_still_speak_of_what_is_edited():
+    whole, short = (ab.ToyPairs(64, short=s).training(64, seed=1, step=2) for s in (False, True))
+    assert torch.equal(whole["hq"], short["hq"]) and torch.equal(whole["edited"], short["edited"])
+    for side in ("source_prompts", "target_prompts"):
+        fewer = [len(a) < len(b) for a, b in zip(short[side], whole[side])]
+        assert .25 < sum(fewer) / 64 < .75                      # half of the prompts leave something out
+    for prompt, before, index, sign in zip(short["target_prompts"], short["source_prompts"], whole["edited"], whole["sign"]):
+        phrase = ab.ATTRIBUTES[index][2 if sign > 0 else 3]
+        assert phrase in prompt and (not phrase or prompt != before)
 
 
 GOOD = dict(source=[.9, .1] + [.1] * 10, target=[.9, .9] + [.1] * 10, edited=1, sign=1, identity=.7, structure=.8, shift=.02)
