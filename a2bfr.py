@@ -97,7 +97,6 @@ class Train(TrainFlags):
     prior_optimizer: typing.Literal["adamw", "muon"] = "adamw"  # Muon's products cost more than such small batches
     prior_learning_rate: float = 3e-3      # peak
     prior_drop_text: float = 0.1           # share of faces whose caption is dropped
-    prior_context: float = 0.5             # share of steps that show a clean thumbnail of the face as condition
     time_shift: float = 4.0                # s of the law of t: the condition matters where noise is strong; paper 1
     # LoRA
     rank: int = 32                         # paper 64
@@ -1136,11 +1135,7 @@ def draw_times(count: int, shift: float, device):
 
 
 def train_prior(cfg, run, nets, encoder):
-    """Stage 2 of the toy preset: a text-to-face FLUX with its word vectors, by flow matching. Then it is frozen.
-
-    DIFFERS: it also learns to look at a second picture, a clean thumbnail of the face. FLUX can relate pictures within
-    one sequence from its own training, and a LoRA on the condition alone has to rely on that.
-    """
+    """Stage 2 of the toy preset: a text-to-face FLUX with its word vectors, by flow matching. Then it is frozen."""
     faces, codec, prior, text = Faces(cfg.data, cfg.image_size, cfg.validation_data), *(
         nets[n] for n in ("codec", "prior", "text"))
     prior.requires_grad_(True), text.requires_grad_(True)
@@ -1153,16 +1148,12 @@ def train_prior(cfg, run, nets, encoder):
             z0 = codec.encode(batch["hq"], torch.randn_like)
             scores = batch["attributes"] if "attributes" in batch else read_attributes(encoder, batch["hq"]).sigmoid()
             scores = torch.where(unsaid(len(z0)).to(scores.device), 0.5, scores)
-            thumbnail, ids, size = None, None, batch["hq"].shape[-2:]
-            if torch.rand(()) < cfg.prior_context:
-                small = F.interpolate(batch["hq"], scale_factor=0.25, mode="area")
-                thumbnail, ids = encode_condition(nets, cfg, F.interpolate(small, size, mode="bilinear"))
         told = torch.rand(len(z0)) >= cfg.prior_drop_text
         blank = blank_prompts(len(z0), cfg.dropped_prompt)
         prompt = Prompt(*text.encode([verbalise(s) if keep else b for s, keep, b in zip(scores, told, blank)]))
         noise, t = torch.randn_like(z0), draw_times(len(z0), cfg.time_shift, z0.device)
         with run.autocast():
-            v = velocity_of(nets, cfg, thumbnail, ids)(torch.lerp(z0, noise, t.view(-1, 1, 1)), t, prompt)
+            v = velocity_of(nets, cfg, None, None)(torch.lerp(z0, noise, t.view(-1, 1, 1)), t, prompt)
         stage.update((v - (noise - z0)).square().mean())
     for name in ("prior", "text"):
         nets[name].load_state_dict(stage.ema[name])

@@ -1013,22 +1013,24 @@ def write_grid(path, columns: dict, rows: int = 8, cell: int = 128) -> None:
         sheet.save(temporary, format="PNG")
 
 
-def write_curve(path, curves: dict, width: int = 480, height: int = 260) -> None:
+def write_curve(path, curves: dict, width: int = 480, height: int = 260, per_row: int = 4) -> None:
     """One panel per curve {name: [(step, value), ...]}; logarithmic when all values are positive."""
-    sheet = Image.new("RGB", (width * max(1, len(curves)), height), "white")
+    rows, columns = max(1, -(-len(curves) // per_row)), max(1, min(len(curves), per_row))
+    sheet = Image.new("RGB", (width * columns, height * rows), "white")
     draw = ImageDraw.Draw(sheet)
     for panel, (name, points) in enumerate(curves.items()):
-        left, top, right, bottom = panel * width + 62, 24, (panel + 1) * width - 12, height - 26
+        x, y = width * (panel % per_row), height * (panel // per_row)
+        left, top, right, bottom = x + 62, y + 24, x + width - 12, y + height - 26
         log = all(v > 0 for _, v in points)
         values = [math.log10(v) if log else v for _, v in points]
         low, high = min(values), max(max(values), min(values) + 1e-9)
         place = lambda step, v: (left + (right - left) * step / max(1, points[-1][0]),
                                  bottom - (bottom - top) * (v - low) / (high - low))
         draw.rectangle((left, top, right, bottom), outline="gray")
-        draw.text((left, 6), f"{name}{' (log scale)' if log else ''}", fill="black")
+        draw.text((left, y + 6), f"{name}{' (log scale)' if log else ''}", fill="black")
         for share in (0, 0.5, 1):
             level = low + share * (high - low)
-            draw.text((panel * width + 4, place(0, level)[1] - 6), f"{10 ** level if log else level:.3g}", fill="black")
+            draw.text((x + 4, place(0, level)[1] - 6), f"{10 ** level if log else level:.3g}", fill="black")
         draw.text((right - 60, bottom + 6), f"step {points[-1][0]}", fill="black")
         draw.line([place(step, v) for (step, _), v in zip(points, values)], fill=(30, 90, 170), width=2)
     with whole_file(path) as temporary:

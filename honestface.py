@@ -80,7 +80,7 @@ class Train(TrainFlags):
     latent_channels: int = 16              # c; SD 4
     vae_widths: tuple[int, ...] = (24, 48, 64)  # channels per level; SD 128 256 512 512
     vae_crop: int = 32                     # side of the random crop the autoencoder learns from
-    vae_steps: int = 1300                  # steps of stage vae
+    vae_steps: int = 1600                  # steps of stage vae
     vae_learning_rate: float = 5e-3        # of stage vae
     kl_weight: float = 1e-6                # of the KL, summed over a latent
     unet_widths: tuple[int, ...] = (96, 128)  # channels per level; SD 320 640 1280 1280
@@ -116,7 +116,7 @@ class Train(TrainFlags):
     identity_weight: float = 0.3           # of the identity loss
     mfa_weight: float = 1.0                # of masked face alignment
     gan_weight: float = 0.1                # of the adversarial loss
-    onestep_steps: int = 800               # paper 60 000
+    onestep_steps: int = 550               # paper 60 000
     learning_rate: float = 8e-3            # of the restorer in stage onestep; paper 1e-4
     discriminator_learning_rate: float = 1e-3  # UNSTATED in the paper; 1e-4 there
 

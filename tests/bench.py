@@ -1,8 +1,9 @@
-"""How fast are the paper-size networks? python tests/bench.py [--device cuda] [--repeat 5] [--batch_size 1] [--compile]
+"""How fast are the networks? python tests/bench.py [--device cuda] [--repeat 5] [--batch_size 1] [--compile] [--toy]
 
 HDiT at the paper's size (512 px face, 64 x 64 latents, 32 channels), forward + backward, against the least such a
 network can do: the same matrix products and attention calls without norms, positions, gates or convolutions. The two
 are timed in turn, so that other work on the machine touches both; the median of the ratios is what counts.
+With --toy: how long the toy presets (random weights) take to restore a face, in turn as well.
 """
 import argparse
 import statistics
@@ -14,6 +15,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import common  # noqa: E402
+import honestface as hf  # noqa: E402
 import latent_pmrf as lp  # noqa: E402
 
 
@@ -72,19 +75,54 @@ def seconds(network, x, t, autocast):
     return time.perf_counter() - start
 
 
+def toy_restorers(device) -> dict:
+    """name -> function that restores 32 toy faces with the networks of a toy preset, as `sample` does."""
+    faces = common.Faces("", 64, "")
+    batch = faces.held_out(32)
+    lq = common.degrade(batch["hq"], common.DEGRADATIONS["thumbnail"], batch["seeds"]).to(device)
+    pmrf, one = lp.Train(), hf.Train()
+    flow = {part: lp.build(pmrf, part).to(device).eval() for part in ("vae", "mmse", "flow")}
+    eyes_on = hf.face_networks(one, device, losses=False)
+    nets = hf.prepare(one, eyes_on, device)
+    references, present = (x.to(device) for x in hf.draw_references(faces, {}, batch, one.max_references))
+    return {"Latent-PMRF, 25 steps": lambda: lp.restore(flow, pmrf, lq, torch.randn_like, 25),
+            "HonestFace, 4 references": lambda: hf.restore(nets, one, eyes_on, lq, references, present),
+            "HonestFace, no references": lambda: hf.restore(nets, one, eyes_on, lq, references, present & False)}
+
+
+def bench_toy(device, repeat: int) -> None:
+    restorers = toy_restorers(device)
+    times = {name: [] for name in restorers}
+    for i in range(repeat + 1):                                   # the first round warms up
+        for name, restorer in restorers.items():
+            start = time.perf_counter()
+            restorer()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name] += [time.perf_counter() - start] * bool(i)
+    first = next(iter(times.values()))
+    for name, took in times.items():
+        ratio = statistics.median(a / b for a, b in zip(took, first))
+        print(f"{name}: {1000 / 32 * statistics.median(took):.1f} ms per face, {ratio:.2f}x the first line")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--toy", action="store_true")
     args = parser.parse_args()
     device = torch.device(args.device)
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     cuda = device.type == "cuda"
     where = torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {where}, batch {args.batch_size}, {'bf16' if cuda else 'fp32'}, "
+    print(f"torch {torch.__version__}, {where}, batch {32 if args.toy else args.batch_size}, {'bf16' if cuda else 'fp32'}, "
           f"median of {args.repeat}")
+    if args.toy:
+        bench_toy(device, args.repeat)
+        return
     x, t = torch.randn(args.batch_size, 32, 64, 64, device=device), torch.rand(args.batch_size, device=device)
     for name, config in (("paper (depth-wise convolutions)", lp.HDIT_PAPER),
                          ("paper without them", dict(lp.HDIT_PAPER, depthwise=False))):
