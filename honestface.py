@@ -111,11 +111,11 @@ class Train(TrainFlags):
     eye_crop: int = 16                     # pixels an eye is resampled to; 80 at 512 px
     max_references: int = 4                # photographs of the person per face, drawn from 1 to this
     reference_dropout: float = 0.1         # share of faces restored without any reference
-    mse_weight: float = 5.0                # weights of the losses; UNSTATED, see the docs
+    mse_weight: float = 4.0                # weights of the losses; UNSTATED, see the docs
     perceptual_weight: float = 1.0         # of EA-DISTS
     identity_weight: float = 0.3           # of the identity loss
     mfa_weight: float = 1.0                # of masked face alignment
-    gan_weight: float = 0.1                # of the adversarial loss
+    gan_weight: float = 0.12               # of the adversarial loss
     onestep_steps: int = 550               # paper 60 000
     learning_rate: float = 8e-3            # of the restorer in stage onestep; paper 1e-4
     discriminator_learning_rate: float = 1e-3  # UNSTATED in the paper; 1e-4 there
