@@ -920,7 +920,7 @@ def unsaid(count: int, generator=None):
 class ToyPairs:
     """Exact pairs: the renderer switches one attribute, and all else stays.
 
-    short: half of the prompts leave attributes out (not with --cache_text, which embeds whole sentences).
+    short: half of the prompts leave attributes out, for a toy prior that knows no language beyond its captions.
     """
 
     def __init__(self, size: int, short: bool = False):
@@ -1080,7 +1080,7 @@ def pair_source(cfg, encoder, text):
     if cfg.pairs:
         return FilePairs(cfg.pairs, cfg.image_size, text)
     if not cfg.data:
-        return ToyPairs(cfg.image_size, short=not cfg.cache_text)
+        return ToyPairs(cfg.image_size, short=not cfg.pretrained_model_name_or_path)
     if cfg.dual_training:
         raise UserError(f"--data {cfg.data}: a folder has no pairs; build them with python a2bfr.py pairs and give "
                         "--pairs FILE, or train on single faces with --no-dual_training")
