@@ -118,11 +118,12 @@ def main():
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     cuda = device.type == "cuda"
     where = torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {where}, batch {32 if args.toy else args.batch_size}, {'bf16' if cuda else 'fp32'}, "
-          f"median of {args.repeat}")
     if args.toy:
+        print(f"torch {torch.__version__}, {where}, 32 faces, fp32, median of {args.repeat}")
         bench_toy(device, args.repeat)
         return
+    print(f"torch {torch.__version__}, {where}, batch {args.batch_size}, {'bf16' if cuda else 'fp32'}, "
+          f"median of {args.repeat}")
     x, t = torch.randn(args.batch_size, 32, 64, 64, device=device), torch.rand(args.batch_size, device=device)
     for name, config in (("paper (depth-wise convolutions)", lp.HDIT_PAPER),
                          ("paper without them", dict(lp.HDIT_PAPER, depthwise=False))):

@@ -138,7 +138,7 @@ def test_memory_flags_change_nothing_that_is_learned(trained, tmp_path):
     lora = [n for n in a if "lora_B" in n]
     change = torch.cat([a[n].flatten() for n in lora])
     assert torch.cat([(a[n] - b[n]).flatten() for n in lora]).norm() < .05 * change.norm() and change.norm() > 0
-    assert len(list((tmp_path / "b" / "text").glob("*.safetensors"))) >= 514      # all whole prompts, and short ones
+    assert len(list((tmp_path / "b" / "text").glob("*.safetensors"))) > 514       # all whole prompts, and short ones
 
 
 @pytest.mark.parametrize("flags", [
