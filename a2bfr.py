@@ -68,7 +68,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers gives such 
 class Train(TrainFlags):
     """Train the toy FLUX (or take the real one), then the LoRA; restore held-out faces with several prompts."""
     output: str = "runs/a2bfr"             # folder for weights, checkpoints, log and pictures
-    degradation: DEGRADATION_NAMES = "thumbnail"  # preset of common.DEGRADATIONS
+    degradation: DEGRADATION_NAMES = "noisy"  # preset of common.DEGRADATIONS
     batch_size: int = 16                   # pairs per process and micro-batch of the LoRA; paper 1
     stage: typing.Literal["all", "vae", "prior", "lora"] = "all"  # one stage, or all in order
     pretrained_model_name_or_path: str = ""  # FLUX.1-dev: folder or hub id (default: train a toy prior)
@@ -93,15 +93,14 @@ class Train(TrainFlags):
     text_width: int = 64                   # width of a word; T5 4096
     text_length: int = 24                  # tokens of a prompt; FLUX 512
     prior_batch_size: int = 32             # faces per step
-    prior_steps: int = 2000                # optimiser steps
-    prior_optimizer: typing.Literal["adamw", "muon"] = "adamw"  # Muon's products cost more than such small batches
-    prior_learning_rate: float = 3e-3      # peak
+    prior_steps: int = 1200                # optimiser steps
+    prior_learning_rate: float = 1.5e-2    # peak
     prior_drop_text: float = 0.1           # share of faces whose caption is dropped
     time_shift: float = 4.0                # s of the law of t: the condition matters where noise is strong; paper 1
     # LoRA
     rank: int = 32                         # paper 64
     lora_alpha: float = 32.0               # the change is scaled by lora_alpha / rank; paper 4, authors' release 1:1
-    lora_steps: int = 600                  # optimiser steps; paper 60 000
+    lora_steps: int = 350                  # optimiser steps; paper 60 000
     lora_optimizer: typing.Literal["prodigy", "adamw", "muon"] = "prodigy"  # of the LoRA; paper prodigy
     learning_rate: float = 1.0             # of the LoRA; Prodigy 1, AdamW 1e-4 (toy 2e-3)
     prodigy_d0: float = 1e-4               # Prodigy's first step size; its default 1e-6 idles for tens of steps
@@ -109,9 +108,9 @@ class Train(TrainFlags):
     max_grad_norm: float = 0.5             # clip the gradient to this norm (0: off)
     ema_decay: float = 0.99                # of the averaged weights that are saved and sampled
     # losses
-    attribute_weight: float = 0.1          # lambda of Eq. 3; 0 switches attribute-aware learning off. UNSTATED
+    attribute_weight: float = 0.3          # lambda of Eq. 3; 0 switches attribute-aware learning off. UNSTATED
     dual_training: bool = True             # both faces of a pair (semantic dual-training), or the source alone
-    dual_weight: float = 0.1               # alpha of Eq. 6. UNSTATED
+    dual_weight: float = 0.3               # alpha of Eq. 6. UNSTATED
     dual_margin: float = 0.5               # m of Eq. 5, at most what the two clean faces differ. UNSTATED
     dual: typing.Literal["signed", "abs"] = "signed"  # signed: the target must be on its side; abs: as printed
     attr_t_max: float = 0.9                # one-step faces from noisier latents are not read. UNSTATED
@@ -127,8 +126,10 @@ class Train(TrainFlags):
     gradient_checkpointing: bool = False   # recompute blocks and autoencoder in the backward pass
     cache_text: bool = False               # embed all prompts to disk first; no text encoder while training
     # sampling
-    num_inference_steps: int = 16          # Euler steps of the pictures at the end; paper 28
+    num_inference_steps: int = 4           # Euler steps; paper 28
     guidance_scale: float = 1.0            # embedded guidance: 1 is all a toy prior knows; FLUX 3.5, release 3.0
+    true_cfg_scale: float = 2.0            # guidance away from the empty prompt, what FLUX embeds; paper 1, off
+    image_guidance_scale: float = 1.3      # guidance away from a black degraded image; paper 1, off
     validation_faces: int = 128            # held-out faces restored and measured at the end
 
 
@@ -140,11 +141,11 @@ class Sample(SampleFlags):
     prompt: str = TEMPLATE                 # what the restored face should look like
     pretrained_model_name_or_path: str = ""  # FLUX.1-dev: folder or hub id (default: as the checkpoint was trained)
     lora: str = ""                         # LoRA file to use instead of the checkpoint's, e.g. the release's
-    num_inference_steps: int = 28          # Euler steps
+    num_inference_steps: int = 0           # Euler steps (0: the checkpoint's; with --lora 28, as the release)
     guidance_scale: float = 0.0            # embedded guidance (0: the checkpoint's; with --lora 3.0, as the release)
-    true_cfg_scale: float = 1.0            # guidance away from --negative_prompt, twice the work (1: off)
+    true_cfg_scale: float = 0.0            # away from --negative_prompt, a forward more (1: off, 0: the checkpoint's)
     negative_prompt: str = ""              # for --true_cfg_scale
-    image_guidance_scale: float = 1.0      # guidance away from a black degraded image, twice the work (1: off)
+    image_guidance_scale: float = 0.0      # away from a black degraded image, a forward more (1: off, 0: as above)
     kv_cache: bool = False                 # keep the condition's keys and values (needs --independent_condition runs)
     image_size: int = 512                  # side of the network's square; only with --lora
     text_length: int = 512                 # tokens of a prompt; only with --lora
@@ -201,7 +202,7 @@ PAPER = dict(
     checkpointing_steps=1000, log_steps=50, lr_scheduler="constant", lr_warmup_steps=0, text_length=512, time_shift=1.0,
     rank=64, lora_alpha=64.0, lora_steps=60_000, prodigy_d0=1e-6, drop_text=0.01, drop_condition=0.01,
     dropped_prompt="empty", two_pass=True, gradient_checkpointing=True, cache_text=True, num_inference_steps=28,
-    guidance_scale=3.5, validation_faces=16)
+    guidance_scale=3.5, true_cfg_scale=1.0, image_guidance_scale=1.0, validation_faces=16)
 FLUX_EDITOR = dict(image_size=512, n_max=24, source_guidance=1.5, target_guidance=5.5, batch_size=1,
                    mixed_precision="bf16", max_shift=0.03)
 # The paper names SD3.5; size, steps and guidance are FlowEdit's own for SD3.
@@ -1139,8 +1140,7 @@ def train_prior(cfg, run, nets, encoder):
     faces, codec, prior, text = Faces(cfg.data, cfg.image_size, cfg.validation_data), *(
         nets[n] for n in ("codec", "prior", "text"))
     prior.requires_grad_(True), text.requires_grad_(True)
-    optimizer = make_optimizer(dataclasses.replace(cfg, optimizer=cfg.prior_optimizer), prior.parameters(),
-                               cfg.prior_learning_rate, tables=text.parameters())
+    optimizer = make_optimizer(cfg, prior.parameters(), cfg.prior_learning_rate, tables=text.parameters())
     steps = min(cfg.prior_steps, cfg.max_train_steps)
     stage = Stage(run, "prior", {"prior": prior, "text": text}, {"prior": optimizer}, steps, lr_schedule(cfg, steps))
     for _, batch in stage.steps(lambda k: faces.training(cfg.prior_batch_size, cfg.seed, k, run.rank, run.world)):
@@ -1371,7 +1371,7 @@ def in_batches(function, *columns, size: int = 32):
 
 def restore_many(cfg, run, nets, lq, prompts: list):
     """Faces (N, 3, S, S) on the CPU; face i has the same noise under every prompt."""
-    how = Setting(cfg.guidance_scale, cfg.num_inference_steps)
+    how = Setting(cfg.guidance_scale, cfg.num_inference_steps, cfg.true_cfg_scale, "", cfg.image_guidance_scale)
     noise = nets["codec"].noise(lq.shape[-1], [mix("noise", cfg.seed, i) for i in range(len(lq))])
     with run.autocast():
         return in_batches(lambda x, p, e: restore(nets, cfg, x.to(run.device), p, e, how), lq, prompts, noise)
@@ -1483,12 +1483,13 @@ def sample(cfg: Sample) -> None:
     run = Run(cfg)
     if not cfg.prompt.strip():
         raise UserError(f"--prompt is empty: leave it out for {TEMPLATE!r}")
-    nets, trained, guidance = load_restorer(cfg, run)
+    nets, trained = load_restorer(cfg, run)
     if cfg.kv_cache and not trained.independent_condition:
         raise UserError("--kv_cache: this LoRA lets the condition see the image, so it changes with every step; "
                         "train with --independent_condition")
-    how = Setting(guidance, cfg.num_inference_steps, cfg.true_cfg_scale, cfg.negative_prompt, cfg.image_guidance_scale,
-                  cfg.kv_cache)
+    given = lambda name: getattr(cfg, name) or getattr(trained, name)
+    how = Setting(given("guidance_scale"), given("num_inference_steps"), given("true_cfg_scale"), cfg.negative_prompt,
+                  given("image_guidance_scale"), cfg.kv_cache)
 
     def restore_batch(lq, stems):
         # Every face gets the same noise, so that its result depends on the seed and not on its place in the folder.
@@ -1500,7 +1501,7 @@ def sample(cfg: Sample) -> None:
 
 
 def load_restorer(cfg: Sample, run) -> tuple:
-    """(nets with their LoRA, Train configuration, embedded guidance): a training run, or FLUX and any LoRA file."""
+    """(nets with their LoRA, Train configuration): a training run, or FLUX and any LoRA file."""
     if cfg.lora and cfg.pretrained_model_name_or_path:  # the release: no run of ours, OminiControl's settings
         trained = Train(**dict(PAPER, image_size=cfg.image_size, text_length=cfg.text_length, guidance_scale=3.0,
                                pretrained_model_name_or_path=cfg.pretrained_model_name_or_path))
@@ -1523,7 +1524,7 @@ def load_restorer(cfg: Sample, run) -> tuple:
     check_prompt(nets["text"], cfg.prompt)
     wear_lora(nets, lora, run.device)
     nets = {name: net.to(run.device) if isinstance(net, nn.Module) else net for name, net in nets.items()}
-    return nets, trained, cfg.guidance_scale or trained.guidance_scale
+    return nets, trained
 
 
 # ------------------------------------------------------------------------------------------------ building pairs

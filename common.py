@@ -823,10 +823,11 @@ DEGRADATIONS = {
     "a2bfr": Degradation("A2BFR release, condition helper", (3, 15), (16, 16), (0, 25.5), (35, 90),
                          kinds=("gaussian", "average", "median", "motion"),
                          blur_share=0.5, noise_share=0.2, jpeg_share=0.7),
-    # So little is left of a face that a reference can say who it is and a prompt what it looks like, without
+    # So little is left of a face that a reference can say who it is, or a prompt what it looks like, without
     # contradicting what is seen, as on the heavily degraded photographs of these papers.
-    "thumbnail": Degradation("toy presets of honestface.py and a2bfr.py: 16 to 32 pixels, noise", (1, 15), (16, 32),
-                             (30, 60), (40, 90)),
+    "thumbnail": Degradation("toy preset of honestface.py: 16 to 32 pixels, noise", (1, 15), (16, 32), (30, 60),
+                             (40, 90)),
+    "noisy": Degradation("toy preset of a2bfr.py: 32 to 64 pixels, strong noise", (1, 15), (8, 16), (50, 90), (40, 90)),
 }
 
 
@@ -1947,7 +1948,7 @@ def shared_parts(cfg, method: str, name: str, matters: tuple, train_parts) -> di
 
 # The keys of DEGRADATIONS.
 DEGRADATION_NAMES = typing.Literal["codeformer", "gfpgan", "difface", "pref_restore", "vqfr1", "vqfr2", "a2bfr",
-                                   "thumbnail"]
+                                   "thumbnail", "noisy"]
 PRECISIONS = typing.Literal["auto", "no", "bf16", "fp16"]
 
 
@@ -2032,7 +2033,10 @@ def add_flags(parser: argparse.ArgumentParser, cls) -> None:
 
 
 def check_numbers(cfg) -> None:
-    """Counts and sizes are at least 1, rates and weights at least 0 and finite. Raises UserError naming the flag."""
+    """Counts and sizes are at least 1 unless 0 is their default, rates and weights at least 0 and finite.
+
+    Raises UserError naming the flag.
+    """
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         for number in value if isinstance(value, tuple) else (value,):
@@ -2040,7 +2044,7 @@ def check_numbers(cfg) -> None:
                 if not math.isfinite(number) or number < 0:
                     raise UserError(f"--{field.name} {number}: must be a finite number, 0 or more")
                 counts = r"_size|(?<!warmup_)steps$|^seeds$|widths|channels|^rank$|faces"
-                if number == 0 and re.search(counts, field.name):
+                if number == 0 and field.default != 0 and re.search(counts, field.name):
                     raise UserError(f"--{field.name} 0: must be at least 1")
 
 

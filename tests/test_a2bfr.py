@@ -617,7 +617,7 @@ def test_degraded_image_is_shared_and_comes_from_the_chosen_face():
     cfg = ab.Train(image_size=32)
     batch = ab.ToyPairs(32).held_out(4)
     change = lambda **k: ab.degraded(ab.dataclasses.replace(cfg, **k), batch)
-    expected = lambda key: common.degrade(batch[key], common.DEGRADATIONS["thumbnail"], batch["seeds"])
+    expected = lambda key: common.degrade(batch[key], common.DEGRADATIONS[cfg.degradation], batch["seeds"])
     assert torch.equal(change(), expected("hq")) and torch.equal(change(lq_from="tar"), expected("hq_tar"))
     mixed, even = change(lq_from="random"), batch["seeds"] % 2 == 0
     assert torch.equal(mixed[even], expected("hq_tar")[even]) and torch.equal(mixed[~even], expected("hq")[~even])
