@@ -827,7 +827,8 @@ DEGRADATIONS = {
     # contradicting what is seen, as on the heavily degraded photographs of these papers.
     "thumbnail": Degradation("toy preset of honestface.py: 16 to 32 pixels, noise", (1, 15), (16, 32), (30, 60),
                              (40, 90)),
-    "noisy": Degradation("toy preset of a2bfr.py: 32 to 64 pixels, strong noise", (1, 15), (8, 16), (50, 90), (40, 90)),
+    "noisy": Degradation("toy preset of a2bfr.py and pref_restore.py: 32 to 64 pixels, strong noise", (1, 15), (8, 16),
+                         (50, 90), (40, 90)),
 }
 
 

@@ -63,7 +63,7 @@ from common import (ATTRIBUTES, DEGRADATION_NAMES, DEGRADATIONS, Faces, Run, Sam
 class Train(TrainFlags):
     """Train the tokenizers and the prior (toy only), stages 1.1, 1.2 and 2, then restore held-out faces."""
     output: str = "runs/pref_restore"      # folder for weights, checkpoints, log and pictures
-    degradation: DEGRADATION_NAMES = "pref_restore"  # preset of common.DEGRADATIONS
+    degradation: DEGRADATION_NAMES = "noisy"  # preset of common.DEGRADATIONS
     batch_size: int = 32                   # faces per process and micro-batch; paper 128 in all
     ema_decay: float = 0.995               # of the averaged weights that are saved and sampled
     checkpointing_steps: int = 200         # steps between saves of state.pt
@@ -86,24 +86,24 @@ class Train(TrainFlags):
     llm_width: int = 128                   # H; Qwen3-0.6B 1024, 1.7B 2048
     llm_layers: int = 4                    # Qwen3 28
     context: int = 160                     # longest sequence in tokens; paper 2048
-    latent_channels: int = 16              # c; DC-AE 32
+    latent_channels: int = 32              # c; DC-AE 32
     vae_widths: tuple[int, ...] = (32, 32, 64, 128)  # channels per level; DC-AE 128 256 512 512 1024 1024
     sana_heads: int = 4                    # of 32 channels each; SANA-1.5 70
     sana_layers: int = 6                   # SANA-1.5 20
     # stages tokenizer and prior (stand-ins for DC-AE, TA-Tok and BLIP3o-NEXT)
-    tokenizer_steps: int = 1200            # both autoencoders at once, on clean and degraded faces
-    tokenizer_learning_rate: float = 2e-3  # peak of the cosine
+    tokenizer_steps: int = 450             # both autoencoders at once, on clean and degraded faces
+    tokenizer_learning_rate: float = 5e-3  # peak of the cosine
     latent_noise: float = 0.1              # noise on the latent in units of its deviation: forgives the flow's errors
     perceptual_weight: float = 0.05        # of the reader's features in the autoencoder's loss
-    prior_steps: int = 600                 # copying tokens, captions to tokens, tokens to faces
-    prior_learning_rate: float = 4e-3      # peak of the cosine; SANA learns slowly below 2e-3 at this size
+    prior_steps: int = 400                 # copying tokens, captions to tokens, tokens to faces
+    prior_learning_rate: float = 1e-2      # peak of the cosine
     # stages 1.1 and 1.2
-    semantic_steps: int = 400              # stage 1.1; paper 50 000
-    semantic_learning_rate: float = 2e-3   # stage 1.1, peak; paper 1e-4
-    texture_steps: int = 600               # stage 1.2; paper 50 000
-    texture_learning_rate: float = 4e-3    # stage 1.2, peak; paper 2e-5
-    joint_steps: int = 1000                # of --joint
-    joint_learning_rate: float = 3e-3      # of --joint; paper 2e-5
+    semantic_steps: int = 200              # stage 1.1; paper 50 000
+    semantic_learning_rate: float = 5e-3   # stage 1.1, peak; paper 1e-4
+    texture_steps: int = 500               # stage 1.2; paper 50 000
+    texture_learning_rate: float = 1e-2    # stage 1.2, peak; paper 2e-5
+    joint_steps: int = 700                 # of --joint
+    joint_learning_rate: float = 1e-2      # of --joint; paper 2e-5
     min_learning_rate: float = 1e-4        # end of every cosine; paper 1e-5
     warmup_ratio: float = 0.01             # share of the steps with linear warm-up
     diffusion_weight: float = 1.0          # lambda of Eq. 9
@@ -118,7 +118,7 @@ class Train(TrainFlags):
     # stage 2
     algorithm: typing.Literal["nft", "grpo"] = "nft"  # DiffusionNFT, or the policy-gradient baseline of Figure 6
     preference_steps: int = 40             # epochs of roll-outs
-    learning_rate: float = 1e-3            # stage 2, of the LoRA, constant; paper 3e-4
+    learning_rate: float = 2e-3            # stage 2, of the LoRA, constant; paper 3e-4
     preference_weight_decay: float = 1e-4  # AdamW of stage 2
     updates_per_epoch: int = 2             # optimiser steps on one set of roll-outs; paper 1
     rank: int = 16                         # of the LoRA; paper 32
@@ -127,13 +127,13 @@ class Train(TrainFlags):
     group_size: int = 12                   # K roll-outs of each; paper 24
     rollout_batch: int = 96                # roll-outs per forward; paper 9
     rollout_steps: int = 10                # solver steps of a roll-out; paper 30
-    timestep_fraction: float = 0.6         # share of those noise levels trained on; paper 0.99 (29 of 30)
+    timestep_fraction: float = 0.3         # share of those noise levels trained on; paper 0.99 (29 of 30)
     nft_beta: float = 0.1                  # beta of Eq. 13-14
     nft_form: typing.Literal["x0", "velocity"] = "x0"  # Eq. 15 on clean latents, self-normalised (code), or as printed
     anchor: typing.Literal["old", "stage1"] = "old"  # v_ref of Eq. 13-14: the lagged policy (code) or Stage 1 (paper)
     decay_kind: int = 1                    # old-policy decay: 0 copies, 1 slow then half, 2 from step 75 on
-    adv_clip: float = 5.0                  # clip of the advantage, the 5 of Z = 5 std in Eq. 12
-    kl_weight: float = 1e-4                # distance to Stage 1's velocity
+    adv_clip: float = 1.5                  # clip of the advantage, the c of Z = c std in Eq. 12; authors 5
+    kl_weight: float = 0.0                 # distance to Stage 1's velocity; authors 1e-4
     policy_ema_decay: float = 0.9          # of the weights that are saved and sampled after stage 2
     grpo_noise: float = 0.7                # a of the flow-SDE's noise a sqrt(sigma / (1 - sigma))
     grpo_clip: float = 1e-3                # of the probability ratio
@@ -175,7 +175,7 @@ class Sample(SampleFlags):
     ta_tok: str = ""                       # for a checkpoint without TA-Tok: its file
     lora: str = ""                         # folder of a preference LoRA in peft's layout
     policy: typing.Literal["current", "base"] = "current"  # after stage 2, or the Stage 1 below it
-    num_inference_steps: int = 30          # solver steps
+    num_inference_steps: int = 0           # solver steps (0: as trained)
     solver: typing.Literal["", "euler", "dpm"] = ""  # (default: as trained)
     guidance_scale: float = 0.0            # 1 is no guidance (0: as trained)
     ar: typing.Literal["greedy", "sample"] = "greedy"  # how visual words are chosen
@@ -192,6 +192,13 @@ class Ablate(Train):
     rows: tuple[str, ...] = ()             # only these rows (default: all)
     seeds: int = 1                         # repetitions with other seeds
     consistency_seeds: int = 0             # restorations of each face; the rows of Table X have 8
+    tokenizer_steps: int = 400             # shared by the rows of a seed
+    prior_steps: int = 300                 # as tokenizer_steps
+    semantic_steps: int = 150              # as tokenizer_steps
+    texture_steps: int = 250               # rows that change stage 1.2 take 3 CPU minutes
+    joint_steps: int = 350                 # about the time of stages 1.1 and 1.2 together
+    preference_steps: int = 20             # rows that change stage 2 take 3 CPU minutes
+    validation_faces: int = 128            # held-out faces restored and measured per row
 
 
 PAPER = dict(
@@ -202,7 +209,7 @@ PAPER = dict(
     context=2048, semantic_steps=50_000, semantic_learning_rate=1e-4, texture_steps=50_000, texture_learning_rate=2e-5,
     joint_steps=50_000, joint_learning_rate=2e-5, min_learning_rate=1e-5,
     preference_steps=300, learning_rate=3e-4, updates_per_epoch=1, rank=32, lora_alpha=64.0, groups=6, group_size=24,
-    rollout_batch=9, rollout_steps=30, timestep_fraction=0.99, grpo_clip=1e-4,
+    rollout_batch=9, rollout_steps=30, timestep_fraction=0.99, adv_clip=5.0, kl_weight=1e-4, grpo_clip=1e-4,
     rewards="real", num_inference_steps=30, solver="euler", guidance_scale=2.0)
 
 # What the released networks are, for counting and for loading checkpoints that carry no sizes.

@@ -4,6 +4,7 @@ HDiT at the paper's size (512 px face, 64 x 64 latents, 32 channels), forward + 
 network can do: the same matrix products and attention calls without norms, positions, gates or convolutions. The two
 are timed in turn, so that other work on the machine touches both; the median of the ratios is what counts.
 With --toy: how long the toy presets (random weights) take to restore a face, in turn as well.
+With --cache: FLUX at full width with few blocks, the condition's keys and values kept between steps or not.
 """
 import argparse
 import statistics
@@ -15,9 +16,11 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import a2bfr as a2  # noqa: E402
 import common  # noqa: E402
 import honestface as hf  # noqa: E402
 import latent_pmrf as lp  # noqa: E402
+import pref_restore as pr  # noqa: E402
 
 
 class LowerBound(torch.nn.Module):
@@ -80,18 +83,48 @@ def toy_restorers(device) -> dict:
     faces = common.Faces("", 64, "")
     batch = faces.held_out(32)
     lq = common.degrade(batch["hq"], common.DEGRADATIONS["thumbnail"], batch["seeds"]).to(device)
-    pmrf, one = lp.Train(), hf.Train()
+    pmrf, one, flux, pref = lp.Train(), hf.Train(), a2.Train(), pr.Train()
     flow = {part: lp.build(pmrf, part).to(device).eval() for part in ("vae", "mmse", "flow")}
     eyes_on = hf.face_networks(one, device, losses=False)
     nets = hf.prepare(one, eyes_on, device)
     references, present = (x.to(device) for x in hf.draw_references(faces, {}, batch, one.max_references))
+    prior = {name: net.to(device) for name, net in a2.build_toy(flux).items()}
+    a2.add_condition_lora(prior["prior"], flux.rank, flux.lora_alpha)
+    noise = prior["codec"].noise(64, list(range(32)))
+    how = a2.Setting(flux.guidance_scale, flux.num_inference_steps, flux.true_cfg_scale, "", flux.image_guidance_scale)
+    model, vocab = pr.build(pref)[:2]
+    model.to(device).eval().uses = ("semantic", "texture")
+
+    def pref_restore():
+        start = pr.noise_like(model, pref, 32, torch.Generator().manual_seed(0))
+        return pr.draw_face(model, pref, pr.read_face(model, vocab, pref, lq, [""] * 32), start)
+
     return {"Latent-PMRF, 25 steps": lambda: lp.restore(flow, pmrf, lq, torch.randn_like, 25),
             "HonestFace, 4 references": lambda: hf.restore(nets, one, eyes_on, lq, references, present),
-            "HonestFace, no references": lambda: hf.restore(nets, one, eyes_on, lq, references, present & False)}
+            "HonestFace, no references": lambda: hf.restore(nets, one, eyes_on, lq, references, present & False),
+            "A2BFR": lambda: a2.restore(prior, flux, lq, [a2.TEMPLATE] * 32, noise.to(device), how),
+            "Pref-Restore": pref_restore}
 
 
-def bench_toy(device, repeat: int) -> None:
-    restorers = toy_restorers(device)
+def flux_with_cache(device, steps: int) -> dict:
+    """name -> function that integrates a 512 px face with 3 blocks of FLUX's width (random weights), 512 text tokens."""
+    from diffusers import FluxTransformer2DModel
+    with torch.device(device):
+        flux = FluxTransformer2DModel(num_layers=1, num_single_layers=2, guidance_embeds=True)
+        a2.add_condition_lora(flux, 64, 64.0)
+        z, condition, text = torch.randn(1, 1024, 64), torch.randn(1, 1024, 64), torch.randn(1, 512, 4096)
+        pooled, one = torch.randn(1, 768), torch.ones(1)
+    ids = a2.position_ids(32, 32, 1, device)
+
+    @torch.no_grad()
+    def integrate(cache):
+        field = lambda x, t: a2.flux_velocity(flux, x, condition, text, pooled, t, one, ids, ids, True, cache)
+        return a2.euler_sample(field, z, a2.flux_sigmas(steps, 1024))
+
+    return {f"FLUX's width, {steps} steps": lambda: integrate(None), "with cache": lambda: integrate({})}
+
+
+def bench_restorers(restorers: dict, device, repeat: int, faces: int) -> None:
     times = {name: [] for name in restorers}
     for i in range(repeat + 1):                                   # the first round warms up
         for name, restorer in restorers.items():
@@ -103,7 +136,7 @@ def bench_toy(device, repeat: int) -> None:
     first = next(iter(times.values()))
     for name, took in times.items():
         ratio = statistics.median(a / b for a, b in zip(took, first))
-        print(f"{name}: {1000 / 32 * statistics.median(took):.1f} ms per face, {ratio:.2f}x the first line")
+        print(f"{name}: {1000 / faces * statistics.median(took):.1f} ms per face, {ratio:.2f}x the first line")
 
 
 def main():
@@ -113,14 +146,16 @@ def main():
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--cache", action="store_true")
     args = parser.parse_args()
     device = torch.device(args.device)
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     cuda = device.type == "cuda"
     where = torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} threads"
-    if args.toy:
-        print(f"torch {torch.__version__}, {where}, 32 faces, fp32, median of {args.repeat}")
-        bench_toy(device, args.repeat)
+    if args.toy or args.cache:
+        print(f"torch {torch.__version__}, {where}, fp32, median of {args.repeat}")
+        restorers, faces = (flux_with_cache(device, 4), 1) if args.cache else (toy_restorers(device), 32)
+        bench_restorers(restorers, device, args.repeat, faces)
         return
     print(f"torch {torch.__version__}, {where}, batch {args.batch_size}, {'bf16' if cuda else 'fp32'}, "
           f"median of {args.repeat}")
