@@ -128,6 +128,7 @@ class Train(TrainFlags):
     rollout_batch: int = 96                # roll-outs per forward; paper 9
     rollout_steps: int = 10                # solver steps of a roll-out; paper 30
     timestep_fraction: float = 0.3         # share of those noise levels trained on; paper 0.99 (29 of 30)
+    level_range: tuple[float, ...] = (0.0, 1.0)  # only levels sigma between these are trained on; paper all
     nft_beta: float = 0.1                  # beta of Eq. 13-14
     nft_form: typing.Literal["x0", "velocity"] = "x0"  # Eq. 15 on clean latents, self-normalised (code), or as printed
     anchor: typing.Literal["old", "stage1"] = "old"  # v_ref of Eq. 13-14: the lagged policy (code) or Stage 1 (paper)
@@ -1662,9 +1663,10 @@ def divide(columns: list, updates: int, rows: list) -> list:
 
 def nft_epoch(cfg, run, model, field, x0, r) -> tuple:
     """(shares, loss of a piece) for `learn`: every roll-out at several levels of its own grid, shuffled [Eq. 15]."""
-    levels = torch.tensor(sigma_grid(cfg.rollout_steps)[:-1], device=x0.device)
-    count = max(1, int(cfg.rollout_steps * cfg.timestep_fraction))
-    order = torch.rand(len(x0), cfg.rollout_steps, device=x0.device).argsort(1)[:, :count]   # (N, T) levels of each
+    lowest, highest = cfg.level_range
+    levels = [s for s in sigma_grid(cfg.rollout_steps)[:-1] if lowest - 1e-6 <= s <= highest + 1e-6]
+    levels, count = torch.tensor(levels, device=x0.device), max(1, int(len(levels) * cfg.timestep_fraction))
+    order = torch.rand(len(x0), len(levels), device=x0.device).argsort(1)[:, :count]         # (N, T) levels of each
 
     def loss_of(rows, column):
         sigma, clean = levels[order[rows, column]], x0[rows]

@@ -7,7 +7,7 @@ A block looks like this; the script replaces what stands between the marks, and 
 
 NAME.json is the metrics.json of a training run (its rows) or the rows.json of an ablation (mean and standard deviation
 over seeds). Columns are scores; `seconds`, `steps` and `paper` can be columns of an ablation. `NAME@group` picks one
-group of an ablation's rows, beside the unchanged method.
+group of an ablation's rows, beside the unchanged method, or another table of metrics.json, such as `per_attribute`.
 """
 import json
 import re
@@ -22,11 +22,12 @@ ROWS = {"lq": "degraded", "posterior_mean": "posterior mean", "restored_faces": 
         "reconstruction": "autoencoder, clean faces", "autoencoder": "autoencoder, clean faces",
         "source": "restored, prompt of the source", "target": "restored, prompt of the target",
         "template": "restored, template prompt", "prior": "painted by the prior alone",
-        "edited": "restored with the template, then edited"}
+        "edited": "restored with the template, then edited (FlowEdit)"}
 DIGITS = {"psnr": 2, "psnr_gain": 2, "ssim": 3, "fid_toy": 2, "deg_toy": 1, "lmd_toy": 2, "ald_e_toy": 2,
           "ald_m_toy": 2, "attr_toy": 3, "quality_toy": 2, "reconstruction_psnr": 2, "seconds": 0, "steps": 0,
           "hps_std_toy": 4, "pick_std_toy": 4, "clip_std_toy": 4}
-HEADS = {"psnr": "PSNR dB", "psnr_gain": "PSNR gain dB", "ssim": "SSIM", "lmd_toy": "lmd_toy px",
+HEADS = {"attribute_accuracy_toy": "asked attribute right", "leakage_toy": "leakage",
+         "cross_prompt_identity_toy": "cross-prompt identity", "identity_toy": "identity", "psnr": "PSNR dB", "psnr_gain": "PSNR gain dB", "ssim": "SSIM", "lmd_toy": "lmd_toy px",
          "reconstruction_psnr": "autoencoder PSNR dB", "seconds": "s"}
 
 
@@ -50,7 +51,11 @@ def cells(entries: list, columns: list) -> list:
 def table(name: str, columns: list) -> str:
     name, _, group = name.partition("@")
     content = json.loads((DOCS / "results" / f"{name}.json").read_text())
-    if "rows" in content:
+    if group in content and group:  # {column: {row: [score, faces]}}
+        first, each = group.replace("_", " "), content[group]
+        lines = {f"{row} ({count})": [number(c, each[c].get(row, [])[:1]) for c in columns]
+                 for row, (_, count) in each[columns[0]].items()}
+    elif "rows" in content:
         first = f"{content['faces']} held-out faces"
         lines = {ROWS.get(row, row): [number(c, [s[c]] if c in s else []) for c in columns]
                  for row, s in content["rows"].items()}

@@ -6,31 +6,38 @@ from pathlib import Path
 
 import pytest
 
+import a2bfr
 import common
 import honestface
 import latent_pmrf
 import metrics
+import pref_restore
 from common import command_line
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```bash[^\n]*\n(.*?)^```", TEXT, re.S | re.M)
 COMMANDS = [line.split("   #")[0] for block in BLOCKS for line in block.splitlines() if line]
-METHODS = {"latent_pmrf": latent_pmrf, "honestface": honestface}
+METHODS = {"latent_pmrf": latent_pmrf, "honestface": honestface, "a2bfr": a2bfr, "pref_restore": pref_restore}
+PRESETS = {"train": "PAPER", "ablate": "PAPER", "pairs": "SD3_EDITOR"}
 CALLED = [(m, c) for c in COMMANDS for m in METHODS if f"{m}.py " in c]
 
 
-def verbs(method, train=None, sample=None):
-    presets = {"toy": method.Train(), "paper": method.Train(**method.PAPER)}
-    return {"train": (method.Train, presets, train or method.train),
-            "sample": (method.Sample, {}, sample or method.sample)}
+def verbs(method, instead=None):
+    """The verbs of a method as its last lines have them, all with the function `instead` if given."""
+    found = {}
+    for name in ("train", "sample", "pairs", "ablate"):
+        if flags := getattr(method, name.title(), None):
+            presets = {} if name == "sample" else {"toy": flags(), "paper": flags(**getattr(method, PRESETS[name]))}
+            found[name] = (flags, presets, instead or getattr(method, name))
+    return found
 
 
 @pytest.mark.parametrize("name, command", CALLED)
 def test_every_flag_of_the_readme_exists(name, command):
     """Parsed as the program would, with a function that only takes the configuration."""
     seen = []
-    command_line("x", verbs(METHODS[name], seen.append, seen.append), shlex.split(command.split(f"{name}.py")[1]))
+    command_line("x", verbs(METHODS[name], seen.append), shlex.split(command.split(f"{name}.py")[1]))
     assert len(seen) == 1
 
 
@@ -71,7 +78,9 @@ def test_the_equation_map_names_functions_that_exist(method):
 def test_presets_pass_their_own_checks(module):
     for preset in (module.Train(), module.Train(**module.PAPER), module.Ablate(), module.Ablate(**module.PAPER)):
         common.check_numbers(preset)
-    assert module.Train(**module.PAPER).optimizer == "adamw" and module.Train(**module.PAPER).image_size == 512
+    paper = module.Train(**module.PAPER)
+    assert getattr(paper, "lora_optimizer", paper.optimizer) == ("prodigy" if module is a2bfr else "adamw")
+    assert paper.image_size == 512
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
