@@ -198,6 +198,8 @@ class Ablate(Train):
     vae_steps: int = 1000                  # shared by the rows of a seed
     prior_steps: int = 800                 # as vae_steps
     lora_steps: int = 150                  # a row is meant to take 3 CPU minutes
+    attribute_weight: float = 1.0          # lambda of Eq. 3, larger: after so few steps 0.3 tells no rows apart
+    dual_weight: float = 1.0               # alpha of Eq. 6
     validation_faces: int = 128            # held-out faces restored and measured per row
 
 

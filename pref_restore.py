@@ -117,7 +117,7 @@ class Train(TrainFlags):
     guessed_answers: float = 0.0           # stage 1.2: share of answers replaced by the model's guess (authors 0)
     # stage 2
     algorithm: typing.Literal["nft", "grpo"] = "nft"  # DiffusionNFT, or the policy-gradient baseline of Figure 6
-    preference_steps: int = 40             # epochs of roll-outs
+    preference_steps: int = 50             # epochs of roll-outs
     learning_rate: float = 2e-3            # stage 2, of the LoRA, constant; paper 3e-4
     preference_weight_decay: float = 1e-4  # AdamW of stage 2
     updates_per_epoch: int = 2             # optimiser steps on one set of roll-outs; paper 1
@@ -128,7 +128,6 @@ class Train(TrainFlags):
     rollout_batch: int = 96                # roll-outs per forward; paper 9
     rollout_steps: int = 10                # solver steps of a roll-out; paper 30
     timestep_fraction: float = 0.3         # share of those noise levels trained on; paper 0.99 (29 of 30)
-    level_range: tuple[float, ...] = (0.0, 1.0)  # only levels sigma between these are trained on; paper all
     nft_beta: float = 0.1                  # beta of Eq. 13-14
     nft_form: typing.Literal["x0", "velocity"] = "x0"  # Eq. 15 on clean latents, self-normalised (code), or as printed
     anchor: typing.Literal["old", "stage1"] = "old"  # v_ref of Eq. 13-14: the lagged policy (code) or Stage 1 (paper)
@@ -139,13 +138,14 @@ class Train(TrainFlags):
     grpo_noise: float = 0.7                # a of the flow-SDE's noise a sqrt(sigma / (1 - sigma))
     grpo_clip: float = 1e-3                # of the probability ratio
     # rewards, Eq. 11
-    rewards: typing.Literal["toy", "real"] = "toy"  # read by reader_a, or by the networks named below
-    hps_weight: float = 1.0                # HPSv2.1; toy: quality
-    clip_weight: float = 1.0               # CLIPScore; toy: agreement with the caption
-    pick_weight: float = 1.0               # PickScore; toy: quality x agreement
-    identity_weight: float = 0.5           # ArcFace cosine
-    lpips_weight: float = 0.5              # minus LPIPS
-    lmd_weight: float = 0.5                # 1 / (1 + landmark distance / 20)
+    rewards: typing.Literal["toy", "real"] = "toy"  # read by reader_a and _c, or by the networks named below
+    # (toy weights: each reward deviates by 0.125 over stage 1.2's faces, the paper's "normalised")
+    hps_weight: float = 2.5                # HPSv2.1, authors 1; toy: quality
+    clip_weight: float = 1.0               # CLIPScore, authors 1; toy: agreement with the caption
+    pick_weight: float = 1.4               # PickScore, authors 1; toy: quality x agreement
+    identity_weight: float = 0.6           # ArcFace cosine, authors 0.5
+    lpips_weight: float = 0.45             # minus LPIPS, authors 0.5
+    lmd_weight: float = 2.0                # 1 / (1 + landmark distance / 20), authors 0.5
     clip: str = ""                         # folder of CLIP ViT-L/14 (its tokenizer also serves HPS and PickScore)
     hps: str = ""                          # HPS_v2.1_compressed.pt (open_clip's ViT-H/14)
     pick: str = ""                         # folder of PickScore_v1
@@ -211,7 +211,8 @@ PAPER = dict(
     joint_steps=50_000, joint_learning_rate=2e-5, min_learning_rate=1e-5,
     preference_steps=300, learning_rate=3e-4, updates_per_epoch=1, rank=32, lora_alpha=64.0, groups=6, group_size=24,
     rollout_batch=9, rollout_steps=30, timestep_fraction=0.99, adv_clip=5.0, kl_weight=1e-4, grpo_clip=1e-4,
-    rewards="real", num_inference_steps=30, solver="euler", guidance_scale=2.0)
+    rewards="real", hps_weight=1.0, clip_weight=1.0, pick_weight=1.0, identity_weight=0.5, lpips_weight=0.5,
+    lmd_weight=0.5, num_inference_steps=30, solver="euler", guidance_scale=2.0)
 
 # What the released networks are, for counting and for loading checkpoints that carry no sizes.
 QWEN3 = dict(num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128, vocab_size=217_210,
@@ -914,26 +915,31 @@ def caption_targets(caption: str) -> torch.Tensor:
     return found
 
 
-def toy_rewards(reader) -> dict:
-    """FaceReader's stand-ins under the same calls: (images, reference, captions) -> (B,), images in [-1, 1]."""
-    def agreement(x, reference, captions):  # mean probability that what the caption says is so; 1/2 where it is silent
+def toy_rewards(*readers) -> dict:
+    """FaceReader's stand-ins under the same calls: (images, reference, captions) -> (B,), images in [-1, 1].
+
+    Each reward is the mean over the readers: one network alone is pleased sooner than the face gets better.
+    """
+    def agreement(reader, x, captions):  # mean probability that what the caption says is so; 1/2 where it is silent
         wanted = torch.stack([caption_targets(c) for c in captions]).to(x.device)
         right = torch.where(wanted == 1, reader.probabilities(x), 1 - reader.probabilities(x))
         said = ~wanted.isnan()
         return torch.where(said.any(1), (right * said).sum(1) / said.sum(1).clamp(min=1), 0.5)
 
-    def perceptual(x, reference, captions):  # LPIPS's form: unit-length features, squared difference, means, sum
+    def perceptual(reader, x, reference):  # LPIPS's form: unit-length features, squared difference, means, sum
         unit = lambda f: F.normalize(f, dim=1)
         pairs = zip(reader.stages(x), reader.stages(reference))
         return -sum((unit(a) - unit(b)).square().sum(1).mean((1, 2)) for a, b in pairs) / 2
 
-    return dict(
-        hps=lambda x, reference, captions: reader.quality(x),
-        clip=agreement,
-        pick=lambda x, reference, captions: reader.quality(x) * agreement(x, reference, captions),
-        identity=lambda x, reference, captions: metrics.identity_similarity(reader.embed(x), reader.embed(reference)),
-        lpips=perceptual,
-        lmd=landmark_reward(reader))
+    rewards = dict(
+        hps=lambda reader, x, reference, _: reader.quality(x),
+        clip=lambda reader, x, reference, captions: agreement(reader, x, captions),
+        pick=lambda reader, x, reference, captions: reader.quality(x) * agreement(reader, x, captions),
+        identity=lambda reader, x, reference, _: metrics.identity_similarity(reader.embed(x), reader.embed(reference)),
+        lpips=lambda reader, x, reference, _: perceptual(reader, x, reference),
+        lmd=lambda reader, x, reference, captions: landmark_reward(reader)(x, reference, captions))
+    mean_of = lambda reward: lambda *given: sum(reward(reader, *given) for reader in readers) / len(readers)
+    return {name: mean_of(reward) for name, reward in rewards.items()}
 
 
 def landmark_reward(network):
@@ -1035,11 +1041,11 @@ def check_rewards(cfg) -> None:
                                 f"--{name}_weight 0")
 
 
-def build_rewards(cfg, device, reader: str = "a") -> dict:
-    """{name: callable (images, reference, captions) -> (B,)} for every weight that is not 0; toy ones read `reader`."""
+def build_rewards(cfg, device, readers: str = "ac") -> dict:
+    """{name: callable (images, reference, captions) -> (B,)} for every weight that is not 0; toy ones by `readers`."""
     check_rewards(cfg)
     if cfg.rewards == "toy":
-        every = toy_rewards(metrics.load_reader(reader, cfg.readers).to(device))
+        every = toy_rewards(*(metrics.load_reader(name, cfg.readers).to(device) for name in readers))
         return {name: every[name] for name in reward_weights(cfg)}
     return {name: real_reward(cfg, name, device) for name in reward_weights(cfg)}
 
@@ -1663,10 +1669,9 @@ def divide(columns: list, updates: int, rows: list) -> list:
 
 def nft_epoch(cfg, run, model, field, x0, r) -> tuple:
     """(shares, loss of a piece) for `learn`: every roll-out at several levels of its own grid, shuffled [Eq. 15]."""
-    lowest, highest = cfg.level_range
-    levels = [s for s in sigma_grid(cfg.rollout_steps)[:-1] if lowest - 1e-6 <= s <= highest + 1e-6]
-    levels, count = torch.tensor(levels, device=x0.device), max(1, int(len(levels) * cfg.timestep_fraction))
-    order = torch.rand(len(x0), len(levels), device=x0.device).argsort(1)[:, :count]         # (N, T) levels of each
+    levels = torch.tensor(sigma_grid(cfg.rollout_steps)[:-1], device=x0.device)
+    count = max(1, int(cfg.rollout_steps * cfg.timestep_fraction))
+    order = torch.rand(len(x0), cfg.rollout_steps, device=x0.device).argsort(1)[:, :count]   # (N, T) levels of each
 
     def loss_of(rows, column):
         sigma, clean = levels[order[rows, column]], x0[rows]
@@ -1887,7 +1892,7 @@ def text_condition(kind: str, batch, lq, reader) -> list:
 
 
 def reward_numbers(cfg, run, images, hq, captions) -> dict:
-    """Mean and deviation of the total reward and each reward's mean. The toy's are read by reader_b, not by reader_a,
+    """Mean and deviation of the total reward and each reward's mean. The toy's are read by reader_b, not by the ones
     which stage 2 optimises."""
     rewards, toy = build_rewards(cfg, run.device, "b"), "_toy" if cfg.rewards == "toy" else ""
     scores = [score(rewards, images[i:i + 32].to(run.device), hq[i:i + 32].to(run.device), captions[i:i + 32])
@@ -1955,7 +1960,7 @@ def report(cfg, run, faces, model, vocab, name: str) -> dict:
                  peak_memory_gb=round(run.peak_memory_gb(), 2))
     protocol = metrics.toy_protocol(cfg.data, cfg.degradation, len(found["hq"])) | dict(
         text=f"captions in the prompt: {cfg.text}; rewards see the true one", words=f"chosen by --ar {cfg.ar}",
-        rewards="read by FaceReader weights/reader_b.safetensors; stage 2 optimises reader_a's",
+        rewards="read by FaceReader weights/reader_b.safetensors; stage 2 optimises reader_a's and reader_c's",
         std_toy=f"deviation over {cfg.consistency_seeds} seeds per face, mean over {cfg.consistency_faces} faces")
     write_json(path, dict(rows=rows, **extra, protocol=protocol, **versions(run.device)))
     print_table({k: {n: v for n, v in row.items() if n in SHOWN["all"]} for k, row in rows.items()})
@@ -2026,8 +2031,8 @@ def sample(cfg: Sample) -> None:
 # ------------------------------------------------------------------------------------------------ ablations
 
 # name -> (table, changed fields, what the paper reports on CelebA-Test at 512 px: comparable in order, not in size).
-STAGE1, LOOKS = dict(stage="1.2"), dict(identity_weight=0.0, lpips_weight=0.0, lmd_weight=0.0)
-LIKENESS = dict(hps_weight=0.0, clip_weight=0.0, pick_weight=0.0, identity_weight=1.0, lpips_weight=1.0, lmd_weight=1.0)
+STAGE1, NO_LOOKS = dict(stage="1.2"), dict(hps_weight=0.0, clip_weight=0.0, pick_weight=0.0)
+NO_IDENTITY, NO_LPIPS, NO_LMD = dict(identity_weight=0.0), dict(lpips_weight=0.0), dict(lmd_weight=0.0)
 ABLATIONS = {
     "no AR branch": ("text", dict(STAGE1, semantic=False), "Table VII, NoAR"),
     "base, no text": ("text", dict(STAGE1, caption_share=0.0), "Table VII, trained without captions"),
@@ -2036,10 +2041,10 @@ ABLATIONS = {
     "caption, read text": ("text", dict(STAGE1, text="read"), "Table VII: read from the degraded face"),
     "caption, contradictory text": ("text", dict(STAGE1, text="contradictory"), "Table VII: hurts"),
     "no preference": ("reward", STAGE1, "LPIPS .3916, LMD 5.09, Deg 54.98"),
-    "aesthetic only": ("reward", LOOKS, "Table VIII: identity drifts"),
-    "+ identity": ("reward", dict(LOOKS, identity_weight=1.0), "Table VIII"),
-    "+ LPIPS": ("reward", dict(LOOKS, lpips_weight=1.0), "Table VIII"),
-    "fidelity only": ("reward", LIKENESS, "Table VIII"),
+    "aesthetic only": ("reward", NO_IDENTITY | NO_LPIPS | NO_LMD, "Table VIII: identity drifts"),
+    "+ identity": ("reward", NO_LPIPS | NO_LMD, "Table VIII"),
+    "+ LPIPS": ("reward", NO_IDENTITY | NO_LMD, "Table VIII"),
+    "fidelity only": ("reward", NO_LOOKS, "Table VIII"),
     "all rewards": ("reward", {}, "LPIPS .3657, LMD 4.11, Deg 51.54"),
     "stage 1.1": ("staging", dict(stage="1.1"), "LPIPS .5272, LMD 8.68, Deg 74.5"),
     "stages 1.1 + 1.2": ("staging", STAGE1, "LPIPS .3916, LMD 5.09, Deg 54.98"),
@@ -2053,7 +2058,7 @@ ABLATIONS = {
 SHOWN = {
     "all": ("psnr", "ssim", "fid_toy", "deg_toy", "lmd_toy", "attr_toy", "reward_toy", "reward_std_toy", "deg_std_toy"),
     "text": ("psnr", "deg_toy", "lmd_toy", "attr_toy"),
-    "reward": ("reward_toy", "reward_hps_toy", "deg_toy", "lmd_toy"),
+    "reward": ("psnr", "quality_toy", "attr_toy", "deg_toy", "lmd_toy"),
     "staging": ("psnr", "fid_toy", "deg_toy", "lmd_toy"), "grpo": ("reward_first", "reward_last", "deg_toy", "lmd_toy"),
     "consistency": ("hps_std_toy", "pick_std_toy", "clip_std_toy", "lmd_std_toy", "deg_std_toy")}
 # Fields (with a trailing _ their beginnings) that change nothing before the named stage: it serves all rows.

@@ -58,7 +58,7 @@ def table(name: str, columns: list) -> str:
     elif "rows" in content:
         first = f"{content['faces']} held-out faces"
         lines = {ROWS.get(row, row): [number(c, [s[c]] if c in s else []) for c in columns]
-                 for row, s in content["rows"].items()}
+                 for row, s in content["rows"].items() if s.keys() & set(columns)}
     else:
         entries = [e for e in content.values() if group in ("", e["table"]) or not e["table"]]
         first = f"{len({e['seed'] for e in entries})} seed(s)"

@@ -690,6 +690,10 @@ def test_toy_rewards_prefer_the_face_itself_and_read_captions():
     wrong = pr.score(rewards, faces.image, faces.image, [common.verbalise(1 - a) for a in faces.attributes])["clip"]
     assert (wrong < same["clip"]).all()
     assert (pr.score(rewards, faces.image, faces.image, [""] * 6)["clip"] == .5).all()  # an empty caption is silent
+    other, both = (pr.score(pr.toy_rewards(*map(pr.metrics.load_reader, names)), blurred, faces.image, captions)
+                   for names in ("c", "ac"))
+    for name in worse:  # several readers: their mean
+        torch.testing.assert_close(both[name], (worse[name] + other[name]) / 2)
 
 
 def test_caption_targets_say_what_the_caption_says():

@@ -249,7 +249,7 @@ def test_a_reward_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(caps
         call("train", *TINY, "-o", tmp_path, "--stage", stage)
     before, real = weights(tmp_path), pr.toy_rewards
     nan = lambda x, *others: x.mean((1, 2, 3)) * float("nan")
-    monkeypatch.setattr(pr, "toy_rewards", lambda reader: dict(real(reader), hps=nan))
+    monkeypatch.setattr(pr, "toy_rewards", lambda *readers: dict(real(*readers), hps=nan))
     capsys.readouterr()
     assert "reward hps is not finite" in refused(capsys, "train", *TINY, "-o", tmp_path, "--stage", "2")
     assert same(before, weights(tmp_path))
@@ -257,7 +257,7 @@ def test_a_reward_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(caps
 
 def test_constant_rewards_teach_nothing_and_stay_finite(trained, tmp_path, monkeypatch):
     one = lambda x, *others: torch.ones(len(x))
-    monkeypatch.setattr(pr, "toy_rewards", lambda reader: dict.fromkeys(pr.REWARD_FILES, one))
+    monkeypatch.setattr(pr, "toy_rewards", lambda *readers: dict.fromkeys(pr.REWARD_FILES, one))
     cfg = ["--kl_weight", "0", "--preference_weight_decay", "0", "--stage", "2", "--pretrained"]
     for stage in ("tokenizer", "prior", "1.1", "1.2"):
         call("train", *TINY, "-o", tmp_path / "s", "--stage", stage)
