@@ -563,9 +563,10 @@ def test_the_old_policy_never_gets_a_gradient_and_follows_by_its_decay(policies)
     call(sana).sum().backward()
     layer = next(iter(pr.policy_layers(sana).values()))
     assert layer.lora_B.grad.abs().sum() > 0 and not layer.old_B.requires_grad and layer.base.weight.grad is None
-    wanted = .3 * layer.old_B + .7 * layer.lora_B
+    layer.lora_A.data.add_(1)
+    wanted = [(.3 * old + .7 * new).detach() for old, new in ((layer.old_A, layer.lora_A), (layer.old_B, layer.lora_B))]
     pr.update_old(sana, .3)
-    torch.testing.assert_close(layer.old_B, wanted.detach())
+    torch.testing.assert_close([layer.old_A, layer.old_B], wanted)
 
 
 def test_lora_in_pefts_layout_is_w_plus_scaled_b_a(policies, tmp_path):
@@ -690,6 +691,13 @@ def test_toy_rewards_prefer_the_face_itself_and_read_captions():
     wrong = pr.score(rewards, faces.image, faces.image, [common.verbalise(1 - a) for a in faces.attributes])["clip"]
     assert (wrong < same["clip"]).all()
     assert (pr.score(rewards, faces.image, faces.image, [""] * 6)["clip"] == .5).all()  # an empty caption is silent
+    reader = pr.metrics.load_reader("a")                         # LPIPS's form, one pixel at a time
+    wanted = torch.zeros(6)
+    for a, b in zip(reader.stages(blurred), reader.stages(faces.image)):
+        for i in range(6):
+            pixels = zip(a[i].flatten(1).T, b[i].flatten(1).T)
+            wanted[i] -= torch.stack([(x / x.norm() - y / y.norm()).square().sum() for x, y in pixels]).mean() / 2
+    torch.testing.assert_close(worse["lpips"], wanted, rtol=1e-4, atol=1e-5)
     other, both = (pr.score(pr.toy_rewards(*map(pr.metrics.load_reader, names)), blurred, faces.image, captions)
                    for names in ("c", "ac"))
     for name in worse:  # several readers: their mean
