@@ -938,9 +938,14 @@ def list_images(path, recursive: bool = False) -> list:
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
-    known = Image.registered_extensions()
-    found = sorted(p for p in path.glob("**/*" if recursive else "*")
-                   if p.suffix.lower() in known and p.is_file() and p.name[0] != ".")
+    known, seen, found = Image.registered_extensions(), set(), []
+    for folder, inside, files in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen or not recursive and seen:  # a link to a folder above, or below
+            inside.clear()
+            continue
+        seen.add(real)
+        found += [Path(folder, name) for name in files if Path(name).suffix.lower() in known and name[0] != "."]
+    found = sorted(p for p in found if p.is_file())
     if not found:
         raise UserError(f"{path}: no pictures in this folder (looked for png, jpg, webp, bmp, tiff ...)")
     return found

@@ -245,6 +245,17 @@ def test_exif_rotation_is_applied(tmp_path):
     assert common.read_image(tmp_path / "x.jpg").shape == (3, 20, 10)
 
 
+def test_pictures_are_found_behind_links_and_a_loop_of_links_ends(tmp_path):
+    for name in ("faces/b/1.png", "faces/a.jpg", "faces/.hidden.png", "faces/notes.txt", "elsewhere/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    faces = tmp_path / "faces"
+    (faces / "c").symlink_to(tmp_path / "elsewhere")
+    (faces / "b" / "again").symlink_to(faces)
+    assert common.list_images(faces) == [faces / "a.jpg"]
+    assert common.list_images(faces, True) == [faces / "a.jpg", faces / "b" / "1.png", faces / "c" / "2.png"]
+
+
 def test_unreadable_pictures_are_named(tmp_path):
     (tmp_path / "text.png").write_text("hello")
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "cut.jpg")
