@@ -1388,9 +1388,11 @@ def ablation_row(cfg, done: dict) -> dict:
     return dict(scores=scores, seconds=round(time.time() - begun, 1))
 
 
+VERBS = {
+    "train": (Train, {"toy": Train(), "paper": Train(**PAPER)}, train),
+    "sample": (Sample, {}, sample),
+    "ablate": (Ablate, {"toy": Ablate(), "paper": Ablate(**PAPER)}, ablate),
+}
+
 if __name__ == "__main__":
-    command_line(__doc__, {
-        "train": (Train, {"toy": Train(), "paper": Train(**PAPER)}, train),
-        "sample": (Sample, {}, sample),
-        "ablate": (Ablate, {"toy": Ablate(), "paper": Ablate(**PAPER)}, ablate),
-    })
+    command_line(__doc__, VERBS)

@@ -1303,9 +1303,11 @@ def speed_up(latent: list, pixel: list) -> tuple:
     return "not reached", "not reached"
 
 
+VERBS = {
+    "train": (Train, {"toy": Train(), "paper": Train(**PAPER)}, train),
+    "sample": (Sample, {}, sample),
+    "ablate": (Ablate, {"toy": Ablate(), "paper": Ablate(**PAPER)}, ablate),
+}
+
 if __name__ == "__main__":
-    command_line(__doc__, {
-        "train": (Train, {"toy": Train(), "paper": Train(**PAPER)}, train),
-        "sample": (Sample, {}, sample),
-        "ablate": (Ablate, {"toy": Ablate(), "paper": Ablate(**PAPER)}, ablate),
-    })
+    command_line(__doc__, VERBS)

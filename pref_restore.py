@@ -2119,9 +2119,11 @@ def ablate(cfg: Ablate) -> None:
         print_ablation({k: e for k, e in done.items() if ABLATIONS[e["row"]][0] == table}, ABLATIONS, SHOWN[table])
 
 
+VERBS = {
+    "train": (Train, {"toy": Train(), "paper": Train(**PAPER)}, train),
+    "sample": (Sample, {}, sample),
+    "ablate": (Ablate, {"toy": Ablate(), "paper": Ablate(**PAPER)}, ablate),
+}
+
 if __name__ == "__main__":
-    command_line(__doc__, {
-        "train": (Train, {"toy": Train(), "paper": Train(**PAPER)}, train),
-        "sample": (Sample, {}, sample),
-        "ablate": (Ablate, {"toy": Ablate(), "paper": Ablate(**PAPER)}, ablate),
-    })
+    command_line(__doc__, VERBS)

@@ -1,14 +1,9 @@
 """a2bfr.py as a program: stages, resume, real FLUX folders, pairs, photographs, bad input. Tiny, no download."""
 import dataclasses
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,8 +14,8 @@ from test_a2bfr import tiny_flux_folder
 
 import a2bfr as ab
 import common
+from program import ROOT, caller, kill_in_stage, toy_pictures
 
-ROOT = Path(__file__).parent.parent
 TINY = ["--vae_widths", "8", "8", "8", "--latent_channels", "4", "--heads", "1", "--double_layers", "1",
         "--single_layers", "1", "--text_width", "16", "--image_size", "32", "--vae_steps", "3", "--prior_steps", "3",
         "--lora_steps", "4", "--vae_batch_size", "4", "--prior_batch_size", "4", "--batch_size", "4", "--rank", "4",
@@ -30,21 +25,7 @@ LOOSE = ["--min_identity", "0", "--min_structure", "0", "--max_shift", "9", "--m
 ANY = ["--positive", "0.01", "--negative", "0.99", "--max_shift", "999", "--max_leak", "2"]
 SHORT = ["--num_inference_steps", "3", "--n_max", "2", "--image_size", "32", "--device", "cpu"]
 QUICK = ["--num_inference_steps", "2", "--device", "cpu"]
-
-
-def call(*argv):
-    common.command_line(ab.__doc__, ab.VERBS, [str(a) for a in argv])
-
-
-def refused(capsys, *argv):
-    """Status 2 and one line on stderr, which is returned."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        call(*argv)
-    error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if line.startswith(("error", "stopped"))]
-    assert stop.value.code == 2 and len(lines) == 1 and "Traceback" not in error, error
-    return lines[0]
+call, refused = caller(ab, libraries_talk=True)
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +33,7 @@ def trained(tmp_path_factory):
     """One tiny run of all stages, a folder of toy pictures, and pairs built by its prior."""
     folder = tmp_path_factory.mktemp("run")
     call("train", *TINY, "-o", folder / "out")
-    faces = common.toy_faces(torch.arange(6), torch.arange(6), size=40)
-    for i, image in enumerate(faces.image):
-        common.write_image(folder / "faces" / f"{i:02d}.png", image)
+    toy_pictures(folder / "faces", 6)
     call("pairs", *LOOSE, *SHORT, "--checkpoint", folder / "out", "-o", folder / "pairs", "--count", "8")
     return folder
 
@@ -113,18 +92,8 @@ def test_stage_by_stage_equals_all_at_once(trained, tmp_path):
 
 def test_a_killed_run_goes_on_to_the_same_weights(trained, tmp_path):
     """SIGKILL amid the LoRA stage, then --resume_from_checkpoint latest: bit by bit the uninterrupted run."""
-    command = [sys.executable, "a2bfr.py", "train", *TINY, "--checkpointing_steps", "1", "-o", str(tmp_path)]
-    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS=str(torch.get_num_threads()))
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(2400):
-        state = tmp_path / "state.pt"
-        if process.poll() is not None or (state.exists() and b"lora" in state.read_bytes()
-                                          and common.read_torch(state)["stage"] == "lora"):
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    call(*command[2:], "--resume_from_checkpoint", "latest")
+    arguments = kill_in_stage("a2bfr.py", tmp_path, "lora", *TINY)
+    call(*arguments, "--resume_from_checkpoint", "latest")
     assert same(trained / "out", tmp_path)
 
 

@@ -1,10 +1,6 @@
 """honestface.py as a program: stages, resume, references, released formats, wrong flags. Tiny, no download."""
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,32 +11,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 import common
 import honestface as hf
+from program import caller, kill_in_stage, same, weights
 
-ROOT = Path(__file__).parent.parent
 SMALL = ["--vre_width", "8", "--vre_multiples", "1", "2", "--vre_dim", "8", "--vre_codes", "96", "--eye_crop", "8",
          "--image_size", "32", "--batch_size", "2", "--vre_steps", "2", "--onestep_steps", "3", "--log_steps", "1",
          "--validation_faces", "4", "--max_references", "2", "--device", "cpu", "--mixed_precision", "no"]
 TINY = [*SMALL, "--prompt_dim", "32", "--vae_widths", "8", "16", "--latent_channels", "4", "--unet_widths", "32", "32",
         "--vae_steps", "2", "--prior_steps", "2"]
-
-
-def call(*argv):
-    common.command_line(hf.__doc__, {"train": (hf.Train, {"toy": hf.Train(), "paper": hf.Train(**hf.PAPER)}, hf.train),
-                                     "sample": (hf.Sample, {}, hf.sample),
-                                     "ablate": (hf.Ablate, {"toy": hf.Ablate()}, hf.ablate)}, [str(a) for a in argv])
-
-
-def refused(capsys, *argv):
-    """Status 2 and one line on stderr, which is returned."""
-    with pytest.raises(SystemExit) as stop:
-        call(*argv)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.strip().count("\n") == 0, error
-    return error
-
-
-def weights(folder):
-    return safetensors.torch.load_file(Path(folder) / "model.safetensors")
+call, refused = caller(hf)
 
 
 def tiny_config(**changes):
@@ -80,25 +58,14 @@ def test_training_leaves_weights_numbers_and_pictures(trained):
 def test_stage_by_stage_equals_all_at_once(trained, tmp_path):
     for stage in hf.STAGES:
         call("train", *TINY, "-o", tmp_path, "--stage", stage)
-    a, b = weights(trained / "out"), weights(tmp_path)
-    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    assert same(weights(trained / "out"), weights(tmp_path))
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(trained, tmp_path):
     """SIGKILL amid the one-step stage, with its two optimisers: bit by bit the uninterrupted run."""
-    command = [sys.executable, "honestface.py", "train", *TINY, "--checkpointing_steps", "1", "-o", str(tmp_path)]
-    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS=str(torch.get_num_threads()))
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    for _ in range(2400):
-        state = tmp_path / "state.pt"
-        if state.exists() and torch.load(state, weights_only=True)["stage"] == "onestep":
-            break
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    call(*command[2:], "--resume_from_checkpoint", "latest")
-    a, b = weights(trained / "out"), weights(tmp_path)
-    assert all(torch.equal(a[n], b[n]) for n in a)
+    arguments = kill_in_stage("honestface.py", tmp_path, "onestep", *TINY)
+    call(*arguments, "--resume_from_checkpoint", "latest")
+    assert same(weights(trained / "out"), weights(tmp_path))
 
 
 def test_sample_with_an_album_per_face(trained, tmp_path, capsys):

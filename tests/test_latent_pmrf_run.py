@@ -1,13 +1,11 @@
 """latent_pmrf.py as a program: stages, resume, released weights, strange files, wrong flags. Tiny, no download."""
 import dataclasses
 import json
-import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -16,30 +14,15 @@ from PIL import Image
 
 import common
 import latent_pmrf as lp
+from program import ROOT, caller, kill_in_stage, same, toy_pictures, weights
 
-ROOT = Path(__file__).parent.parent
 TINY = ["--vae_widths", "8", "8", "--latent_channels", "4", "--mmse_dim", "8", "--mmse_depths", "2",
         "--mmse_heads", "2", "--mmse_features", "8", "--mmse_unshuffle", "2", "--flow_widths", "16", "16",
         "--flow_depths", "1", "1", "--head_dim", "8", "--mapping_width", "16", "--neighborhood", "5",
         "--image_size", "32", "--vae_crop", "32", "--batch_size", "4", "--vae_steps", "4", "--mmse_steps", "4",
         "--flow_steps", "4", "--log_steps", "2",
         "--validation_faces", "8", "--num_inference_steps", "2", "--device", "cpu", "--perceptual", "none"]
-
-
-def call(*argv):
-    common.command_line(lp.__doc__, {"train": (lp.Train, {"toy": lp.Train(), "paper": lp.Train(**lp.PAPER)}, lp.train),
-                                     "sample": (lp.Sample, {}, lp.sample),
-                                     "ablate": (lp.Ablate, {"toy": lp.Ablate()}, lp.ablate)},
-                        [str(a) for a in argv])
-
-
-def refused(capsys, *argv):
-    """Status 2 and one line on stderr, which is returned."""
-    with pytest.raises(SystemExit) as stop:
-        call(*argv)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.strip().count("\n") == 0, error
-    return error
+call, refused = caller(lp)
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +30,8 @@ def trained(tmp_path_factory):
     """One tiny run of all stages, and a folder of toy pictures."""
     folder = tmp_path_factory.mktemp("run")
     call("train", *TINY, "-o", folder / "out")
-    faces = common.toy_faces(torch.arange(12), torch.arange(12), size=40)
-    for i, image in enumerate(faces.image):
-        common.write_image(folder / "faces" / f"{i:02d}.png", image)
+    toy_pictures(folder / "faces", 12)
     return folder
-
-
-def weights(folder):
-    return safetensors.torch.load_file(Path(folder) / "model.safetensors")
 
 
 def test_training_leaves_weights_numbers_and_pictures(trained):
@@ -73,25 +50,14 @@ def test_training_leaves_weights_numbers_and_pictures(trained):
 def test_stage_by_stage_equals_all_at_once(trained, tmp_path):
     for stage in ("vae", "mmse", "flow"):
         call("train", *TINY, "-o", tmp_path, "--stage", stage)
-    a, b = weights(trained / "out"), weights(tmp_path)
-    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    assert same(weights(trained / "out"), weights(tmp_path))
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(trained, tmp_path):
     """SIGKILL amid the flow stage, then --resume_from_checkpoint latest: bit by bit the uninterrupted run."""
-    command = [sys.executable, "latent_pmrf.py", "train", *TINY, "--checkpointing_steps", "1", "-o", str(tmp_path)]
-    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS=str(torch.get_num_threads()))
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    for _ in range(1200):
-        state = tmp_path / "state.pt"
-        if state.exists() and torch.load(state, weights_only=True)["stage"] == "flow":
-            break
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    call(*command[2:], "--resume_from_checkpoint", "latest")
-    a, b = weights(trained / "out"), weights(tmp_path)
-    assert all(torch.equal(a[n], b[n]) for n in a)
+    arguments = kill_in_stage("latent_pmrf.py", tmp_path, "flow", *TINY)
+    call(*arguments, "--resume_from_checkpoint", "latest")
+    assert same(weights(trained / "out"), weights(tmp_path))
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):

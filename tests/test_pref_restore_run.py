@@ -1,11 +1,6 @@
 """pref_restore.py as a program: stages, resume, captions, released layouts, wrong flags. Tiny, no download."""
 import copy
 import json
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -13,9 +8,9 @@ import torch
 
 import common
 import pref_restore as pr
+from program import caller, kill_in_stage, same, toy_pictures, weights
 from test_pref_restore import release
 
-ROOT = Path(__file__).parent.parent
 TINY = ["--image_size", "32", "--batch_size", "4", "--token_side", "2", "--codes", "16", "--code_dim", "8",
         "--tokenizer_width", "24", "--llm_width", "32", "--llm_layers", "2", "--latent_channels", "8",
         "--vae_widths", "16", "16", "32", "--sana_heads", "1", "--sana_layers", "2", "--bank", "64", "--rank", "4",
@@ -23,21 +18,7 @@ TINY = ["--image_size", "32", "--batch_size", "4", "--token_side", "2", "--codes
         "--joint_steps", "3", "--preference_steps", "2", "--groups", "2", "--group_size", "3", "--rollout_batch", "4",
         "--rollout_steps", "3", "--num_inference_steps", "2", "--validation_faces", "6", "--consistency_faces", "2",
         "--consistency_seeds", "2", "--log_steps", "1", "--device", "cpu", "--mixed_precision", "no"]
-VERBS = {"train": (pr.Train, {"toy": pr.Train(), "paper": pr.Train(**pr.PAPER)}, pr.train),
-         "sample": (pr.Sample, {}, pr.sample), "ablate": (pr.Ablate, {"toy": pr.Ablate()}, pr.ablate)}
-
-
-def call(*argv):
-    common.command_line(pr.__doc__, VERBS, [str(a) for a in argv])
-
-
-def refused(capsys, *argv):
-    """Status 2 and one line on stderr, which is returned."""
-    with pytest.raises(SystemExit) as stop:
-        call(*argv)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.strip().count("\n") == 0, error
-    return error
+call, refused = caller(pr)
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +26,8 @@ def trained(tmp_path_factory):
     """One tiny run of all stages, and a folder of toy pictures."""
     folder = tmp_path_factory.mktemp("run")
     call("train", *TINY, "-o", folder / "out")
-    faces = common.toy_faces(torch.arange(6), torch.arange(6), size=40)
-    for i, image in enumerate(faces.image):
-        common.write_image(folder / "faces" / f"{i:02d}.png", image)
+    toy_pictures(folder / "faces", 6)
     return folder
-
-
-def weights(folder):
-    return safetensors.torch.load_file(Path(folder) / "model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
 def sample(trained, out, *flags):
@@ -89,17 +60,8 @@ def test_stage_by_stage_equals_all_at_once(trained, tmp_path):
 
 def test_a_killed_run_goes_on_to_the_same_weights(trained, tmp_path):
     """SIGKILL amid stage 2, then --resume_from_checkpoint latest: bit by bit the uninterrupted run."""
-    command = [sys.executable, "pref_restore.py", "train", *TINY, "--checkpointing_steps", "1", "-o", str(tmp_path)]
-    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS=str(torch.get_num_threads()))
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-    for _ in range(2400):
-        state = tmp_path / "state.pt"
-        if process.poll() is not None or state.exists() and torch.load(state, weights_only=True)["stage"] == "2":
-            break
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    call(*command[2:], "--resume_from_checkpoint", "latest")
+    arguments = kill_in_stage("pref_restore.py", tmp_path, "2", *TINY)
+    call(*arguments, "--resume_from_checkpoint", "latest")
     assert same(weights(trained / "out"), weights(tmp_path))
 
 

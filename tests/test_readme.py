@@ -19,18 +19,12 @@ TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```bash[^\n]*\n(.*?)^```", TEXT, re.S | re.M)
 COMMANDS = [line.split("   #")[0] for block in BLOCKS for line in block.splitlines() if line]
 METHODS = {"latent_pmrf": latent_pmrf, "honestface": honestface, "a2bfr": a2bfr, "pref_restore": pref_restore}
-PRESETS = {"train": "PAPER", "ablate": "PAPER", "pairs": "SD3_EDITOR"}
 CALLED = [(m, c) for c in COMMANDS for m in METHODS if f"{m}.py " in c]
 
 
 def verbs(method, instead=None):
-    """The verbs of a method as its last lines have them, all with the function `instead` if given."""
-    found = {}
-    for name in ("train", "sample", "pairs", "ablate"):
-        if flags := getattr(method, name.title(), None):
-            presets = {} if name == "sample" else {"toy": flags(), "paper": flags(**getattr(method, PRESETS[name]))}
-            found[name] = (flags, presets, instead or getattr(method, name))
-    return found
+    """The verbs of a method, all with the function `instead` if given."""
+    return {name: (flags, presets, instead or run) for name, (flags, presets, run) in method.VERBS.items()}
 
 
 @pytest.mark.parametrize("name, command", CALLED)
