@@ -1,5 +1,6 @@
 """What the tests that run a method's file as a program share."""
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -61,5 +62,5 @@ def kill_in_stage(program, out, stage, *flags):
             break
         time.sleep(0.05)
     process.kill()
-    process.wait()
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
     return command[2:]
