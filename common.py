@@ -31,6 +31,7 @@ import re
 import resource
 import signal
 import statistics
+import subprocess
 import sys
 import time
 import typing
@@ -1291,10 +1292,16 @@ class Run:
 
 
 def versions(device) -> dict:
+    """What a number was measured with: torch, python, device, and the commit of this file ("" outside a clone)."""
     device = torch.device(device)
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{device.type}, {torch.get_num_threads()} threads"
-    return dict(torch=torch.__version__, python=sys.version.split()[0], device=name)
+    try:
+        commit = subprocess.run(["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty"],
+                                capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    return dict(torch=torch.__version__, python=sys.version.split()[0], device=name, commit=commit)
 
 
 class Muon(torch.optim.Optimizer):
