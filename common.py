@@ -2068,7 +2068,7 @@ def command_line(doc: str, verbs: dict, argv: list | None = None) -> None:
     """
     parser = OneLine(description=doc.strip().splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="verb", required=True, parser_class=OneLine)
-    for name, (cls, presets, function) in verbs.items():
+    for name, (cls, presets, _) in verbs.items():
         sub = commands.add_parser(name, help=(cls.__doc__ or "").splitlines()[0], description=cls.__doc__,
                                   allow_abbrev=False)
         if len(presets) > 1:

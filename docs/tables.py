@@ -1,14 +1,22 @@
-"""Write the measured tables of README.md and docs/*.md from docs/results/*.json: python docs/tables.py
+"""Renew the measured tables and the line links of README.md and docs/*.md: python docs/tables.py
+
+Links such as [`name`](../file.py#L12) get the line where the function or class stands now.
 
 A block looks like this; the script replaces what stands between the marks, and a test compares:
 
     <!-- table NAME column column ... -->
     <!-- end -->
+    <!-- claims NAME -->
+    <!-- end -->
 
 NAME.json is the metrics.json of a training run (its rows) or the rows.json of an ablation (mean and standard deviation
 over seeds). Columns are scores; `seconds`, `steps` and `paper` can be columns of an ablation. `NAME@group` picks one
 group of an ablation's rows, beside the unchanged method, or another table of metrics.json, such as `per_attribute`.
+`claims` compares two rows of an ablation for every line of claims.json: [table of the paper, row, row it beats, score,
+"lower" or "higher" is better, the paper's words or its two numbers].
 """
+import ast
+import functools
 import json
 import re
 import statistics
@@ -18,6 +26,9 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 FILES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
 BLOCK = re.compile(r"(<!-- table (\S+) ([^>]*?) ?-->\n).*?(<!-- end -->)", re.S)
+CLAIMS = re.compile(r"(<!-- claims (\S+) -->\n).*?(<!-- end -->)", re.S)
+LENGTH = re.compile(r"(\[`(\w+\.py)`\]\(\2\) \| )\d+")  # a table's cell after a file: how many lines it has
+LINK = re.compile(r"\[`(?!\w+\.py`)([\w.]+)`\]\(((?:\.\./)?)(\w+\.py)(?:#L\d+)?\)")
 ROWS = {"lq": "degraded", "posterior_mean": "posterior mean", "restored_faces": "restored",
         "reconstruction": "autoencoder, clean faces", "autoencoder": "autoencoder, clean faces",
         "source": "restored, prompt of the source", "target": "restored, prompt of the target",
@@ -25,10 +36,13 @@ ROWS = {"lq": "degraded", "posterior_mean": "posterior mean", "restored_faces": 
         "edited": "restored with the template, then edited (FlowEdit)"}
 DIGITS = {"psnr": 2, "psnr_gain": 2, "source_psnr_gain": 2, "ssim": 3, "fid_toy": 2, "deg_toy": 1, "lmd_toy": 2, "ald_e_toy": 2,
           "ald_m_toy": 2, "attr_toy": 3, "quality_toy": 2, "reconstruction_psnr": 2, "seconds": 0, "steps": 0,
+          "ms_per_face": 0, "generator_calls": 0, "million_parameters": 1, "training_seconds": 0,
           "hps_std_toy": 4, "pick_std_toy": 4, "clip_std_toy": 4}
 HEADS = {"attribute_accuracy_toy": "asked attribute right", "unguided_accuracy_toy": "without text guidance",
          "source_psnr_gain": "PSNR gain dB", "template_attr_toy": "attr_toy, template", "leakage_toy": "leakage",
-         "cross_prompt_identity_toy": "cross-prompt identity", "identity_toy": "identity", "psnr": "PSNR dB", "psnr_gain": "PSNR gain dB", "ssim": "SSIM", "lmd_toy": "lmd_toy px",
+         "cross_prompt_identity_toy": "cross-prompt identity", "identity_toy": "identity", "psnr": "PSNR dB",
+         "psnr_gain": "PSNR gain dB", "ssim": "SSIM", "lmd_toy": "lmd_toy px", "ms_per_face": "ms per face",
+         "generator_calls": "network calls", "million_parameters": "parameters, M", "training_seconds": "training s",
          "reconstruction_psnr": "autoencoder PSNR dB", "seconds": "s"}
 
 
@@ -70,8 +84,49 @@ def table(name: str, columns: list) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in text)
 
 
+def verdict(gains: list) -> str:
+    """gains: per seed, positive where the paper is right. Clear if every seed agrees and the mean is two standard
+    errors away from zero."""
+    if len(gains) < 3:
+        return "too few seeds" if gains else "not run"
+    clear = abs(statistics.mean(gains)) > 2 * statistics.stdev(gains) / len(gains) ** 0.5
+    if not clear or min(gains) <= 0 <= max(gains):
+        return "not distinguishable"
+    return "reproduced" if gains[0] > 0 else "not reproduced"
+
+
+def claims(name: str) -> str:
+    """A line per claim: the paper's words, our difference (mean and deviation over the seeds both rows have), verdict."""
+    path = DOCS / "results" / f"{name}.json"
+    entries = json.loads(path.read_text()).values() if path.exists() else []
+    scores = {(e["row"], e["seed"]): e["scores"] for e in entries}
+    lines = [["paper", "claim", "paper's numbers", "ours: score", "difference", "seeds", "verdict"], ["---"] * 7]
+    for where, row, other, score, better, words in json.loads((DOCS / "claims.json").read_text())[name]:
+        seeds = sorted({seed for r, seed in scores if r == row} & {seed for r, seed in scores if r == other})
+        both = [(scores[row, s], scores[other, s]) for s in seeds]
+        differences = [a[score] - b[score] for a, b in both if score in a and score in b]
+        sign = 1 if better == "higher" else -1
+        lines.append([where, f"{row} beats {other}", words, f"{score}, {better} is better", number(score, differences),
+                      str(len(differences)), verdict([sign * d for d in differences])])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+@functools.cache
+def line_of(file: str, name: str) -> int:
+    """Where the function or class `name`, or `Class.method`, begins in a file of the project; KeyError if it does not."""
+    lines = {}
+    for node in ast.parse((DOCS.parent / file).read_text()).body:
+        lines |= {node.name: node.lineno} if hasattr(node, "name") else {}
+        if isinstance(node, ast.ClassDef):
+            lines |= {f"{node.name}.{inner.name}": inner.lineno for inner in node.body if hasattr(inner, "name")}
+    return lines[name]
+
+
 def filled(text: str) -> str:
-    """The text with every block renewed."""
+    """The text with every table, every line link and every length of a file renewed."""
+    text = LINK.sub(lambda m: f"[`{m[1]}`]({m[2]}{m[3]}#L{line_of(m[3], m[1])})", text)
+    text = CLAIMS.sub(lambda m: m[1] + claims(m[2]) + m[3], text)
+    text = LENGTH.sub(lambda m: m[1] + str(len((DOCS.parent / m[2]).read_text().splitlines())), text)
     return BLOCK.sub(lambda m: m[1] + table(m[2], m[3].split()) + m[4], text)
 
 

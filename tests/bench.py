@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import a2bfr as a2  # noqa: E402
-import common  # noqa: E402
-import honestface as hf  # noqa: E402
-import latent_pmrf as lp  # noqa: E402
-import pref_restore as pr  # noqa: E402
+import a2bfr as a2
+import common
+import honestface as hf
+import latent_pmrf as lp
+import pref_restore as pr
 
 
 class LowerBound(torch.nn.Module):

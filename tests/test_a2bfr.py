@@ -674,7 +674,7 @@ def test_a_full_width_step_fits_48_gb(capsys):
     farl = metrics.FaRLAttributes().cuda().eval().requires_grad_(False)
     batch = {k: v.cuda() if torch.is_tensor(v) else v for k, v in pair_batch(cfg, 1).items()}
     autocast = lambda: torch.autocast("cuda", torch.bfloat16)
-    for step in range(3):
+    for _ in range(3):
         torch.cuda.synchronize()
         start = time.perf_counter()
         loss, _ = ab.lora_loss(cfg, nets, farl, batch, autocast, lambda share: share.backward())

@@ -227,7 +227,7 @@ def test_pasting_a_face_back_unchanged_changes_nothing():
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16", "1", "LA"])
 def test_every_mode_becomes_rgb(mode, tmp_path):
     picture = Image.fromarray((np.arange(48 * 40).reshape(48, 40) % 256).astype(np.uint8))
-    deep = Image.fromarray((np.asarray(picture).astype(np.uint16) * 257))
+    deep = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
     picture = deep if mode == "I;16" else picture.convert("RGB").convert(mode)
     path = tmp_path / ("x.tiff" if mode == "CMYK" else "x.png")
     picture.save(path)
