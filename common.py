@@ -1421,10 +1421,14 @@ class Stage:
         bar = tqdm(total=self.last, initial=first, desc=self.name, dynamic_ncols=True,
                    disable=not (run.main and sys.stderr.isatty()))
         begun = logged = time.time()
+        waited = 0.0                                              # for faces: drawing, reading and degrading them
         with caught_signals(self):
             while self.step < self.last:
                 for self.micro in range(pieces):
-                    batch = {k: v.to(run.device) if torch.is_tensor(v) else v for k, v in next(loader).items()}
+                    asked = time.time()
+                    batch = next(loader)
+                    waited += time.time() - asked
+                    batch = {k: v.to(run.device) if torch.is_tensor(v) else v for k, v in batch.items()}
                     torch.manual_seed(mix(self.name, cfg.seed, self.step, self.micro, run.rank))
                     yield self.step, batch
                 self.step += 1
@@ -1432,7 +1436,8 @@ class Stage:
                 if self.step % cfg.log_steps == 0 or self.step == self.last:
                     losses = self.check()
                     rate = (time.time() - begun) / (self.step - first)
-                    run.log(stage=self.name, step=self.step, **losses, seconds_per_step=round(rate, 5))
+                    run.log(stage=self.name, step=self.step, **losses, seconds_per_step=round(rate, 5),
+                            data_share=round(waited / max(1e-9, time.time() - begun), 3))
                     bar.set_postfix({k: f"{v:.4g}" for k, v in losses.items()})
                     if bar.disable and (time.time() - logged > 15 or self.step == self.last):
                         text = "  ".join(f"{k} {v:.4g}" for k, v in losses.items())
