@@ -44,8 +44,10 @@ from typing import NamedTuple
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 import metrics
@@ -59,6 +61,9 @@ from common import (ATTRIBUTES, DEGRADATION_NAMES, DEGRADATIONS, PRECISIONS, TOY
 TEMPLATE = "A photo of a human face"  # the paper's prompt where nothing is asked for
 NAMES = [name for _, name, _, _ in ATTRIBUTES]
 SIBLINGS = ((5, 6), (7, 8, 9, 10))  # wavy or straight, and the hair colours: switching one on switches the others off
+SHOWN = {"template": TEMPLATE, "smiling": "a photo of a smiling person",  # title: prompt, in prompts.png
+         "older, serious": "a photo of an older serious person", "eyeglasses": "a photo of a person, wearing eyeglasses",
+         "blond, bangs": "a photo of a person with blond hair and bangs", "hat": "a photo of a person, wearing a hat"}
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers gives such a file
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -76,7 +81,7 @@ class Train(TrainFlags):
     pairs: str = ""                        # pairs.jsonl of the pairs verb (default: exact pairs of the toy world)
     readers: str = ""                      # folder of reader_a and reader_b (default: weights/, made for toy faces)
     farl: str = ""                         # face_attribute.farl.celeba.pt: the paper's attribute encoder
-    lq_from: typing.Literal["src", "tar", "random"] = "src"  # which face of a pair is degraded. UNSTATED
+    lq_from: typing.Literal["src", "tar", "random"] = "src"  # UNSTATED: which face of a pair is degraded
     # toy autoencoder
     latent_channels: int = 16              # FLUX 16
     vae_widths: tuple[int, ...] = (16, 32, 64)  # per level, finest first; FLUX 128 256 512 512
@@ -102,18 +107,18 @@ class Train(TrainFlags):
     lora_alpha: float = 32.0               # the change is scaled by lora_alpha / rank; paper 4, authors' release 1:1
     lora_steps: int = 350                  # optimiser steps; paper 60 000
     lora_optimizer: typing.Literal["prodigy", "adamw", "muon"] = "prodigy"  # of the LoRA; paper prodigy
-    learning_rate: float = 1.0             # of the LoRA; Prodigy 1, AdamW 1e-4 (toy 2e-3)
+    learning_rate: float = 0.0             # of the LoRA (0: Prodigy 1, AdamW 2e-3, Muon 1e-2; FLUX with AdamW 1e-4)
     prodigy_d0: float = 1e-4               # Prodigy's first step size; its default 1e-6 idles for tens of steps
     weight_decay: float = 0.01             # of the LoRA
     max_grad_norm: float = 0.5             # clip the gradient to this norm (0: off)
     ema_decay: float = 0.99                # of the averaged weights that are saved and sampled
     # losses
-    attribute_weight: float = 0.3          # lambda of Eq. 3; 0 switches attribute-aware learning off. UNSTATED
+    attribute_weight: float = 0.3          # UNSTATED: lambda of Eq. 3; 0 switches attribute-aware learning off
     dual_training: bool = True             # both faces of a pair (semantic dual-training), or the source alone
-    dual_weight: float = 0.3               # alpha of Eq. 6. UNSTATED
-    dual_margin: float = 0.5               # m of Eq. 5, at most what the two clean faces differ. UNSTATED
-    dual: typing.Literal["signed", "abs"] = "signed"  # signed: the target must be on its side; abs: as printed
-    attr_t_max: float = 0.9                # one-step faces from noisier latents are not read. UNSTATED
+    dual_weight: float = 0.3               # UNSTATED: alpha of Eq. 6
+    dual_margin: float = 0.5               # UNSTATED: m of Eq. 5, at most what the two clean faces differ
+    dual: typing.Literal["signed", "abs"] = "signed"  # signed: the target must be on its side; abs: Eq. 5's absolute value
+    attr_t_max: float = 0.9                # UNSTATED: one-step faces from noisier latents are not read
     decoded: int = 0                       # decode only so many faces of a batch for the reader (0: all)
     drop_text: float = 0.1                 # share of pairs whose prompts are dropped; paper 0.01
     drop_condition: float = 0.01           # share of pairs whose degraded image is black; paper 0.01
@@ -141,14 +146,14 @@ class Sample(SampleFlags):
     prompt: str = TEMPLATE                 # what the restored face should look like
     pretrained_model_name_or_path: str = ""  # FLUX.1-dev: folder or hub id (default: as the checkpoint was trained)
     lora: str = ""                         # LoRA file to use instead of the checkpoint's, e.g. the release's
-    num_inference_steps: int = 0           # Euler steps (0: the checkpoint's; with --lora 28, as the release)
-    guidance_scale: float = 0.0            # embedded guidance (0: the checkpoint's; with --lora 3.0, as the release)
+    num_inference_steps: int = 0           # Euler steps (0: the checkpoint's; with --lora and FLUX 28, as the release)
+    guidance_scale: float = 0.0            # embedded guidance (0: the checkpoint's; with --lora and FLUX 3.0, likewise)
     true_cfg_scale: float = 0.0            # away from --negative_prompt, a forward more (1: off, 0: the checkpoint's)
     negative_prompt: str = ""              # for --true_cfg_scale
     image_guidance_scale: float = 0.0      # away from a black degraded image, a forward more (1: off, 0: as above)
     kv_cache: bool = False                 # keep the condition's keys and values (needs --independent_condition runs)
-    image_size: int = 512                  # side of the network's square; only with --lora
-    text_length: int = 512                 # tokens of a prompt; only with --lora
+    image_size: int = 512                  # side of the network's square; only with --lora and FLUX
+    text_length: int = 512                 # tokens of a prompt; only with --lora and FLUX
 
 
 @dataclass(frozen=True)
@@ -168,14 +173,14 @@ class Pairs:
     n_avg: int = 1                         # noise draws averaged per step
     source_guidance: float = 1.0           # FLUX 1.5, SD3 3.5
     target_guidance: float = 3.0           # FLUX 5.5, SD3 13.5
-    blends: tuple[float, ...] = (0.6, 0.8, 1.0)  # retry ladder: share of the target's velocity, mildest first. UNSTATED
+    blends: tuple[float, ...] = (0.6, 0.8, 1.0)  # UNSTATED: retry ladder: share of the target's velocity, mildest first
     tries: int = 2                         # noises per step of the ladder
     positive: float = 0.6                  # an attribute above this score is present
     negative: float = 0.4                  # below this it is absent; between, it is neither named nor edited
-    max_leak: float = 0.3                  # other attributes may move by this much. UNSTATED
-    min_identity: float = 0.4              # cosine between the faces' embeddings; the data set's mean is 0.64. UNSTATED
-    min_structure: float = 0.5             # SSIM between the faces. UNSTATED
-    max_shift: float = 0.1                 # mean landmark shift, share of the eyes' distance. UNSTATED
+    max_leak: float = 0.3                  # UNSTATED: other attributes may move by this much
+    min_identity: float = 0.4              # UNSTATED: cosine between the faces' embeddings; the data set's mean is 0.64
+    min_structure: float = 0.5             # UNSTATED: SSIM between the faces
+    max_shift: float = 0.1                 # UNSTATED: mean landmark shift, share of the eyes' distance
     verbaliser: typing.Literal["template", "llm"] = "template"  # who writes the prompts; paper Qwen3
     llm: str = ""                          # folder or hub id of a chat model of transformers
     readers: str = ""                      # folder of reader_a (default: weights/, made for toy faces)
@@ -497,20 +502,30 @@ class FluxText:
 class CachedText:
     """`encode` of a text encoder, each prompt once: whoever lists the prompts first never holds T5 beside FLUX.
 
-    make() builds the encoder when a prompt is missing, and it lives no longer than `prepare`; with a `folder` the
-    embeddings are files, one per prompt (`name` tells encoders apart), else they stay in memory.
+    make() builds the encoder when a prompt is missing, and it lives no longer than `prepare`, which all processes call
+    together; with a `folder` the embeddings are files, one per prompt (`name` tells encoders apart), and each process
+    makes its share; else they stay in memory.
     """
 
     def __init__(self, make, length: int, device, folder=None, name: str = ""):
-        self.make, self.length, self.device, self.known = make, length, device, {}
+        self.make, self.length, self.device, self.known, self.shared = make, length, device, {}, bool(folder)
         self.path = lambda prompt: folder and Path(folder) / f"{mix(name, prompt):012x}.safetensors"
 
     def has(self, prompt: str) -> bool:
         return self.path(prompt).exists() if self.path(prompt) else prompt in self.known
 
-    @torch.no_grad()
     def prepare(self, prompts) -> None:
         missing = [p for p in dict.fromkeys(prompts) if not self.has(p)]
+        together = self.shared and dist.is_initialized()
+        if together:
+            dist.barrier()                                         # nobody writes before everybody has looked
+            missing = missing[dist.get_rank()::dist.get_world_size()]
+        self.embed(missing)
+        if together:
+            dist.barrier()
+
+    @torch.no_grad()
+    def embed(self, missing: list) -> None:
         encoder = self.make() if missing else None
         for prompt in missing:
             text, pooled = (v[0].cpu().clone() for v in encoder.encode([prompt]))
@@ -521,7 +536,7 @@ class CachedText:
                 self.known[prompt] = dict(text=text, pooled=pooled)
 
     def encode(self, prompts: list):
-        self.prepare(prompts)
+        self.embed([p for p in dict.fromkeys(prompts) if not self.has(p)])
         rows = [read_weights(self.path(p)) if self.path(p) else self.known[p] for p in prompts]
         return tuple(torch.stack([row[n] for row in rows]).to(self.device) for n in ("text", "pooled"))
 
@@ -542,12 +557,19 @@ def check_prompt(text, prompt: str, flag: str = "--prompt") -> None:
 
 
 def from_folder(cls, where: str, subfolder: str, **options):
-    """from_pretrained of a part of a diffusers folder or hub id; UserError, one line, where it is missing or broken."""
+    """from_pretrained of a part of a diffusers folder or hub id; UserError, one line, where it is missing, broken or
+    lacks weights, which the libraries would draw at random."""
     path = Path(where).expanduser()
     if path.exists() and not (path / subfolder).is_dir():
         raise UserError(f"--pretrained_model_name_or_path {where}: no folder {subfolder}/ in it; is it a whole model?")
+    load = functools.partial(cls.from_pretrained, str(path) if path.exists() else where, subfolder=subfolder, **options)
     try:
-        return cls.from_pretrained(str(path) if path.exists() else where, subfolder=subfolder, **options)
+        if not hasattr(cls, "named_parameters"):  # a tokenizer
+            return load()
+        model, found = load(output_loading_info=True)
+        if found["missing_keys"]:
+            raise ValueError(f"it lacks weights such as {sorted(found['missing_keys'])[0]}")
+        return model
     except Exception as error:  # missing files, other sizes, offline, gated: a dozen kinds
         raise UserError(f"--pretrained_model_name_or_path {where}: {subfolder} cannot be loaded "
                         f"({first_line(error)})") from None
@@ -733,6 +755,8 @@ def flow_edit(velocity, x_src, source, target, sigmas, n_max, n_min=0, n_avg=1, 
     generator: of the noise, or a list of one per row.
     """
     x_src, steps = x_src.float(), len(sigmas) - 1
+    n_max = min(n_max, steps)
+    n_min = min(n_min, n_max)
     z = x_src
     for i, (now, after) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist())):
         left, t = steps - i, x_src.new_full((len(x_src),), now)
@@ -744,7 +768,7 @@ def flow_edit(velocity, x_src, source, target, sigmas, n_max, n_min=0, n_avg=1, 
                 change += (velocity(z + z_src - x_src, t, target).float() - velocity(z_src, t, source).float()) / n_avg
             z = z + (after - now) * blend * change
         elif left <= n_min:
-            z = z + noised() - x_src if left == min(n_min, n_max) else z         # onto the path of the target
+            z = z + noised() - x_src if left == n_min else z                     # onto the path of the target
             z = z + (after - now) * velocity(z, t, target).float()
     return z
 
@@ -796,10 +820,12 @@ def restore(nets, cfg, lq, prompts: list, noise, how: Setting):
     condition, ids = encode_condition(nets, cfg, lq)
     caches = [{} if how.kv_cache else None for _ in range(3)]
     full = velocity_of(nets, cfg, condition, ids, caches[0])
-    negative = velocity_of(nets, cfg, condition, ids, caches[1])
-    blind = velocity_of(nets, cfg, encode_condition(nets, cfg, torch.full_like(lq, -1))[0], ids, caches[2])
     asked = Prompt(*nets["text"].encode(prompts), how.guidance)
-    against = Prompt(*nets["text"].encode([how.negative] * len(lq)), how.guidance)
+    if how.true_cfg != 1:
+        negative = velocity_of(nets, cfg, condition, ids, caches[1])
+        against = Prompt(*nets["text"].encode([how.negative] * len(lq)), how.guidance)
+    if how.image_cfg != 1:
+        blind = velocity_of(nets, cfg, encode_condition(nets, cfg, torch.full_like(lq, -1))[0], ids, caches[2])
 
     def velocity(z, t):
         v = full(z, t, asked)
@@ -995,42 +1021,54 @@ def read_pairs(path) -> tuple:
     return rows, broken
 
 
-def row_fault(row: dict, folder: Path, text) -> str:
-    """Why an accepted row cannot be trained on, or "" """
+def row_fault(row: dict, folder: Path, text=None) -> tuple:
+    """(kind of fault, example) of an accepted row that cannot be used, or ("", ""). text: None leaves prompts alone."""
     if row["attribute"] not in NAMES:
-        return f"with an unknown attribute such as {str(row['attribute'])[:40]}"
+        return "with an unknown attribute", str(row["attribute"])[:40]
     if row["sign"] not in (1, -1):
-        return "with a sign that is neither 1 nor -1"
+        return "with a sign that is neither 1 nor -1", str(row["sign"])[:40]
     for key in ("source", "target"):
-        if not isinstance(row[key], str) or not (folder / row[key]).is_file():
-            return f"with a missing file such as {str(row[key])[:80]}"
+        try:
+            with Image.open(folder / row[key]) as picture:
+                picture.verify()
+        except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError):
+            return "with a missing or unreadable file", str(row[key])[:80]
     try:
-        for key in ("source_prompt", "target_prompt"):
+        for key in ("source_prompt", "target_prompt") if text else ():
             check_prompt(text, row[key], key)
     except (UserError, AttributeError) as error:
-        return f"with a prompt that cannot be used ({error})"
-    return ""
+        return "with a prompt that cannot be used", str(error)
+    return "", ""
+
+
+def sound_pairs(path, text=None) -> tuple:
+    """(rows that are accepted and whole, {fault: [count, example]}) of a pairs.jsonl. See `row_fault`."""
+    rows, broken = read_pairs(path)
+    good, faults = [], {reason: [count, ""] for reason, count in broken.items()}
+    for row in rows:
+        fault, example = row_fault(row, Path(path).parent, text) if row["accepted"] else ("not accepted", "")
+        if fault:
+            faults.setdefault(fault, [0, example])[0] += 1
+        else:
+            good.append(row)
+    return good, faults
 
 
 class FilePairs:
-    """Accepted pairs of a pairs.jsonl, read when needed; broken rows are counted, said once and left out.
+    """Accepted pairs of a pairs.jsonl, read when needed; broken rows are counted, said and left out.
 
     A tenth of the source faces is held out, chosen by name, so that no face is on both sides.
     """
 
     def __init__(self, path: str, size: int, text):
         self.folder, self.size = Path(path).parent, size
-        rows, left_out = read_pairs(path)
-        self.rows, self.held = [], []
-        for row in rows:
-            fault = row_fault(row, self.folder, text) if row["accepted"] else "not accepted"
-            left_out[fault] += bool(fault)
-            if not fault:
-                (self.held if mix("held out", row["source"]) % 10 == 0 else self.rows).append(row)
-        for reason, count in left_out.items():
-            print(f"--pairs {path}: {count} row{'s' * (count > 1)} left out, {reason}") if count else None
-        if self.rows and not self.held:
-            self.held = [self.rows.pop()]
+        rows, faults = sound_pairs(path, text)
+        for fault, (count, example) in faults.items():
+            print(f"--pairs {path}: {count} row{'s' * (count > 1)} left out, {fault}"
+                  + f", such as {example}" * bool(example), flush=True)
+        held = {row["source"] for row in rows if mix("held out", row["source"]) % 10 == 0}
+        held = held or {row["source"] for row in rows[-1:]}
+        self.rows, self.held = ([r for r in rows if (r["source"] in held) == side] for side in (False, True))
         if not self.rows:
             raise UserError(f"--pairs {path}: no accepted pair to train on; build more with python a2bfr.py pairs")
 
@@ -1088,9 +1126,6 @@ def pair_source(cfg, encoder, text):
         return FilePairs(cfg.pairs, cfg.image_size, text)
     if not cfg.data:
         return ToyPairs(cfg.image_size, short=not cfg.pretrained_model_name_or_path)
-    if cfg.dual_training:
-        raise UserError(f"--data {cfg.data}: a folder has no pairs; build them with python a2bfr.py pairs and give "
-                        "--pairs FILE, or train on single faces with --no-dual_training")
     return Singles(Faces(cfg.data, cfg.image_size, cfg.validation_data), encoder)
 
 
@@ -1168,10 +1203,12 @@ def train_prior(cfg, run, nets, encoder):
 
 def lora_optimizer(cfg, parameters):
     """Prodigy as OminiControl sets it (one adaptive step size), AdamW or Muon."""
+    usual = dict(prodigy=1.0, adamw=1e-4 if cfg.pretrained_model_name_or_path else 2e-3, muon=1e-2)
+    rate = cfg.learning_rate or usual[cfg.lora_optimizer]
     if cfg.lora_optimizer != "prodigy":
         cfg = dataclasses.replace(cfg, optimizer=cfg.lora_optimizer)
-        return make_optimizer(cfg, parameters, cfg.learning_rate, weight_decay=cfg.weight_decay)
-    return Prodigy(parameters, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, use_bias_correction=True,
+        return make_optimizer(cfg, parameters, rate, weight_decay=cfg.weight_decay)
+    return Prodigy(parameters, lr=rate, weight_decay=cfg.weight_decay, use_bias_correction=True,
                    safeguard_warmup=True, d0=cfg.prodigy_d0)
 
 
@@ -1208,7 +1245,7 @@ def lora_loss(cfg, nets, encoder, batch: dict, autocast, backward=None) -> tuple
     velocity = velocity_of(nets, cfg, draw["condition"], draw["ids"])
 
     def branch(side):
-        # A dropped prompt cannot ask for the target: its L_diff would only teach drift. UNSTATED in the paper.
+        # UNSTATED: a dropped prompt cannot ask for the target, whose L_diff would only teach drift.
         weight = draw["told"].float() if side == "tar" else torch.ones_like(draw["t"])
         with autocast():
             loss, score, parts = branch_loss(
@@ -1232,13 +1269,13 @@ def lora_loss(cfg, nets, encoder, batch: dict, autocast, backward=None) -> tuple
     return loss, dict(logged, dual=gap.detach())
 
 
-def train_lora(cfg, run, nets, encoder):
-    """Stage 3: the paper's training. Only the LoRA on the condition's tokens learns."""
-    source, words = pair_source(cfg, encoder, nets["text"]), nets["text"]
+def train_lora(cfg, run, nets, encoder, source):
+    """Stage 3: the paper's training. Only the LoRA on the condition's tokens learns. source: see `pair_source`."""
+    words = nets["text"]
     if cfg.cache_text and isinstance(words, WordText):                           # the real encoders are cached already
         name = f"{mix(*words.table.weight.flatten().tolist())}"
         nets = dict(nets, text=CachedText(lambda: words, words.length, run.device, run.folder / "text", name))
-        nets["text"].prepare([*source.prompts(), "", TEMPLATE])
+        nets["text"].prepare([*source.prompts(), "", TEMPLATE, *SHOWN.values()])
     torch.manual_seed(mix("lora", cfg.seed))                                     # alike after all stages and alone
     parameters = add_condition_lora(nets["prior"], cfg.rank, cfg.lora_alpha)
     nets["prior"].to(run.device)
@@ -1264,7 +1301,7 @@ def train_lora(cfg, run, nets, encoder):
     nets["prior"].gradient_checkpointing = False
 
 
-TRAINERS = {"vae": train_vae, "prior": train_prior, "lora": train_lora}
+TOY_TRAINERS = {"vae": train_vae, "prior": train_prior}
 
 
 def stages_of(cfg) -> list:
@@ -1281,6 +1318,14 @@ def check_sizes(cfg) -> None:
     if cfg.image_size % (side * cfg.condition_scale):
         raise UserError(f"--image_size {cfg.image_size}: must be a multiple of {side * cfg.condition_scale}, the side "
                         "of a token of the degraded image")
+    if cfg.pairs:
+        read_pairs(cfg.pairs)                                      # found missing now, not when the LoRA's turn comes
+    elif cfg.data and cfg.dual_training and cfg.stage in ("all", "lora"):
+        raise UserError(f"--data {cfg.data}: a folder has no pairs; build them with python a2bfr.py pairs and give "
+                        "--pairs FILE, or train on single faces with --no-dual_training")
+    shrink = 2 ** (len(cfg.vae_widths) - 1)
+    if not cfg.vae_crop or cfg.vae_crop % shrink:
+        raise UserError(f"--vae_crop {cfg.vae_crop}: must be a multiple of {shrink}, the autoencoder's factor")
     if any(w % 8 for w in cfg.vae_widths):
         raise UserError("--vae_widths: must be multiples of 8, the groups of a norm")
     if not cfg.lora_alpha:
@@ -1296,7 +1341,7 @@ def networks(cfg, run) -> tuple:
         cached = CachedText(make, cfg.text_length, run.device, run.folder / "text",
                             f"{cfg.pretrained_model_name_or_path}, {cfg.text_length}")
         if cfg.cache_text:  # T5 comes and goes before the transformer is loaded
-            cached.prepare([*pair_source(cfg, load_encoder(cfg, run.device), cached).prompts(), "", TEMPLATE])
+            cached.prepare([*pair_source(cfg, load_encoder(cfg, run.device), cached).prompts(), "", TEMPLATE, *SHOWN.values()])
         text = cached if cfg.cache_text else make()
         return dict(load_flux(cfg.pretrained_model_name_or_path, weight_type(run)), text=text), []
     if cfg.prior:
@@ -1310,7 +1355,7 @@ def networks(cfg, run) -> tuple:
         return nets, []
     torch.manual_seed(cfg.seed)
     nets, finished = build_toy(cfg), []
-    if (run.folder / "model.safetensors").exists():
+    if (run.folder / "config.json").exists():
         config, saved = load_model(cfg.output, "a2bfr")
         finished = [stage for stage in config["finished"] if stage != "lora" or (run.folder / LORA_FILE).exists()]
         anew = {"all": ("codec", "text", "prior"), "vae": ("codec",), "prior": ("text", "prior")}.get(cfg.stage, ())
@@ -1353,17 +1398,21 @@ def train(cfg: Train) -> None:
     nets = {name: net.to(run.device).requires_grad_(False) if isinstance(net, nn.Module) else net
             for name, net in nets.items()}
     run.start_log()
+    source = pair_source(cfg, encoder, nets["text"]) if "lora" in wanted else None
     for name in wanted:
         if name in finished and cfg.resume_from_checkpoint:
             run.say(f"stage {name}: finished before, taken as it is")
             if name == "lora":
                 wear_lora(nets, run.folder / LORA_FILE, run.device)
             continue
-        TRAINERS[name](cfg, run, nets, encoder)
+        if name == "lora":
+            train_lora(cfg, run, nets, encoder, source)
+        else:
+            TOY_TRAINERS[name](cfg, run, nets, encoder)
         finished = [s for s in finished if stages.index(s) < stages.index(name)] + [name]
         save_run(cfg, run, nets, finished)
     if run.main and "lora" in finished:
-        report(cfg, run, nets, encoder)
+        report(cfg, run, nets, source)
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -1448,27 +1497,21 @@ def evaluate(cfg, run, nets, batch: dict, baseline: bool = True) -> tuple:
     return rows, dict(images, hq=hq, **({"hq_tar": batch["hq_tar"]} if "hq_tar" in batch else {}))
 
 
-SHOWN = (TEMPLATE, "a photo of a smiling person", "a photo of an older serious person",
-         "a photo of a person, wearing eyeglasses", "a photo of a person with blond hair and bangs",
-         "a photo of a person, wearing a hat")
-
-
-def report(cfg, run, nets, encoder) -> dict:
+def report(cfg, run, nets, source) -> dict:
     """Held-out faces: samples.png, prompts.png (each face under six prompts), curves.png, metrics.json, a table."""
-    batch = pair_source(cfg, encoder, nets["text"]).held_out(cfg.validation_faces)
+    batch = source.held_out(cfg.validation_faces)
     rows, images = evaluate(cfg, run, nets, batch)
     per_attribute = {name: row.pop("per_attribute") for name, row in rows.items() if "per_attribute" in row}
     folder, count = run.folder, len(batch["hq"])
     parameters = {n: sum(p.numel() for p in net.parameters()) for n, net in nets.items() if isinstance(net, nn.Module)}
     extra = dict(faces=count, seconds=round(time.time() - run.started, 1),
                  peak_memory_gb=round(run.peak_memory_gb(), 2), parameters=parameters)
-    protocol = metrics.toy_protocol(cfg.data or cfg.pairs, cfg.degradation, count)
+    protocol = metrics.toy_protocol(cfg.data or cfg.pairs, cfg.degradation, count, cfg.readers)
     write_json(folder / "metrics.json", dict(rows=rows, per_attribute=per_attribute, **extra, protocol=protocol,
                                              **versions(run.device)))
     write_grid(folder / "samples.png", images)
     lq = images["lq"][:6]
-    columns = {p[13:].removeprefix(" ").removeprefix("person ")[:20]: restore_many(cfg, run, nets, lq, [p] * len(lq))
-               for p in SHOWN}
+    columns = {title: restore_many(cfg, run, nets, lq, [prompt] * len(lq)) for title, prompt in SHOWN.items()}
     write_grid(folder / "prompts.png", {"degraded": lq} | columns)
     names = ("l1", "loss", "diffusion_src", "attribute_kl_src", "dual")
     write_curve(folder / "curves.png", read_curves(folder / "log.jsonl", names))
@@ -1523,11 +1566,14 @@ def load_restorer(cfg: Sample, run) -> tuple:
     if where:  # the prompts first: T5 is gone before the transformer comes
         words = FluxText(where, trained.text_length, run.device, kind)
         words.check(cfg.prompt)
+        words.check(cfg.negative_prompt, "--negative_prompt")
         text = CachedText(lambda: words, trained.text_length, run.device)
         text.prepare([cfg.prompt, cfg.negative_prompt])
         text.make = words = None
         nets = dict(load_flux(where, kind), text=text)
     check_prompt(nets["text"], cfg.prompt)
+    if cfg.negative_prompt:
+        nets["text"].check(cfg.negative_prompt, "--negative_prompt")
     wear_lora(nets, lora, run.device)
     nets = {name: net.to(run.device) if isinstance(net, nn.Module) else net for name, net in nets.items()}
     return nets, trained
@@ -1547,19 +1593,21 @@ def quality_check(source, target, edited: int, sign: int, identity: float, struc
     """May (source, target) teach one attribute? The three checks of the data set: attribute, identity, structure.
 
     source, target: 12 scores each in [0, 1]; edited: the attribute, sign +1 to be on, -1 off in the target; identity:
-    cosine of the faces; structure: their SSIM; shift: mean landmark shift over the distance of the eyes. NaN fails.
+    cosine of the faces; structure: their SSIM; shift: mean landmark shift over the distance of the eyes. The attribute
+    must cross from one side to the other. NaN fails.
     """
     moved = {NAMES[i]: abs(float(target[i]) - float(source[i])) for i in others_of(edited)}
-    worst = max(moved, key=moved.get)
-    after = float(target[edited])
+    worst = max(moved, key=lambda name: math.inf if math.isnan(moved[name]) else moved[name])
+    before, after = float(source[edited]), float(target[edited])
     tests = [
+        (before < negative if sign > 0 else before > positive, f"attribute: {NAMES[edited]} was {before:.2f} already"),
         (after > positive if sign > 0 else after < negative,
          f"attribute: {NAMES[edited]} is {after:.2f} after being switched {'on' if sign > 0 else 'off'}"),
         (moved[worst] <= max_leak, f"attribute: {worst} moved by {moved[worst]:.2f} as well"),
         (identity >= min_identity, f"identity: similarity {identity:.2f}"),
         (structure >= min_structure, f"structure: SSIM {structure:.2f}"),
         (shift <= max_shift, f"structure: landmarks moved by {shift:.3f} of the eyes' distance")]
-    scores = dict(before=float(source[edited]), after=after, leak=moved[worst], identity=identity, structure=structure,
+    scores = dict(before=before, after=after, leak=moved[worst], identity=identity, structure=structure,
                   shift=shift)
     reasons = [reason for passed, reason in tests if not passed]
     return Check(not reasons, {name: round(value, 4) for name, value in scores.items()}, reasons)
@@ -1593,7 +1641,7 @@ def flux_editor(nets, cfg, steps: int, size: int) -> Editor:
                   flux_sigmas(steps, (size // codec.token) ** 2))
 
 
-def sd3_editor(where: str, steps: int, device, dtype) -> Editor:
+def sd3_editor(where: str, size: int, steps: int, device, dtype) -> Editor:
     """SD3 or SD3.5: three text encoders, latents unpacked, classifier-free guidance against the empty prompt."""
     from diffusers import StableDiffusion3Pipeline
     try:
@@ -1614,6 +1662,9 @@ def sd3_editor(where: str, steps: int, device, dtype) -> Editor:
                       encoder_hidden_states=text, pooled_projections=pooled, return_dict=False)[0].float().chunk(2)
         return guide(v, away, guidance)
 
+    token = 2 ** len(vae.config.block_out_channels)
+    if size % token:
+        raise UserError(f"--image_size {size}: must be a multiple of {token}")
     return Editor(velocity, prompt,
                   lambda x: (vae.encode(x.to(vae.dtype)).latent_dist.mean.float() - shift) * scale,
                   lambda z: vae.decode((z / scale + shift).to(vae.dtype)).sample.float().clamp(-1, 1),
@@ -1626,7 +1677,7 @@ def load_editor(cfg: Pairs, run) -> Editor:
     if cfg.editor == "sd3":
         if not where:
             raise UserError("--editor sd3 needs --pretrained_model_name_or_path: a folder or hub id of SD3 or SD3.5")
-        return sd3_editor(where, cfg.num_inference_steps, run.device, kind)
+        return sd3_editor(where, cfg.image_size, cfg.num_inference_steps, run.device, kind)
     if where:
         trained = Train(**dict(PAPER, pretrained_model_name_or_path=where))
         text = FluxText(where, trained.text_length, run.device, kind)
@@ -1731,8 +1782,8 @@ def source_faces(cfg: Pairs):
     root = Path(cfg.data)
     for path in list_images(root, recursive=True)[:cfg.count]:
         try:
-            name = path.relative_to(root).with_suffix("") if root.is_dir() else path.stem
-            yield str(name).replace(os.sep, "_"), read_image(path, cfg.image_size)
+            name = str(path.relative_to(root) if root.is_dir() else path.name)   # with suffix: a.png is not a.jpg
+            yield re.sub(r"[%/\\]", lambda m: f"%{ord(m[0]):02X}", name), read_image(path, cfg.image_size)
         except UserError as error:
             print(f"skipped: {error}", flush=True)
 
@@ -1793,13 +1844,27 @@ def done_before(path: Path) -> set:
     return {row["id"] for row in rows if "id" in row}
 
 
+def made_with(cfg: Pairs, path: Path) -> dict:
+    """What decides which picture a name stands for. UserError where the folder's pairs were built from other faces."""
+    now = {name: getattr(cfg, name) for name in ("data", "seed", "image_size")}
+    before = json.loads(path.read_text()) if path.exists() else now
+    for name in (n for n in now if before[n] != now[n]):
+        was = before[name] if before[name] != "" else "''"
+        raise UserError(f"{path.parent}: its pairs were built with --{name} {was}; "
+                        "go on with that, or choose another --output")
+    return now
+
+
 def pairs(cfg: Pairs) -> None:
     """Every job climbs the ladder until its checks pass; what is listed in pairs.jsonl is never touched again."""
     run = Run(cfg)
+    sources = made_with(cfg, run.folder / "made_with.json")
     editor, judge = load_editor(cfg, run), Judge(cfg, run.device)
     caption = LLMVerbaliser(cfg.llm, run.device) if cfg.verbaliser == "llm" else verbalise
-    if cfg.data and not (cfg.farl or cfg.readers):
-        print("--data without --farl or --readers: attributes are read by a network that only knows toy faces")
+    if cfg.data and not cfg.readers:
+        what = "landmarks are" if cfg.farl else "attributes and landmarks are"
+        print(f"--data without --readers: {what} read by a network that only knows toy faces (--max_shift 0.1 and more)")
+    write_json(run.folder / "made_with.json", sources)
     done, ladder = done_before(run.folder / "pairs.jsonl"), [blend for blend in cfg.blends for _ in range(cfg.tries)]
     faces, counts = source_faces(cfg), Counter()
     try:
@@ -1820,23 +1885,24 @@ def pairs(cfg: Pairs) -> None:
 
 
 def pairs_report(cfg: Pairs, run, tried: int) -> None:
-    """Contact sheet and numbers of all accepted pairs of the folder, read again from their files."""
+    """Contact sheet and numbers of the folder's accepted pairs (an even thousand of them), read again from files."""
     path = run.folder / "pairs.jsonl"
     rows = read_pairs(path)[0] if path.exists() else []
-    good = [row for row in rows if row["accepted"]]
+    good = sound_pairs(path)[0] if rows else []
     if not good:
         raise UserError(f"no pair was accepted out of {len(rows)}: see the reasons in {path}; "
                         "raise --target_guidance or --n_max, or loosen a check")
-    source, target = (torch.stack([read_image(run.folder / row[key], cfg.image_size) for row in good])
+    some = good[::-(-len(good) // 1000)]                           # pictures in memory at once: a thousand pairs at most
+    source, target = (torch.stack([read_image(run.folder / row[key], cfg.image_size) for row in some])
                       for key in ("source", "target"))
-    edited, sign = [NAMES.index(row["attribute"]) for row in good], [row["sign"] for row in good]
+    edited, sign = [NAMES.index(row["attribute"]) for row in some], [row["sign"] for row in some]
     numbers = prompt_scores(source, target, source, edited, sign, metrics.load_reader("b", cfg.readers or None))
     minutes = (time.time() - run.started) / 60 / tried * 1000 if tried else None
-    numbers |= dict(accepted=len(good), tried=len(rows), acceptance=len(good) / len(rows),
+    numbers |= dict(measured=len(some), accepted=len(good), tried=len(rows), acceptance=len(good) / len(rows),
                     minutes_per_1000_pairs=minutes)
     write_json(run.folder / "metrics.json", dict(numbers, config=dataclasses.asdict(cfg), **versions(run.device)))
-    some = slice(None, None, max(1, len(good) // 16))
-    write_grid(run.folder / "sheet.png", {"source": source[some], "target": target[some]}, rows=16, cell=96)
+    few = slice(None, None, max(1, len(some) // 16))
+    write_grid(run.folder / "sheet.png", {"source": source[few], "target": target[few]}, rows=16, cell=96)
     failed = Counter(reason.split(":")[0] for row in rows if not row["accepted"] for reason in row["reasons"])
     print(f"{len(good)} of {len(rows)} pairs accepted (failed: {dict(failed)}); by reader_b identity "
           f"{numbers['cross_prompt_identity_toy']:.3f} and attribute success {numbers['attribute_accuracy_toy']:.3f} "
@@ -1859,8 +1925,19 @@ ABLATIONS = {
 }
 
 
+# Beginnings of the fields that change nothing before the LoRA: rows that differ in them share a prior.
+LATER_FIELDS = ("output", "degradation", "batch_size", "stage", "pairs", "pair_faces", "lq_from", "rank", "lora_",
+                "learning_rate", "prodigy_", "weight_decay", "attribute_weight", "dual", "attr_t_max", "decoded",
+                "drop_", "independent_", "condition_", "two_pass", "gradient_checkpointing", "cache_text",
+                "num_inference_steps", "guidance_scale", "true_cfg_scale", "image_guidance_scale", "validation_faces",
+                "table", "rows", "seeds", "device", "num_workers", "log_", "checkpointing_", "resume_")
+
+
 def ablate(cfg: Ablate) -> None:
     """Each row trains only the LoRA; autoencoder and prior are trained once per seed."""
+    check_sizes(cfg)
+    if cfg.pretrained_model_name_or_path or cfg.data:
+        raise UserError("ablate runs on the toy world: leave out --pretrained_model_name_or_path and --data")
     done = run_ablation(cfg, ABLATIONS, ablation_row)
     names = ("attribute_accuracy_toy", "cross_prompt_identity_toy", "leakage_toy", "identity_toy")
     print_ablation(done, ABLATIONS, ("unguided_accuracy_toy", *names, "source_psnr_gain", "template_attr_toy"))
@@ -1877,7 +1954,7 @@ def ablation_row(cfg: Ablate, done: dict) -> dict:
     if cfg.pairs == "built":
         cfg = dataclasses.replace(cfg, pairs=built_pairs(cfg, run, nets))
     started = time.time()
-    train_lora(cfg, run, nets, encoder)
+    train_lora(cfg, run, nets, encoder, pair_source(cfg, encoder, nets["text"]))
     seconds, batch = time.time() - started, ToyPairs(cfg.image_size).held_out(cfg.validation_faces)
     whole = cfg.dual_training and cfg.dual_weight and cfg.attribute_weight and cfg.dual == "signed" and not cfg.pairs
     rows, images = evaluate(cfg, run, nets, batch, baseline=whole)
@@ -1896,12 +1973,11 @@ def toy_nets(cfg: Ablate, run, encoder) -> dict:
     nets = {name: net.to(run.device).requires_grad_(False) for name, net in networks(cfg, run)[0].items()}
     if cfg.prior:
         return nets
-    matters = ("seed", "data", "image_size", "vae_", "latent", "perceptual", "kl", "prior_", "heads", "double_layers",
-               "single_layers", "text_", "optimizer", "lr_", "ema", "max_train_steps")
+    matters = tuple(f.name for f in dataclasses.fields(cfg) if not f.name.startswith(LATER_FIELDS))
 
     def train_parts():
         for stage in ("vae", "prior"):
-            TRAINERS[stage](cfg, run, nets, encoder)
+            TOY_TRAINERS[stage](cfg, run, nets, encoder)
         return {name: net.state_dict() for name, net in nets.items()}
 
     for name, weights in shared_parts(cfg, "a2bfr", "prior", matters, train_parts).items():
@@ -1910,8 +1986,9 @@ def toy_nets(cfg: Ablate, run, encoder) -> dict:
 
 
 def built_pairs(cfg: Ablate, run, nets) -> str:
-    """pairs.jsonl of --pair_faces toy faces edited by the prior of this seed; built once."""
-    folder = Path(cfg.output) / f"pairs_{cfg.seed}"
+    """pairs.jsonl of --pair_faces toy faces edited by the prior of these settings; built once."""
+    fields = {k: v for k, v in dataclasses.asdict(cfg).items() if k == "pair_faces" or not k.startswith(LATER_FIELDS)}
+    folder = Path(cfg.output) / f"pairs_{mix(json.dumps(fields, default=str)):012x}"
     if not (folder / "metrics.json").exists():
         save_model(folder / "prior", {name: net.state_dict() for name, net in nets.items()},
                    dict(method="a2bfr", train=dataclasses.asdict(cfg), finished=["vae", "prior"]))

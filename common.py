@@ -1649,9 +1649,9 @@ def save_model(folder, weights: dict, config: dict) -> None:
     folder = Path(folder)
     flat = {f"{part}.{name}": t.detach().cpu().contiguous()
             for part, tensors in weights.items() for name, t in tensors.items()}
-    write_json(folder / "config.json", config)
     with whole_file(folder / "model.safetensors") as temporary:
         safetensors.torch.save_file(flat, temporary, metadata={"format": "pt"})
+    write_json(folder / "config.json", config)                    # last: it says what is finished
 
 
 def load_model(where: str, method: str) -> tuple:
@@ -1675,18 +1675,18 @@ def load_model(where: str, method: str) -> tuple:
     return config, parts
 
 
-def find_checkpoint(where: str) -> Path:
-    """A local file or folder as it is; `owner/name` is fetched from the hub. Raises UserError if neither works."""
+def find_checkpoint(where: str, flag: str = "checkpoint") -> Path:
+    """A local file or folder as it is; `owner/name` is fetched from the hub. UserError, naming `flag`, if neither."""
     path = Path(where).expanduser()
     if path.exists():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", where):
-        raise UserError(f"--checkpoint {where}: no such file or folder")
+        raise UserError(f"--{flag} {where}: no such file or folder")
     try:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(where))
     except Exception as error:                                    # offline, gated, misspelt: a dozen kinds of exception
-        raise UserError(f"--checkpoint {where}: not a local path, and the hub says {type(error).__name__}; "
+        raise UserError(f"--{flag} {where}: not a local path, and the hub says {type(error).__name__}; "
                         "check the name and your connection") from None
 
 
@@ -1786,8 +1786,10 @@ def load_lora(module: nn.Module, path, prefix: str = "transformer.") -> None:
     for name, layer in layers.items():
         a, b = state[f"{prefix}{name}.lora_A.weight"], state[f"{prefix}{name}.lora_B.weight"]
         if a.shape != layer.lora_A.weight.shape or b.shape != layer.lora_B.weight.shape:
-            raise UserError(f"{path}: LoRA of rank {a.shape[0]} at {name}, "
-                            f"this model has rank {layer.lora_A.weight.shape[0]}; set --rank {a.shape[0]}")
+            if len(a) == len(layer.lora_A.weight):
+                raise UserError(f"{path}: LoRA of a network of another width (at {name})")
+            raise UserError(f"{path}: LoRA of rank {len(a)} at {name}, "
+                            f"this model has rank {len(layer.lora_A.weight)}; set --rank {len(a)}")
         with torch.no_grad():
             layer.lora_A.weight.copy_(a)
             layer.lora_B.weight.copy_(b / layer.scale)
@@ -1899,7 +1901,7 @@ def read_curves(path, names: tuple) -> dict:
 
 def finished_parts(cfg, method: str) -> dict:
     """{part: weights} that earlier stages left in --output; empty if there is nothing yet."""
-    if not (Path(cfg.output) / "model.safetensors").exists():
+    if not (Path(cfg.output) / "config.json").exists():
         return {}
     config, parts = load_model(cfg.output, method)
     return {part: tensors for part, tensors in parts.items() if part in config.get("finished", [])}
@@ -1913,6 +1915,8 @@ def run_ablation(cfg, table: dict, run_row) -> dict:
     run_row(changed cfg, entries so far) -> entry with at least `scores`. Entries are kept in rows.json after each row
     with their configuration: an interrupted ablation goes on where it stopped, and changed settings run again.
     """
+    if cfg.resume_from_checkpoint:  # state.pt would be another row's
+        raise UserError("--resume_from_checkpoint: ablate goes on by itself, row by row; leave it out")
     unknown = [row for row in cfg.rows if row not in table]
     if unknown:
         raise UserError(f"--rows {unknown[0]}: no such row; there are: {', '.join(table)}")
@@ -1927,7 +1931,13 @@ def run_ablation(cfg, table: dict, run_row) -> dict:
                 print(f"{key}: finished before")
                 continue
             print(f"--- {key}", flush=True)
-            done[key] = dict(run_row(changed, done), row=row, table=table[row][0], paper=table[row][2], seed=seed,
+            try:
+                entry = run_row(changed, done)
+            except UserError as error:
+                if not str(error).startswith("stopped"):
+                    raise
+                raise UserError("stopped; the same command goes on with this row") from None
+            done[key] = dict(entry, row=row, table=table[row][0], paper=table[row][2], seed=seed,
                              argv=sys.argv, config=config, **versions("cpu"))
             write_json(path, done)
     return {key: entry for key, entry in done.items() if entry["row"] in chosen}
@@ -1955,7 +1965,7 @@ def shared_parts(cfg, method: str, name: str, matters: tuple, train_parts) -> di
     fields = dataclasses.asdict(cfg)
     key = json.dumps({field: value for field, value in fields.items() if field.startswith(matters)}, default=str)
     folder = Path(cfg.output) / f"{name}_{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}"
-    if (folder / "model.safetensors").exists():
+    if (folder / "config.json").exists():
         return load_model(str(folder), method)[1]
     parts = train_parts()
     save_model(folder, parts, dict(method=method, train=fields, finished=list(parts)))

@@ -1242,7 +1242,7 @@ def report(cfg, run, faces, nets, eyes_on) -> dict:
     parameters = {part: sum(p.numel() for p in net.parameters()) for part, net in nets.items()}
     extra = dict(faces=len(hq), seconds=round(time.time() - run.started, 1), seconds_per_face=per_face,
                  peak_memory_gb=round(run.peak_memory_gb(), 2), parameters=parameters)
-    folder, protocol = Path(cfg.output), metrics.toy_protocol(cfg.data, cfg.degradation, len(hq))
+    folder, protocol = Path(cfg.output), metrics.toy_protocol(cfg.data, cfg.degradation, len(hq), cfg.readers)
     write_json(folder / "metrics.json", dict(rows=rows, **extra, protocol=protocol, **versions(run.device)))
     columns = {"lq": lq, "no reference": images.get("no reference", lq), "restored": images["restored_faces"],
                "reference": references[:, 0], "hq": hq}

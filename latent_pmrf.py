@@ -149,7 +149,9 @@ class PixelLayerNorm(nn.LayerNorm):
 
 
 def vae_norm(kind: str, channels: int) -> nn.Module:
-    return PixelLayerNorm(channels) if kind == "layer" else nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+    """"layer", or "group": 32 groups of at least 4 channels, as SD-VAE has them from 128 channels on."""
+    groups = math.gcd(32, max(1, channels // 4))
+    return PixelLayerNorm(channels) if kind == "layer" else nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class SimBlock(nn.Module):
@@ -658,8 +660,9 @@ class Mapping(nn.Module):
 
     def __init__(self, width: int, depth: int):
         super().__init__()
-        self.in_norm, self.out_norm = RMSNorm(width), RMSNorm(width)
+        self.in_norm = RMSNorm(width)                              # k-diffusion's order: PMRF's averaged weights are a list
         self.blocks = nn.ModuleList(MappingBlock(width, 3 * width) for _ in range(depth))
+        self.out_norm = RMSNorm(width)
 
     def forward(self, x):
         x = self.in_norm(x)
@@ -707,9 +710,9 @@ class HDiT(nn.Module):
 
     Level i works on tokens of 2^i x 2^i patches; all levels but the last attend to `kernel` x `kernel` neighbourhoods,
     the last to everything. Names are k-diffusion's, as PMRF releases them: HDiT(**HDIT_PMRF) has 160,460,210
-    parameters. DIFFERS: the authors' unpublished latent network drops cosine similarity and uses convolutions to
-    resize; this one is the HDiT that the paper cites, with its depth-wise convolutions as a switch (neither has the
-    printed 151.2 M).
+    parameters. DIFFERS: the authors' latent network (LooUFormer, published without weights or training) drops cosine
+    similarity and uses convolutions to resize; this one is the HDiT that the paper cites, with its depth-wise
+    convolutions as a switch (neither has the printed 151.2 M).
     """
 
     def __init__(self, in_channels=3, widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64,
@@ -875,6 +878,7 @@ def flow_source(nets, cfg, lq, noise):
 def restore(nets, cfg, lq, noise, steps: int, decode=None):
     """lq (B, 3, S, S) in [-1, 1] -> {"restored_faces", "posterior_mean"}, the same shape, clipped."""
     z0, estimate = flow_source(nets, cfg, lq, noise)
+    z0 = z0.float()                                                # the state stays float32 under autocast
     z1 = euler_sample(nets["flow"], z0 + cfg.source_noise * noise(z0), steps)
     restored = z1 * 2 - 1 if cfg.space == "pixel" else (decode or nets["vae"].decode)(z1)
     return {"restored_faces": restored.float().clamp(-1, 1), "posterior_mean": estimate.float().clamp(-1, 1)}
@@ -901,7 +905,7 @@ def build(cfg, part: str) -> nn.Module:
 
 def load_sim_vae(where: str) -> SimVAE:
     """The released Sim-VAE: a diffusers folder, its safetensors file, or a hub id. Sizes are read off the weights."""
-    path = find_checkpoint(where)
+    path = find_checkpoint(where, "vae")
     if path.is_dir():
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
         if not files:
@@ -937,7 +941,10 @@ def load_pmrf(where: Path) -> dict:
         load_strict(nets[part], own, f"--checkpoint {where}, {prefix}*")
     average = raw.get("ema")
     average = average.get("shadow_params") if isinstance(average, dict) else average
-    for parameter, shadow in zip(nets["flow"].parameters(), average or []):
+    own = list(nets["flow"].parameters())
+    if average and [p.shape for p in own] != [shadow.shape for shadow in average]:
+        raise UserError(f"--checkpoint {where}: its averaged weights are not those of this flow")
+    for parameter, shadow in zip(own, average or []):
         parameter.data.copy_(shadow)
     return nets
 
@@ -952,6 +959,8 @@ def load_networks(cfg: Sample) -> tuple:
         known = {f.name for f in dataclasses.fields(Train)}
         trained = Train(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["train"].items() if k in known})
     else:
+        if cfg.vae or cfg.mmse:
+            raise UserError(f"--vae, --mmse: {cfg.checkpoint} is PMRF's release, which brings its own networks")
         nets = load_pmrf(path)
         return nets, dataclasses.replace(Train(**PAPER), space="pixel")
     nets = {}
@@ -972,8 +981,10 @@ def load_part(cfg, part: str, where: str) -> nn.Module:
     """A released Sim-VAE or SwinIR in place of one of our own."""
     if part == "vae":
         vae = load_sim_vae(where)
-        if vae.decoder.conv_in.in_channels != cfg.latent_channels:
-            raise UserError(f"--vae {where}: set --latent_channels {vae.decoder.conv_in.in_channels}, which it has")
+        channels = vae.decoder.conv_in.in_channels
+        if (channels, vae.widths) != (cfg.latent_channels, tuple(cfg.vae_widths)):
+            raise UserError(f"--vae {where}: set --latent_channels {channels} --vae_widths "
+                            f"{' '.join(map(str, vae.widths))}, which it has")
         return vae
     mmse = build(cfg, "mmse")
     load_strict(mmse, read_weights(where), f"--mmse {where}")
@@ -1109,6 +1120,9 @@ def train(cfg: Train) -> None:
         nets[part].load_state_dict(stage.ema[part])
         nets[part].eval().requires_grad_(False)
         weights[part] = nets[part].state_dict()
+        for later in parts_of(cfg)[parts_of(cfg).index(part) + 1:] if cfg.stage != "all" else ():
+            if weights.pop(later, None):                           # it was trained on what has just been replaced
+                run.say(f"stage {later} was trained on the former {part} and is dropped; train it again")
         if run.main:
             config = dict(method="latent_pmrf", train=dataclasses.asdict(cfg), finished=list(weights))
             save_model(cfg.output, weights, config)
@@ -1118,13 +1132,26 @@ def train(cfg: Train) -> None:
 
 def check_sizes(cfg) -> None:
     """Sizes that cannot work together, in words, before anything is built. Raises UserError."""
+    for name in ("mmse_unshuffle", "mmse_heads", "mmse_dim", "mmse_features", "flow_patch", "pixel_patch", "head_dim",
+                 "mapping_width", "vae_crop", "vae_learning_rate"):
+        if getattr(cfg, name) <= 0:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be more than 0")
+    if cfg.mmse_unshuffle & (cfg.mmse_unshuffle - 1):
+        raise UserError(f"--mmse_unshuffle {cfg.mmse_unshuffle}: must be a power of two")
+    if cfg.mapping_width % 2:
+        raise UserError(f"--mapping_width {cfg.mapping_width}: must be even")
+    shrink = 2 ** (len(cfg.vae_widths) - 1)
+    if cfg.space == "pixel" and cfg.vae:
+        raise UserError("--vae: the flow on pixels (--space pixel) has no autoencoder; leave it out")
+    if cfg.space == "latent" and min(cfg.vae_crop, cfg.image_size) % shrink:
+        raise UserError(f"--vae_crop {cfg.vae_crop}: must be a multiple of {shrink}, the VAE's factor")
     tokens = cfg.image_size // cfg.mmse_unshuffle
     window = 8 * cfg.mmse_unshuffle
     if cfg.image_size % window:
         raise UserError(f"--image_size {cfg.image_size}: must be a multiple of {window}, SwinIR's windows")
     if cfg.mmse_dim % cfg.mmse_heads:
         raise UserError(f"--mmse_dim {cfg.mmse_dim}: must be a multiple of --mmse_heads {cfg.mmse_heads}")
-    factor = cfg.pixel_patch if cfg.space == "pixel" else cfg.flow_patch * 2 ** (len(cfg.vae_widths) - 1)
+    factor = cfg.pixel_patch if cfg.space == "pixel" else cfg.flow_patch * shrink
     levels = len(cfg.flow_widths)
     side = factor * 2 ** (levels - 1)
     if cfg.image_size % side:
@@ -1134,8 +1161,7 @@ def check_sizes(cfg) -> None:
         raise UserError(f"--neighborhood {cfg.neighborhood}: must be odd and at most {grid}, the smallest grid")
     if levels != len(cfg.flow_depths) or any(w % cfg.head_dim for w in cfg.flow_widths) or cfg.head_dim % 8:
         raise UserError("--flow_widths: wants as many --flow_depths, and multiples of --head_dim, itself one of 8")
-    latents = cfg.image_size // 2 ** (len(cfg.vae_widths) - 1)
-    if cfg.source == "latent_mean" and cfg.space == "latent" and tokens != latents:
+    if cfg.source == "latent_mean" and cfg.space == "latent" and tokens != cfg.image_size // shrink:
         raise UserError("--source latent_mean: --mmse_unshuffle must equal the VAE's factor, 2 ** (levels - 1)")
 
 
@@ -1172,7 +1198,7 @@ def report(cfg, run, faces, nets) -> dict:
     if "vae" in nets:  # [Eq. 5]: how far option 2 can be from the posterior mean
         extra["bound_psnr"] = mean_psnr(found["bound"], found["posterior_mean"])
     folder = Path(cfg.output)
-    protocol = metrics.toy_protocol(cfg.data, cfg.degradation, len(hq))
+    protocol = metrics.toy_protocol(cfg.data, cfg.degradation, len(hq), cfg.readers)
     write_json(folder / "metrics.json", dict(rows=rows, **extra, protocol=protocol, **versions(run.device)))
     columns = {name: found[name] for name in ("lq", "posterior_mean", "restored_faces")}
     write_grid(folder / "samples.png", dict(columns, hq=hq))
@@ -1226,6 +1252,9 @@ ABLATIONS = {
 
 def ablate(cfg: Ablate) -> None:
     """Each row trains only what it changes; the rest is shared by the rows of a seed."""
+    check_sizes(cfg)
+    if cfg.vae or cfg.mmse:
+        raise UserError("--vae, --mmse: ablate trains its own; leave them out")
     done = run_ablation(cfg, ABLATIONS, ablation_row)
     print_ablation(done, ABLATIONS, ("psnr", "fid_toy", "deg_toy", "lmd_toy", "reconstruction_psnr"))
     for pixel in (entry for entry in done.values() if entry["row"] == "pixel flow (PMRF)"):
@@ -1254,11 +1283,12 @@ def ablation_row(cfg, done: dict) -> dict:
     if cfg.space == "pixel" and latent_row:
         steps = round(latent_row["seconds"] / seconds_per_step(cfg, run, faces, nets))
         cfg = dataclasses.replace(cfg, flow_steps=max(1, steps))
+    last = min(cfg.flow_steps, cfg.max_train_steps)
     curve, compared = [], cfg.space == "pixel" or not latent_row
     average = build(cfg, "flow").to(run.device).eval()
 
     def watch(stage, step, seconds):
-        if step == cfg.flow_steps or (compared and step % max(1, cfg.flow_steps // 10) == 0):
+        if step == last or (compared and step % max(1, last // 10) == 0):
             average.load_state_dict(stage.ema["flow"])
             found = restore_held_out(cfg, run, {**nets, "flow": average}, held, cfg.num_inference_steps)
             fid = metrics.toy_scores(found["restored_faces"], held["hq"], reader)["fid_toy"]
@@ -1277,13 +1307,14 @@ def seconds_per_step(cfg, run, faces, nets) -> float:
     """Of the flow's training, without its first two steps; the flow that is trained for this is thrown away."""
     times = []
     spare = {**nets, "flow": build(cfg, "flow").to(run.device)}
-    train_flow(dataclasses.replace(cfg, flow_steps=12), run, faces, spare, lambda stage, step, at: times.append(at))
+    train_flow(dataclasses.replace(cfg, flow_steps=12, max_train_steps=12), run, faces, spare, lambda stage, step, at: times.append(at))
     return (times[-1] - times[1]) / (len(times) - 2)
 
 
 def shared_network(cfg, run, faces, nets, part: str) -> None:
     """The autoencoder or the posterior mean: trained once for all rows of a seed that agree on its settings."""
-    matters = ("seed", "image_size", "data", "batch_size", "optimizer")
+    matters = ("seed", "image_size", "data", "validation_data", "batch_size", "gradient_acc", "optimizer", "lr_",
+               "max_", "ema_decay", "mixed_precision", "readers", "vgg")
     if part == "vae" or cfg.source == "latent_mean":
         matters += ("vae", "latent_channels", "perceptual", "kl_weight")
     if part == "mmse":

@@ -786,11 +786,10 @@ class FaceReader(nn.Module):
 
 
 def load_reader(name="b", folder=None):
-    """A trained FaceReader, frozen, in eval mode: "a" and "c" for losses, "b" for measuring. UserError if it is
-    missing.
+    """A trained FaceReader, frozen, in eval mode: "a" and "c" for losses, "b" for measuring. UserError if missing.
 
-    Two networks of different width and seed, so that no number is read from the network that was optimised.
-    folder: where reader_a.safetensors and reader_b.safetensors lie, default weights/ beside this file.
+    They differ in width or seed, so that no number is read from a network that was optimised.
+    folder: where reader_a.safetensors, reader_b and reader_c lie, default weights/ beside this file.
     """
     path = Path(folder or Path(__file__).parent / "weights") / f"reader_{name}.safetensors"
     if not path.is_file():
@@ -1118,9 +1117,9 @@ def toy_scores(restored, hq, reader, lq=None):
     return scores | {"fid_toy": frechet_distance(x, y).item() if len(x) > 1 else math.nan}
 
 
-def toy_protocol(data, degradation, count):
-    """How the numbers of toy_scores came about, for metrics.json: {name: text}."""
-    reader = "FaceReader weights/reader_b.safetensors, whole image at 64 px"
+def toy_protocol(data, degradation, count, readers=""):
+    """How the numbers of toy_scores came about, for metrics.json: {name: text}. readers: as for `load_reader`."""
+    reader = f"FaceReader {readers or 'weights'}/reader_b.safetensors, whole image at 64 px"
     return dict(
         faces=f"{count} held-out faces of {data or 'the toy world'}", degradation=degradation,
         psnr="RGB, 8 bits",
@@ -1163,7 +1162,7 @@ class FIDInception(nn.Module):
         super().__init__()
         build = torchvision.models.inception_v3
         self.net = build(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
-        load_strict(self.net, read_weights(path), path)
+        load_weights(self.net, path)
         self.net.fc = nn.Identity()
         average = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
         maximum = functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
@@ -1195,7 +1194,9 @@ def basic_numbers(x, y):
 
 def lpips_numbers(names, paths, device):
     network = lpips_network("vgg" if names[0] == "lpips-vgg" else "alex", paths[0]).to(device)
-    return lambda x, y: {names[0]: network(x, y).flatten()}
+    least = 16 if names[0] == "lpips-vgg" else 31                  # px: smaller pictures vanish in the pooling
+    nothing = torch.full((1,), math.nan)
+    return lambda x, y: {names[0]: network(x, y).flatten() if min(x.shape[-2:]) >= least else nothing}
 
 
 def dists_numbers(names, paths, device):
@@ -1245,7 +1246,10 @@ def dino_features(paths, device):
     from transformers import AutoModel, logging
 
     logging.disable_progress_bar()
-    net = AutoModel.from_pretrained(paths[0], local_files_only=True).to(device).eval()
+    try:
+        net = AutoModel.from_pretrained(paths[0], local_files_only=True).to(device).eval()
+    except Exception as error:  # transformers and safetensors word a damaged folder in many ways
+        raise UserError(f"{paths[0]}: not a readable folder of DINOv2 ({type(error).__name__})") from None
 
     def features(x):
         x = F.interpolate(x / 2 + 0.5, (224, 224), mode="bicubic", antialias=True, align_corners=False)
@@ -1328,7 +1332,7 @@ def read_pair(restored, reference, device):
 def pair_functions(cfg, device, skipped):
     """[(function of a pair, {name: protocol})] of what can be measured here; the rest goes into `skipped`."""
     found = [(basic_numbers, {
-        "psnr": "RGB, 8-bit files", "ms_ssim": "luma, product of 5 scales",
+        "psnr": "RGB, 8-bit files; identical pairs left out", "ms_ssim": "luma, product of 5 scales",
         "ssim": "luma (BT.601, full range), 11x11 Gaussian of sigma 1.5, valid windows"})]
     for patterns, known, protocol, build in PAIR_NETWORKS:
         if paths := find_files(cfg.weights, patterns):
@@ -1352,11 +1356,9 @@ def pair_functions(cfg, device, skipped):
     return found
 
 
-def set_rows(cfg, device, files, skipped):
-    """FID and its relatives of whole folders: [(name, value, N, protocol)]."""
-    rows, sets = [], {"gt": (cfg.reference, [y for _, _, y in files])}
-    if cfg.real_set:
-        sets["real"] = (cfg.real_set, list_images(cfg.real_set, recursive=True))
+def set_rows(cfg, device, files, real, skipped):
+    """FID and its relatives of whole folders: [(name, value, N, protocol)]. real: the pictures of --real_set."""
+    rows, sets = [], {"gt": (cfg.reference, [y for _, _, y in files])} | ({"real": (cfg.real_set, real)} if real else {})
     for name, patterns, known, protocol, build in SET_NETWORKS:
         paths = find_files(cfg.weights, patterns)
         if not paths or len(files) < 2:
@@ -1367,23 +1369,26 @@ def set_rows(cfg, device, files, skipped):
         read = lambda path: network(read_image(path)[None].to(device)).cpu()
         restored = torch.cat([read(path) for _, path, _ in tqdm(files, disable=None)])
         for kind, (folder, chosen) in sets.items():
-            real = torch.cat([read(path) for path in tqdm(chosen, disable=None)])
-            text = f"{protocol}; against {len(chosen)} files of {folder}"
-            rows.append((f"{name}_{kind}", frechet_distance(restored, real).item(), len(files), text))
+            if len(chosen) < 2:
+                skipped[f"{name}_{kind}"] = f"{folder} has one picture, a distance of sets needs two"
+                continue
+            others = torch.cat([read(path) for path in tqdm(chosen, disable=None)])
+            text = f"{protocol} ({paths[0].name}); against {len(chosen)} files of {folder}"
+            rows.append((f"{name}_{kind}", frechet_distance(restored, others).item(), len(files), text))
             if name == "fid_dino":
-                mmd = mmd_rbf(restored, real).item()
+                mmd = mmd_rbf(restored, others).item()
                 rows.append((f"mmd_dino_{kind}", mmd, len(files), f"RBF, sigma 10, x 1000; {text}"))
     return rows
 
 
 def toy_rows(cfg, device, pairs, skipped):
-    """What the toy reader sees of pairs of (1, 3, H, W) each: [(name, value, N, protocol)]."""
+    """What the toy reader sees of pairs of (1, 3, 64, 64) each: [(name, value, N, protocol)]."""
     try:
         reader = load_reader("b").to(device)
     except UserError as error:
         skipped["*_toy"] = str(error)
         return []
-    x, y = [torch.cat([resized(v, FaceReader.SIDE, antialias=True) for v in side]) for side in zip(*pairs)]
+    x, y = [torch.cat(side) for side in zip(*pairs)]
     scores, texts = toy_scores(x, y, reader), toy_protocol(cfg.reference, "", len(pairs))
     texts = {name: text.replace("of the image", "at 64 px") for name, text in texts.items()}
     return [(name, value, len(pairs), texts[name]) for name, value in scores.items() if name.endswith("_toy")]
@@ -1395,6 +1400,7 @@ def measure(cfg):
     device, files, skipped = pick_device(cfg.device), pair_files(cfg.input, cfg.reference), {}
     if cfg.weights and not Path(cfg.weights).is_dir():
         raise UserError(f"--weights {cfg.weights}: no such folder")
+    real = list_images(cfg.real_set, recursive=True) if cfg.real_set else []
     estimates = {path.stem: path for path in list_images(cfg.posterior_mean)} if cfg.posterior_mean else {}
     functions, values, small = pair_functions(cfg, device, skipped), defaultdict(list), []
     protocol = {name: text for _, texts in functions for name, text in texts.items()}
@@ -1410,14 +1416,16 @@ def measure(cfg):
             estimate, _ = read_pair(estimates[stem], restored, device)
             values["indrmse"].append(ind_rmse(x / 2 + 0.5, estimate / 2 + 0.5).item())
         if cfg.toy or max(x.shape[-2:]) <= FaceReader.SIDE:
-            small.append((x, y))
+            small.append([resized(v, FaceReader.SIDE, antialias=True).cpu() for v in (x, y)])
     rows = []
     for name, column in values.items():
-        kept = [value for value in column if not math.isnan(value)]
+        finite = [value for value in column if math.isfinite(value)]  # identical pictures have an infinite PSNR
+        kept = finite or [value for value in column if not math.isnan(value)]
         text = protocol.get(name, f"luma, product of {name[8:9]} scales: the images are too small for 5")
         rows.append((name, sum(kept) / len(kept) if kept else math.nan, len(kept), text))
-    rows += set_rows(cfg, device, files, skipped)
-    rows += toy_rows(cfg, device, small, skipped) if len(small) == len(files) > 1 else []
+    rows += set_rows(cfg, device, files, real, skipped)
+    if len(small) == len(files):
+        rows += toy_rows(cfg, device, small, skipped)
     print_rows(cfg, rows, skipped)
 
 

@@ -36,6 +36,7 @@ import pickle
 import re
 import time
 import typing
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ class Train(TrainFlags):
     ce_on_text: bool = True                # token loss on the prompt's words too, as the authors' code
     train_caption_projection: bool = True  # stage 1.1 trains SANA's caption_* (code); off: SANA frozen (paper)
     tie_connector_norm: bool = False       # texture connector keeps the semantic connector's RMSNorm, as the release
-    guessed_answers: float = 0.0           # stage 1.2: share of answers replaced by the model's guess (authors 0)
+    own_answers: float = 1.0               # stage 1.2: share of answers the model writes itself; paper preset 0
     # stage 2
     algorithm: typing.Literal["nft", "grpo"] = "nft"  # DiffusionNFT, or the policy-gradient baseline of Figure 6
     preference_steps: int = 50             # epochs of roll-outs
@@ -208,7 +209,7 @@ PAPER = dict(
     gradient_checkpointing=True,
     pretrained="BLIP3o/BLIP3o-NEXT-SFT-3B", sana="Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
     context=2048, semantic_steps=50_000, semantic_learning_rate=1e-4, texture_steps=50_000, texture_learning_rate=2e-5,
-    joint_steps=50_000, joint_learning_rate=2e-5, min_learning_rate=1e-5,
+    joint_steps=50_000, joint_learning_rate=2e-5, min_learning_rate=1e-5, own_answers=0.0,
     preference_steps=300, learning_rate=3e-4, updates_per_epoch=1, rank=32, lora_alpha=64.0, groups=6, group_size=24,
     rollout_batch=9, rollout_steps=30, timestep_fraction=0.99, adv_clip=5.0, kl_weight=1e-4, grpo_clip=1e-4,
     rewards="real", hps_weight=1.0, clip_weight=1.0, pick_weight=1.0, identity_weight=0.5, lpips_weight=0.5,
@@ -419,7 +420,7 @@ class TATok(nn.Module):
         quantiser = self.bottleneck["regularizer"]
         with torch.autocast(images.device.type, enabled=False):    # the same words in every precision
             z = self.features(images.float(), scale)
-        return quantiser.nearest(F.normalize(z, dim=-1) if quantiser.l2_normalized else z, quantiser.codebook().float())
+            return quantiser.nearest(F.normalize(z, dim=-1) if quantiser.l2_normalized else z, quantiser.codebook())
 
 
 class TokenDecoder(nn.Module):
@@ -463,9 +464,10 @@ def pick_token(logits, top_k: int = 0, top_p: float = 1.0, temperature: float = 
         return logits.argmax(-1)
     values, order = (logits.float() / temperature).sort(-1, descending=True)
     shares = values.softmax(-1)
-    out = shares.cumsum(-1) - shares >= top_p                      # mass before a word: the first one always stays
+    out = shares.cumsum(-1) - shares >= top_p                      # mass before a word
     if top_k:
         out[:, top_k:] = True
+    out[:, 0] = False
     shares = shares.masked_fill(out, 0)
     draw = torch.multinomial(shares.cpu(), 1, generator=generator).to(order.device)
     return order.gather(1, draw)[:, 0]
@@ -810,7 +812,8 @@ class PolicyLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
-        self.base, self.scale, self.active = base.requires_grad_(False), alpha / rank, "current"
+        self.base, self.active = base.requires_grad_(False), "current"
+        self.register_buffer("scale", torch.tensor(alpha / rank))
         make = lambda *shape: torch.zeros(*shape, device=base.weight.device)
         self.lora_A = nn.Parameter(make(rank, base.in_features).normal_(std=1 / rank))
         self.lora_B = nn.Parameter(make(base.out_features, rank))
@@ -872,13 +875,13 @@ def save_peft(sana, folder, targets=("to_q", "to_k", "to_v", "to_out.0")) -> Non
     with whole_file(Path(folder) / "adapter_model.safetensors") as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
     write_json(Path(folder) / "adapter_config.json",
-               dict(peft_type="LORA", r=rank, lora_alpha=some.scale * rank, lora_dropout=0.0, bias="none",
+               dict(peft_type="LORA", r=rank, lora_alpha=some.scale.item() * rank, lora_dropout=0.0, bias="none",
                     target_modules=list(targets), init_lora_weights="gaussian"))
 
 
 def load_peft(sana, where: str) -> None:
     """Put a preference LoRA in as the current and the old policy. UserError where it does not fit."""
-    folder = find_checkpoint(where)
+    folder = find_checkpoint(where, "lora")
     folder = folder / "lora" if (folder / "lora").is_dir() else folder
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
@@ -888,7 +891,11 @@ def load_peft(sana, where: str) -> None:
     state = read_weights(folder / "adapter_model.safetensors")
     if not policy_layers(sana):
         add_policies(sana, rank, alpha)
+    wanted = {f"base_model.model.{name}.lora_{part}.weight" for name in policy_layers(sana) for part in "AB"}
+    if extra := set(state) - wanted:
+        raise UserError(f"--lora {where}: {len(extra)} unknown weights, e.g. {min(extra)}")
     for name, layer in policy_layers(sana).items():
+        layer.scale.fill_(alpha / rank)
         for part in "AB":
             key = f"base_model.model.{name}.lora_{part}.weight"
             own = getattr(layer, f"lora_{part}")
@@ -1030,15 +1037,20 @@ def reward_weights(cfg) -> dict:
 def check_rewards(cfg) -> None:
     """Groups of two or more, a weight that is not 0, a file for every network. Raises UserError."""
     weights = reward_weights(cfg)
+    spoken = [name for name in ("hps", "clip", "pick") if name in weights]
+    if cfg.rewards == "real" and cfg.data and spoken and not cfg.captions:
+        raise UserError(f"reward {spoken[0]} compares faces with their captions: give --captions FILE, or leave it out "
+                        f"with --{spoken[0]}_weight 0")
     if cfg.group_size < 2:
         raise UserError(f"--group_size {cfg.group_size}: a roll-out is judged against its group; give at least 2")
     if not weights:
         raise UserError("every reward weight is 0: give one of " + ", ".join(f"--{n}_weight" for n in REWARD_FILES))
     for name in weights if cfg.rewards == "real" else ():
         for flag in REWARD_FILES[name]:
-            if not getattr(cfg, flag):
-                raise UserError(f"reward {name} needs --{flag} (--help names the file); or leave it out with "
-                                f"--{name}_weight 0")
+            where = getattr(cfg, flag)
+            if not where or (flag in ("arcface", "fan", "hps") and not Path(where).is_file()):
+                raise UserError((f"--{flag} {where}: no such file" if where else f"reward {name} needs --{flag} (--help "
+                                 "names the file)") + f"; or leave it out with --{name}_weight 0")
 
 
 def build_rewards(cfg, device, readers: str = "ac") -> dict:
@@ -1079,11 +1091,14 @@ def draw_face(model, cfg, cond, noise):
     return model.decode(x0)
 
 
+def latent_shape(model, cfg) -> tuple:
+    side = cfg.image_size // 2 ** (len(model.vae.config.encoder_block_out_channels) - 1)
+    return model.vae.config.latent_channels, side, side
+
+
 def noise_like(model, cfg, count: int, generator, shared: bool = False):
     """(count, c, h, w) standard normal on the model's device, from a CPU generator: the same on every machine."""
-    channels = model.vae.config.latent_channels
-    side = cfg.image_size // 2 ** (len(model.vae.config.encoder_block_out_channels) - 1)
-    noise = torch.randn((1 if shared else count), channels, side, side, generator=generator)
+    noise = torch.randn((1 if shared else count), *latent_shape(model, cfg), generator=generator)
     return noise.expand(count, -1, -1, -1).to(model.latent_scale.device)
 
 
@@ -1098,7 +1113,7 @@ def toy_sizes(cfg, vocab) -> dict:
     return dict(
         llm=dict(vocab_size=vocab.size, hidden_size=cfg.llm_width, intermediate_size=3 * cfg.llm_width,
                  num_hidden_layers=cfg.llm_layers, num_attention_heads=cfg.llm_width // 32,
-                 num_key_value_heads=max(1, cfg.llm_width // 64), head_dim=32, tie_word_embeddings=True,
+                 num_key_value_heads=math.gcd(cfg.llm_width // 32, max(1, cfg.llm_width // 64)), head_dim=32, tie_word_embeddings=True,
                  max_position_embeddings=cfg.context),
         sana=dict(in_channels=cfg.latent_channels, out_channels=cfg.latent_channels, num_attention_heads=cfg.sana_heads,
                   attention_head_dim=32, num_layers=cfg.sana_layers, num_cross_attention_heads=cfg.sana_heads,
@@ -1141,7 +1156,7 @@ def from_folder(name: str, where, flag: str, **options):
     import transformers
     kind = getattr(transformers if hasattr(transformers, name) else diffusers, name)
     try:
-        return kind.from_pretrained(find_checkpoint(str(where)), **options)
+        return kind.from_pretrained(find_checkpoint(str(where), flag), **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
@@ -1264,9 +1279,8 @@ def load_release(where: str, sana: str = "", ta_tok: str = "") -> tuple:
             raise UserError(f"{where}: holds no TA-Tok; give its file with --ta_tok")
         tower, arguments = read_ta_tok(ta_tok)
     tatok, tower = tatok_parts(tower, arguments)
-    sana_sizes, vae_sizes = diffusers_sizes(find_checkpoint(sana)) if sana else (SANA15, DCAE)
-    llm = {k: config[k] for k in QWEN3_06B if k in config}
-    llm = {**QWEN3_17B, **llm, "vocab_size": len(state["model.embed_tokens.weight"])}
+    sana_sizes, vae_sizes = diffusers_sizes(find_checkpoint(sana, "sana")) if sana else (SANA15, DCAE)
+    llm = {**QWEN3_17B, **qwen_sizes(config), "vocab_size": len(state["model.embed_tokens.weight"])}
     llm["tie_word_embeddings"] = "lm_head.weight" not in state or config.get("tie_word_embeddings", True)
     sizes = dict(llm=llm, sana=sana_sizes, vae=vae_sizes, tatok=tatok, first_word=config["image_start_tag_id"])
     model = PrefRestore(sizes)
@@ -1300,6 +1314,12 @@ def load_vaes(model, tuned: dict, fixed: dict, sana: str, where) -> None:
     load_strict(model.lq_encoder, pick("encoder."), f"{where}, sana_vae.encoder")
 
 
+def qwen_sizes(config: dict) -> dict:
+    """What of a config.json decides Qwen3's shape; transformers 4 wrote the base of its rotations as rope_theta."""
+    rotation = {"rope_type": "default", "rope_theta": config.get("rope_theta", 1e6)}
+    return {"rope_parameters": rotation} | {k: config[k] for k in QWEN3_06B if k in config}
+
+
 def extend_embedding(table, size: int):
     """(V, H) -> (size, H): new words start as the mean of the old ones [BLIP3o-NEXT]."""
     return torch.cat([table[:size], table.mean(0, keepdim=True).expand(max(0, size - len(table)), -1)])
@@ -1307,15 +1327,18 @@ def extend_embedding(table, size: int):
 
 def build(cfg) -> tuple:
     """(model, vocab, finished stages, sizes): fresh toy networks, or the released one of each flag that is given."""
+    absent = [name for name in ("sana", "ta_tok", "llm") if not getattr(cfg, name)]
+    if 0 < len(absent) < 3:
+        raise UserError(f"--{absent[0]} is missing: --sana, --ta_tok and --llm go together, or none of them")
     tower = tatok_parts(*read_ta_tok(cfg.ta_tok)) if cfg.ta_tok else None
     vocab = Vocabulary(text_tokenizer(cfg.llm, "llm"), tower[0]["codes"] if tower else cfg.codes)
     sizes = dict(toy_sizes(cfg, vocab), first_word=vocab.image_start)
     if cfg.llm:
-        config = read_config(find_checkpoint(cfg.llm), "llm")
-        sizes["llm"] = dict({k: config[k] for k in QWEN3_06B if k in config}, vocab_size=vocab.size)
+        config = read_config(find_checkpoint(cfg.llm, "llm"), "llm")
+        sizes["llm"] = dict(qwen_sizes(config), vocab_size=vocab.size)
         sizes["llm"].setdefault("tie_word_embeddings", True)
     if cfg.sana:
-        sizes["sana"], sizes["vae"] = diffusers_sizes(find_checkpoint(cfg.sana))
+        sizes["sana"], sizes["vae"] = diffusers_sizes(find_checkpoint(cfg.sana, "sana"))
     if tower:
         sizes["tatok"] = tower[0]
     model = PrefRestore(sizes)
@@ -1332,7 +1355,7 @@ def build(cfg) -> tuple:
         load_strict(model.integrator.llm, state, f"--llm {cfg.llm}")
         if hasattr(model.integrator, "lm_head"):
             model.integrator.lm_head.weight.data.copy_(extend_embedding(source.lm_head.weight.data, vocab.size))
-    return model, vocab, ["tokenizer"] if cfg.sana and cfg.ta_tok else [], sizes
+    return model, vocab, ["tokenizer", "prior"] if cfg.sana else [], sizes  # released networks need no toy stages
 
 
 def network_parts(model) -> dict:
@@ -1393,7 +1416,10 @@ def is_ours(where: str) -> bool:
 
 
 def read_captions(path: str) -> dict:
-    """{file name: caption} from {"file": text} or [{"image": path, "caption": text}]; {} for "". UserError."""
+    """{name: caption} from {"file": text} or [{"image": path, "caption": text}]; {} for "". UserError.
+
+    Names are paths as listed, and also without their folders where no two are alike then. See `caption_of`.
+    """
     if not path:
         return {}
     try:
@@ -1402,22 +1428,32 @@ def read_captions(path: str) -> dict:
             content = {row["image"]: row["caption"] for row in content}
         if not isinstance(content, dict) or not all(isinstance(v, str) for v in content.values()):
             raise ValueError
-        return {Path(name).name: text for name, text in content.items()}
     except FileNotFoundError:
         raise UserError(f"--captions {path}: no such file") from None
     except (ValueError, KeyError, TypeError, OSError):
         raise UserError(f"--captions {path}: wants JSON of the form {{\"file.png\": \"caption\"}} or "
                         "[{\"image\": \"file.png\", \"caption\": \"...\"}]") from None
+    count = Counter(Path(name).name for name in content)
+    return {Path(name).name: text for name, text in content.items() if count[Path(name).name] == 1} | content
 
 
-def match_captions(captions: dict, names: list, path: str) -> None:
-    """Say which listed pictures are not there; UserError if none is."""
-    absent = sorted(set(captions) - set(names))
-    if captions and len(absent) == len(captions):
-        raise UserError(f"--captions {path}: none of its {len(captions)} pictures is in the folder (e.g. {absent[0]})")
+def caption_of(captions: dict, path) -> str:
+    """The caption whose name is the longest end of the path, "anna/1.png" before "1.png"; "" if there is none."""
+    ends = ("/".join(Path(path).parts[n:]) for n in range(len(Path(path).parts)))
+    return next((captions[end] for end in ends if end in captions), "")
+
+
+def match_captions(captions: dict, paths: list, file: str) -> None:
+    """Say which pictures have no caption and which captions no picture; UserError if none fits."""
+    bare = [path for path in paths if not caption_of(captions, path)]
+    absent = sorted({Path(name).name for name in captions} - {path.name for path in paths})
+    if captions and len(bare) == len(paths):
+        raise UserError(f"--captions {file}: has no caption for any picture of the folder (e.g. {paths[0].name})")
+    if captions and bare:
+        print(f"--captions {file}: {len(bare)} of {len(paths)} pictures have none (e.g. {bare[0].name})", flush=True)
     if absent:
-        print(f"--captions {path}: {len(absent)} of its {len(captions)} pictures are not in the folder, left out "
-              f"(e.g. {absent[0]})", flush=True)
+        print(f"--captions {file}: {len(absent)} of its pictures are not in the folder, left out (e.g. {absent[0]})",
+              flush=True)
 
 
 class CaptionedFaces(Faces):
@@ -1426,11 +1462,11 @@ class CaptionedFaces(Faces):
     def __init__(self, cfg):
         super().__init__(cfg.data, cfg.image_size, cfg.validation_data)
         self.captions = read_captions(cfg.captions)
-        match_captions(self.captions, [p.name for p in self.files + self.held_out_files], cfg.captions)
+        match_captions(self.captions, self.files + self.held_out_files, cfg.captions)
 
     def told(self, batch):
         if "paths" in batch:
-            return dict(batch, caption=[self.captions.get(p.name, "") for p in batch["paths"]])
+            return dict(batch, caption=[caption_of(self.captions, p) for p in batch["paths"]])
         return dict(batch, caption=[verbalise(a) for a in batch["attributes"].tolist()])
 
     def training(self, *where):
@@ -1571,12 +1607,20 @@ def prior_loss(model, vocab, cfg, batch):
     return semantic_loss(model, vocab, cfg, dict(batch, tasks=["copy"] * len(answer)), source)
 
 
-def guess_answers(model, vocab, states, start, answer, share: float):
-    """Replace a share of the rows of `answer` by what the model itself expects there, word by word."""
-    hidden = answer_states(states, start, answer.shape[1])[:, :-1]
-    words = model.integrator.head[vocab.first_code:vocab.first_code + vocab.codes]
-    guess = F.linear(hidden, words.to(hidden.dtype)).argmax(-1)
-    return torch.where(torch.rand(len(answer), 1, device=answer.device) < share, guess, answer)
+@torch.no_grad()
+def write_answers(model, vocab, cfg, batch, source, answer):
+    """A share of the rows of `answer` as the model itself writes them, word after word, as at inference.
+
+    DIFFERS: authors (and the paper preset) give the true words in training and leave a gap to inference.
+    """
+    own = (torch.rand(len(answer)) < cfg.own_answers).nonzero()[:, 0].tolist() if cfg.own_answers else []
+    if not own:
+        return answer
+    prompt = build_sequence(vocab, source[own], [batch["caption"][i] for i in own], None,
+                            [batch["tasks"][i] for i in own], cfg.context, model.tatok.count)
+    answer = answer.clone()
+    answer[own] = model.integrator.generate(prompt, vocab, model.tatok.count)[0]
+    return answer
 
 
 def texture_loss(model, vocab, cfg, batch, ce_weight: float = 0.0):
@@ -1587,10 +1631,9 @@ def texture_loss(model, vocab, cfg, batch, ce_weight: float = 0.0):
     if "semantic" in model.uses:
         with torch.set_grad_enabled(ce_weight > 0):
             source = model.tatok.encode(batch["lq"])
+            if not ce_weight:
+                answer = write_answers(model, vocab, cfg, batch, source, answer)
             states, sequence = teacher_forced(model, vocab, cfg, batch, source, answer)
-            if cfg.guessed_answers and not ce_weight:
-                answer = guess_answers(model, vocab, states, sequence.start, answer, cfg.guessed_answers)
-                states, sequence = teacher_forced(model, vocab, cfg, batch, source, answer)
         said = answer_states(states, sequence.start, model.tatok.count)
         if ce_weight:
             parts["ce"] = token_loss(states, model.integrator.head, sequence.labels)
@@ -1654,11 +1697,13 @@ def gathered(values, run):
 def learn(stage, shares, loss_of, logged: dict) -> None:
     """One optimiser step per share, one backward pass per piece of it: an epoch of roll-outs need not fit at once."""
     for pieces in shares:
+        total = 0.0
         for number, piece in enumerate(pieces):
             loss = loss_of(*piece) / len(pieces)
+            total = total + loss.detach()
             if number + 1 < len(pieces):
                 stage.scaler.scale(loss / stage.accumulate).backward()
-        stage.update(loss, loss=loss * len(pieces), **logged)
+        stage.update(loss, loss=total, **logged)
 
 
 def divide(columns: list, updates: int, rows: list) -> list:
@@ -1712,9 +1757,9 @@ def grpo_epoch(cfg, run, field, path, log_probs, advantage) -> tuple:
 def roll_out(cfg, run, model, cond, policy: str) -> tuple:
     """(path of latents, log-probabilities or None), a row per row of cond, no guidance; NFT keeps the last latent."""
     sigmas, paths, log_probs = sigma_grid(cfg.rollout_steps), [], []
-    start = torch.randn(len(cond), *noise_like(model, cfg, 1, None).shape[1:], device=cond.device)
+    first = torch.randn(len(cond), *latent_shape(model, cfg), device=cond.device)
     with acting(model.sana, policy), torch.no_grad(), run.autocast():
-        for c, x in zip(cond.split(cfg.rollout_batch), start.split(cfg.rollout_batch)):
+        for c, x in zip(cond.split(cfg.rollout_batch), first.split(cfg.rollout_batch)):
             field = lambda x, sigma, c=c: model.velocity(x, sigma, c)
             if cfg.algorithm == "nft":
                 paths.append([dpm_solver_sample(field, x, sigmas)])
@@ -1730,6 +1775,7 @@ def train_preference(cfg, run, source, model, vocab) -> list:
 
     An epoch: condition once per face, K roll-outs that differ in their noise alone, rewards, r [Eq. 12], a few
     optimiser steps [Eq. 15], then the old policy follows. Captions go to the rewards only, not into the prompt (code).
+    DIFFERS: faces are degraded on the way; the authors' stage 2 reads fixed pairs from a list.
     """
     rewards, weights = build_rewards(cfg, run.device), reward_weights(cfg)
     if not policy_layers(model.sana):
@@ -1748,7 +1794,7 @@ def train_preference(cfg, run, source, model, vocab) -> list:
             images = torch.cat([model.decode(z) for z in path[-1].split(cfg.rollout_batch)])
         scores = score(rewards, images, batch["hq"].repeat_interleave(K, 0), captions)
         reward = total_reward(scores, weights)
-        # The key of a group is the face, not its caption as in the authors' code, where equal captions merge.
+        # DIFFERS: the key of a group is the face, not its caption as in the authors' code, where equal captions merge.
         group = torch.arange(len(reward), device=reward.device) // K + run.rank * cfg.groups
         r = optimality(gathered(reward, run), gathered(group, run), cfg.adv_clip)
         r = r[run.rank * len(reward):][:len(reward)]
@@ -1791,6 +1837,10 @@ def check_sizes(cfg) -> None:
             or any(b % a for a, b in zip(widths[1:], widths[2:])),
         f"--llm_width {cfg.llm_width}: must be a multiple of 32, a head": cfg.llm_width % 32 or not cfg.llm_width,
         f"--tokenizer_width {cfg.tokenizer_width}: must be a multiple of 24, a head": cfg.tokenizer_width % 24,
+        f"--decay_kind {cfg.decay_kind}: must be 0, 1 or 2": cfg.decay_kind not in (0, 1, 2),
+        f"--timestep_fraction {cfg.timestep_fraction}: must be at most 1": cfg.timestep_fraction > 1,
+        "--algorithm grpo: needs --rollout_steps 2 or more": cfg.algorithm == "grpo" and cfg.rollout_steps < 2,
+        "--consistency_seeds 1: a deviation needs two or more": cfg.consistency_seeds == 1,
         f"--stage {cfg.stage}: with these --joint and --semantic the stages are {', '.join(stages)}":
             cfg.stage not in ["all", *stages],
     }
@@ -1805,8 +1855,14 @@ def check_sizes(cfg) -> None:
 def start(cfg, wanted: list) -> tuple:
     """(model, vocab, finished, sizes) to begin with: what --output holds, else --pretrained, else fresh networks."""
     going_on = cfg.resume_from_checkpoint or cfg.stage != "all"
-    if going_on and (Path(cfg.output) / "model.safetensors").exists():
-        found = load_networks(cfg.output)[:4]
+    if going_on and (Path(cfg.output) / "config.json").exists():
+        *found, before = load_networks(cfg.output)
+        for name in ("image_size", "context"):
+            if getattr(before, name) != getattr(cfg, name):
+                raise UserError(f"--output {cfg.output}: was trained with --{name} {getattr(before, name)}; "
+                                "repeat that flag, or choose another --output")
+        if cfg.pretrained and not cfg.resume_from_checkpoint:
+            print(f"--pretrained {cfg.pretrained} is not read: {cfg.output} holds networks already", flush=True)
     elif cfg.pretrained:
         found = load_networks(cfg.pretrained)[:4] if is_ours(cfg.pretrained) else \
             load_release(cfg.pretrained, cfg.sana, cfg.ta_tok)
@@ -1826,6 +1882,9 @@ def start(cfg, wanted: list) -> tuple:
 def run_stage(name, cfg, run, faces, bank, model, vocab) -> list:
     """One stage from its start (or from state.pt) to its end; returns the rewards of stage 2."""
     torch.manual_seed(mix("stage", name, cfg.seed))                # fresh layers do not depend on what ran before
+    if name == "prior":                                            # it stands in for a release: one for all settings
+        fields = ("caption_share", "identity_share", "condition_dropout", "ce_on_text", "diffusion_weight")
+        cfg = dataclasses.replace(cfg, **{field: getattr(Train(), field) for field in fields})
     if name == "tokenizer":
         train_tokenizer(cfg, run, faces, model)
     elif name == "2":
@@ -1838,10 +1897,12 @@ def run_stage(name, cfg, run, faces, bank, model, vocab) -> list:
 def train(cfg: Train) -> None:
     check_sizes(cfg)
     wanted = plan(cfg) if cfg.stage == "all" else [cfg.stage]
-    run = Run(cfg, fresh=cfg.stage == "all" and not cfg.resume_from_checkpoint)
     faces = CaptionedFaces(cfg)
     if "2" in wanted:
         check_rewards(cfg)                                         # a missing network should not come out after days
+    if cfg.pretrained and Path(cfg.pretrained).resolve() == Path(cfg.output).resolve():
+        raise UserError(f"--pretrained {cfg.pretrained} is --output itself; go on there with --stage NAME")
+    run = Run(cfg, fresh=cfg.stage == "all" and not cfg.resume_from_checkpoint)
     torch.manual_seed(cfg.seed)
     model, vocab, finished, sizes = start(cfg, wanted)
     caption_room(vocab, model.tatok.count, cfg.context)
@@ -1854,6 +1915,8 @@ def train(cfg: Train) -> None:
     for name in wanted:
         if name in finished and (cfg.stage == "all" or cfg.resume_from_checkpoint):
             run.say(f"stage {name}: finished before, taken as it is")
+            if run.main and name == finished[-1] == wanted[-1] and not (Path(cfg.output) / "metrics.json").exists():
+                report(cfg, run, faces, model, vocab, name)        # it was stopped while measuring
             continue
         if cfg.bank and name != "tokenizer" and bank is None:
             bank = Bank(cfg, run, faces, model)
@@ -1958,7 +2021,7 @@ def report(cfg, run, faces, model, vocab, name: str) -> dict:
     parameters = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
     extra = dict(faces=len(found["hq"]), seconds=round(time.time() - run.started, 1), parameters=parameters,
                  peak_memory_gb=round(run.peak_memory_gb(), 2))
-    protocol = metrics.toy_protocol(cfg.data, cfg.degradation, len(found["hq"])) | dict(
+    protocol = metrics.toy_protocol(cfg.data, cfg.degradation, len(found["hq"]), cfg.readers) | dict(
         text=f"captions in the prompt: {cfg.text}; rewards see the true one", words=f"chosen by --ar {cfg.ar}",
         rewards="read by FaceReader weights/reader_b.safetensors; stage 2 optimises reader_a's and reader_c's",
         std_toy=f"deviation over {cfg.consistency_seeds} seeds per face, mean over {cfg.consistency_faces} faces")
@@ -1992,7 +2055,8 @@ def for_sampling(cfg: Sample) -> tuple:
     for layer in policy_layers(model.sana).values():
         layer.active = cfg.policy
     names = ("num_inference_steps", "solver", "guidance_scale", "ar", "top_p", "top_k", "temperature")
-    given = {name: getattr(cfg, name) for name in names if getattr(cfg, name)}
+    as_trained = ("num_inference_steps", "solver", "guidance_scale")              # 0 or "" keeps the run's own
+    given = {name: getattr(cfg, name) for name in names if getattr(cfg, name) or name not in as_trained}
     return model, vocab, dataclasses.replace(trained, **given)
 
 
@@ -2001,14 +2065,14 @@ def sample(cfg: Sample) -> None:
         raise UserError("--captions: goes not together with --caption, give one of them")
     captions = read_captions(cfg.captions)
     if not cfg.landmarks:
-        match_captions(captions, [p.name for p in list_images(cfg.input)] if captions else [], cfg.captions)
+        match_captions(captions, list_images(cfg.input) if captions else [], cfg.captions)
     captions |= {Path(name).stem: text for name, text in captions.items()}
     run = Run(cfg)
     model, vocab, trained = for_sampling(cfg)
     model.to(run.device).eval().requires_grad_(False)
     room = caption_room(vocab, model.tatok.count, trained.context)
 
-    def caption_of(stem):  # a photograph's faces share its caption
+    def told(stem):  # a photograph's faces share its caption
         photo = re.sub(r"_\d+$", "", stem) if cfg.landmarks else stem
         text = captions.get(photo, "") if cfg.captions else cfg.caption
         words = len(vocab.encode(" " + text))
@@ -2021,7 +2085,7 @@ def sample(cfg: Sample) -> None:
         # Every face gets the same noise, so that its result depends on the seed and not on its place in the folder.
         rng = torch.Generator().manual_seed(cfg.seed)
         with run.autocast():
-            cond = read_face(model, vocab, trained, lq, [caption_of(stem) for stem in stems], rng)
+            cond = read_face(model, vocab, trained, lq, [told(stem) for stem in stems], rng)
             noise = noise_like(model, trained, len(lq), rng, shared=True)
             return {"restored_faces": draw_face(model, trained, cond, noise)}
 
@@ -2059,13 +2123,13 @@ SHOWN = {
     "all": ("psnr", "ssim", "fid_toy", "deg_toy", "lmd_toy", "attr_toy", "reward_toy", "reward_std_toy", "deg_std_toy"),
     "text": ("psnr", "deg_toy", "lmd_toy", "attr_toy"),
     "reward": ("psnr", "quality_toy", "attr_toy", "deg_toy", "lmd_toy"),
-    "staging": ("psnr", "fid_toy", "deg_toy", "lmd_toy"), "grpo": ("reward_first", "reward_last", "deg_toy", "lmd_toy"),
+    "staging": ("psnr", "fid_toy", "deg_toy", "lmd_toy"), "grpo": ("reward_first_train_toy", "reward_last_train_toy", "reward_toy", "deg_toy", "lmd_toy"),
     "consistency": ("hps_std_toy", "pick_std_toy", "clip_std_toy", "lmd_std_toy", "deg_std_toy")}
 # Fields (with a trailing _ their beginnings) that change nothing before the named stage: it serves all rows.
 LATER_FIELDS = {
     "1.1": ("semantic", "semantic_", "joint", "joint_", "caption_share", "identity_share", "condition_dropout",
             "ce_on_text", "diffusion_weight", "train_caption_projection"),
-    "1.2": ("texture_", "vae_weight", "guessed_answers", "tie_connector_norm"),
+    "1.2": ("texture_", "vae_weight", "own_answers", "tie_connector_norm"),
     "2": ("algorithm", "preference_", "learning_rate", "updates_per_epoch", "rank", "lora_alpha", "groups", "group_",
           "rollout_", "timestep_", "nft_", "anchor", "decay_kind", "adv_clip", "kl_weight", "policy_", "grpo_",
           "rewards", "hps", "hps_", "clip", "clip_", "pick", "pick_", "identity_weight", "lpips_", "lmd_", "arcface",
@@ -2107,13 +2171,17 @@ def ablation_row(cfg, done: dict) -> dict:
         numbers |= consistency(cfg, run, model, vocab, found)
     if curve:
         tenth = max(1, len(curve) // 10)
-        numbers |= dict(reward_first=sum(curve[:tenth]) / tenth, reward_last=sum(curve[-tenth:]) / tenth)
+        numbers |= dict(reward_first_train_toy=sum(curve[:tenth]) / tenth,
+                        reward_last_train_toy=sum(curve[-tenth:]) / tenth)
+                        reward_last_train_toy=sum(curve[-tenth:]) / tenth)
     return dict(scores=numbers, curve=curve)
 
 
 def ablate(cfg: Ablate) -> None:
     """Each row trains only what it changes; the rest is shared by the rows of a seed."""
     check_sizes(cfg)
+    if cfg.pretrained:
+        raise UserError("--pretrained: ablate trains its own networks; leave it out")
     done = run_ablation(cfg, ABLATIONS, ablation_row)
     for table in dict.fromkeys(table for table, _, _ in ABLATIONS.values()):
         print_ablation({k: e for k, e in done.items() if ABLATIONS[e["row"]][0] == table}, ABLATIONS, SHOWN[table])
@@ -2122,7 +2190,7 @@ def ablate(cfg: Ablate) -> None:
 VERBS = {
     "train": (Train, {"toy": Train(), "paper": Train(**PAPER)}, train),
     "sample": (Sample, {}, sample),
-    "ablate": (Ablate, {"toy": Ablate(), "paper": Ablate(**PAPER)}, ablate),
+    "ablate": (Ablate, {"toy": Ablate()}, ablate),
 }
 
 if __name__ == "__main__":

@@ -890,7 +890,9 @@ GOOD = dict(source=[.9, .1] + [.1] * 10, target=[.9, .9] + [.1] * 10, edited=1, 
 
 
 @pytest.mark.parametrize("change, reason", [
-    (dict(target=[.9, .5] + [.1] * 10), "attribute: Smiling is 0.50"), (dict(sign=-1), "switched off"),
+    (dict(target=[.9, .5] + [.1] * 10), "attribute: Smiling is 0.50"), 
+    (dict(source=[.9, .9] + [.1] * 10, sign=-1), "switched off"), (dict(source=[.9, .8] + [.1] * 10), "was 0.80 already"),
+    (dict(target=[.9, .9] + [.1] * 9 + [math.nan]), "Wearing_Hat moved by nan"),
     (dict(target=[.5, .9] + [.1] * 10), "attribute: Young moved by 0.40"), (dict(identity=.39), "identity"),
     (dict(structure=.4), "SSIM"), (dict(shift=.2), "landmarks"), (dict(identity=math.nan), "identity")])
 def test_quality_check_rejects_what_it_must(change, reason):
@@ -898,6 +900,21 @@ def test_quality_check_rejects_what_it_must(change, reason):
     check = ab.quality_check(**GOOD | change)
     assert not check.accepted and len(check.reasons) == 1 and reason in check.reasons[0]
     assert set(check.scores) == {"before", "after", "leak", "identity", "structure", "shift"}
+
+
+def test_flow_edit_counts_its_steps_from_the_end():
+    """n_max beyond N is N, n_min beyond n_max is n_max: noise is always added before the target's own steps."""
+    seen = []
+    sigmas, x = torch.linspace(1, 0, 7), torch.ones(2, 3, 4)
+
+    def velocity(z, t, prompt):
+        seen.append((round(t[0].item(), 3), prompt, (z - (1 - t[0]) * x).abs().max().item() > 0.05))
+        return torch.zeros_like(z)
+    for n_max, n_min, first in ((2, 4, 2 / 6), (10, 10, 1.0), (9, 0, 1.0)):
+        seen.clear()
+        ab.flow_edit(velocity, x, "source", "target", sigmas, n_max, n_min, generator=torch.Generator().manual_seed(0))
+        assert seen[0][0] == round(first, 3) and ("source" in [s[1] for s in seen]) == (n_min == 0)
+        assert all(noisy for _, _, noisy in seen)
 
 
 def test_quality_check_forgives_siblings():
@@ -917,7 +934,7 @@ def test_sd3_edits_on_its_own_classes(tmp_path):
     (clip, t5), (clip2, _) = (tiny_text_encoders(CLIPTextModelWithProjection, 16) for _ in range(2))
     StableDiffusion3Pipeline(net, FlowMatchEulerDiscreteScheduler(shift=3.0), tiny_vae(), clip, tiny_tokenizer(77), clip2,
                              tiny_tokenizer(77), t5, tiny_tokenizer(256)).save_pretrained(tmp_path)
-    editor = ab.sd3_editor(str(tmp_path), 6, "cpu", torch.float32)
+    editor = ab.sd3_editor(str(tmp_path), 32, 6, "cpu", torch.float32)
     x = common.toy_faces([1, 2], [1, 2], size=32).image
     cfg = ab.Pairs(n_max=5, source_guidance=3.5, target_guidance=13.5)
     edit = lambda blend: ab.edit_faces(editor, cfg, blend, "cpu", x, ["a person"] * 2, ["a hat", "bangs"], [1, 2])

@@ -202,20 +202,61 @@ def test_broken_rows_are_counted_and_left_out(trained, tmp_path, capsys):
     good = [row for row in ab.read_pairs(folder / "pairs.jsonl")[0] if row["accepted"]]
     rows = [dict(good[0], target="target/absent.png"), dict(good[0], attribute="Horns"), dict(good[0], sign=0),
             dict(good[0], source_prompt=""), dict(good[0], target_prompt="a zebra"), dict(good[0], source=7),
-            dict(good[0], source_prompt=None), dict(good[0], source_prompt="a person " * 5000)]
+            dict(good[0], source_prompt=None), dict(good[0], source="x" * 5000),
+            dict(good[0], source_prompt="a person " * 5000)]
     text = "".join(json.dumps(row) + "\n" for row in rows) + "{\"half\n[]\n{}\n\n"
     (folder / "pairs.jsonl").write_text(text + "".join(json.dumps(row) + "\n" for row in good[:2]))
     found = ab.FilePairs(str(folder / "pairs.jsonl"), 32, ab.WordText(8, 24))
     said = capsys.readouterr().out
     assert len(found.rows) + len(found.held) == 2 and found.held
-    for part in ("missing file such as target/absent.png", "unknown attribute such as Horns", "neither 1 nor -1",
-                 "prompt that cannot be used", "1 row left out, not JSON", "2 rows left out, without all fields"):
+    for part in ("3 rows left out, with a missing or unreadable file, such as target/absent.png",
+                 "unknown attribute, such as Horns", "neither 1 nor -1",
+                 "4 rows left out, with a prompt that cannot be used", "1 row left out, not JSON", "2 rows left out, without all fields"):
         assert part in said, part
     (folder / "pairs.jsonl").write_text(text)
     assert "no accepted pair" in refused(capsys, "train", *TINY, "--prior", trained / "out", "-o", tmp_path / "o",
                                          "--pairs", folder / "pairs.jsonl")
     assert "--pairs" in refused(capsys, "train", *TINY, "--prior", trained / "out", "-o", tmp_path / "o",
                                 "--pairs", tmp_path / "absent.jsonl")
+
+
+def test_pairs_of_other_faces_are_not_mixed_and_broken_rows_do_not_end_the_report(trained, tmp_path, capsys):
+    """Names stand for one picture: other seeds, sizes or folders want another --output; a.png is not a.jpg."""
+    folder, faces = tmp_path / "pairs", tmp_path / "faces"
+    shutil.copytree(trained / "pairs", folder)
+    again = ["pairs", *LOOSE, *SHORT, "--checkpoint", trained / "out", "-o", folder, "--count", "8"]
+    before = (folder / "pairs.jsonl").read_bytes()
+    assert "--seed 0" in refused(capsys, *again, "--seed", "1") and (folder / "pairs.jsonl").read_bytes() == before
+    rows = ab.read_pairs(folder / "pairs.jsonl")[0]
+    good = next(row for row in rows if row["accepted"])
+    with open(folder / "pairs.jsonl", "a") as file:
+        for change in (dict(attribute="Horns"), dict(target=None), dict(target="../../etc/absent.png")):
+            file.write(json.dumps(dict(good, id="x", **change)) + "\n")
+    call(*again)
+    numbers = json.loads((folder / "metrics.json").read_text())
+    assert numbers["accepted"] == sum(row["accepted"] for row in rows) == numbers["measured"]
+    for name in ("a_b.png", "a/b.png", "a/b.jpg"):
+        common.write_image(faces / name, common.toy_faces(1, 1, size=32).image[0])
+    names = [name for name, _ in ab.source_faces(ab.Pairs(data=str(faces), image_size=32))]
+    assert sorted(names) == ["a%2Fb.jpg", "a%2Fb.png", "a_b.png"]
+
+
+def test_an_incomplete_flux_is_refused(flux, trained, tmp_path, capsys):
+    """A missing tensor would be drawn at random."""
+    broken = tmp_path / "flux"
+    shutil.copytree(flux, broken)
+    file = next((broken / "text_encoder_2").glob("*.safetensors"))
+    tensors = safetensors.torch.load_file(file)
+    gone = next(name for name in tensors if "layer_norm" in name)
+    safetensors.torch.save_file({n: t for n, t in tensors.items() if n != gone}, file, metadata={"format": "pt"})
+    said = refused(capsys, "sample", "-i", trained / "faces" / "00.png", "-o", tmp_path / "o", "--lora", tmp_path / "l",
+                   "--pretrained_model_name_or_path", broken, "--image_size", "32", "--text_length", "24")
+    assert "text_encoder_2" in said and "lacks weights" in said
+
+
+def test_ablate_does_not_resume_one_row_into_another(tmp_path, capsys):
+    said = refused(capsys, "ablate", *TINY, "-o", tmp_path, "--resume_from_checkpoint", "latest")
+    assert "ablate goes on by itself" in said
 
 
 def test_photographs_pairs_and_training_end_to_end(trained, tmp_path, capsys):
@@ -256,9 +297,9 @@ def test_paper_preset_on_a_flux_folder(trained, flux, tmp_path):
 
 def test_flux_edits_pairs_with_its_embedded_guidance(trained, flux, tmp_path):
     call("pairs", "--preset", "flux", "--pretrained_model_name_or_path", flux, *SHORT, *LOOSE, "-o", tmp_path,
-         "--count", "3", "--mixed_precision", "no", "--data", trained / "faces", *ANY)
+         "--count", "6", "--mixed_precision", "no", "--data", trained / "faces", *ANY)
     rows, _ = ab.read_pairs(tmp_path / "pairs.jsonl")
-    assert len(rows) == 6 and any(row["accepted"] for row in rows)
+    assert len(rows) == 12 and any(row["accepted"] for row in rows)
 
 
 def test_incomplete_flux_folders_are_named(flux, tmp_path, capsys, trained):
@@ -329,12 +370,12 @@ def test_bad_flags(capsys, trained, tmp_path):
     assert "needs --llm" in pairs("--verbaliser", "llm", "--checkpoint", trained / "out", "--image_size", "32")
     assert "multiple of 8" in pairs("--checkpoint", trained / "out", "--image_size", "36")
     assert "no pair was accepted" in pairs("--checkpoint", trained / "out", *SHORT, "--count", "1", "--min_identity", "2")
-    assert "loaded as SD3" in pairs("--editor", "sd3", "--pretrained_model_name_or_path", trained / "faces")
+    assert "loaded as SD3" in pairs("--editor", "sd3", "--pretrained_model_name_or_path", trained / "faces", *SHORT)
 
 
 def test_the_page_names_functions_and_flags_that_exist():
     page = (ROOT / "docs" / "a2bfr.md").read_text()
-    names = re.findall(r"\[`(\w+)`\]\(\.\./a2bfr\.py\)", page)
+    names = re.findall(r"\[`(\w+)`\]\(\.\./a2bfr\.py#L\d+\)", page)
     assert len(names) >= 12 and all(hasattr(ab, name) for name in names)
     commands = [line.split("   #")[0] for line in page.splitlines() if line.startswith("python a2bfr.py")]
     for command in commands:

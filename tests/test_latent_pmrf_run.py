@@ -157,11 +157,18 @@ def test_pmrf_release_loads_by_prefix(tmp_path, monkeypatch):
     nets, config = lp.load_networks(lp.Sample(input="x", checkpoint=str(tmp_path)))
     assert torch.equal(nets["flow"].patch_in.proj.weight, flow.patch_in.proj.weight)
     assert config.space == "pixel" and config.image_size == 512
-    shadows = [torch.full_like(p, 0.5) for p in flow.parameters()]
+    # The averages are a list in the order in which k-diffusion registers its parameters.
+    names = [n for n, _ in flow.named_parameters() if n.startswith("mapping.")]
+    block = [f"mapping.blocks.{i}.{n}" for i in (0, 1) for n in ("norm.scale", "up_proj.weight", "down_proj.weight")]
+    assert names == ["mapping.in_norm.scale", *block, "mapping.out_norm.scale"]
+    shadows = [torch.full_like(p, i) for i, p in enumerate(flow.parameters())]
     torch.save({"state_dict": state, "ema": {"shadow_params": shadows, "decay": 0.9999}}, tmp_path / "last.ckpt")
     averaged = lp.load_pmrf(tmp_path / "last.ckpt")["flow"]
-    assert all((p == 0.5).all() for p in averaged.parameters())
+    assert all((p == i).all() for i, p in enumerate(averaged.parameters()))
     assert torch.equal(averaged.time_emb.weight, flow.time_emb.weight)
+    torch.save({"state_dict": state, "ema": shadows[:-1]}, tmp_path / "short.ckpt")
+    with pytest.raises(common.UserError, match="not those of this flow"):
+        lp.load_pmrf(tmp_path / "short.ckpt")
 
 
 # ---------------------------------------------------------------- bad input

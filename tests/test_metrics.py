@@ -1,5 +1,6 @@
-"""Metrics against closed forms, loops, numpy and scipy; measuring networks against short rewrites."""
+"""Metrics against closed forms, loops, numpy and scipy; measuring networks against short rewrites; the program."""
 import itertools
+import json
 import math
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
+import torchvision
 
+import common
 import metrics
 
 f64 = torch.float64
@@ -59,6 +62,68 @@ def test_ssim_equals_a_gaussian_window_loop_on_grey_images():
         got = number(metrics.ssim(x.expand(-1, 3, -1, -1), y.expand(-1, 3, -1, -1)))
         luma = [(16 + 219 * v) / 255 for v in (x, y)]
         assert min(abs(got - slow_ssim(x, y)), abs(got - slow_ssim(*luma))) < 1e-4
+
+
+def test_ms_ssim_is_the_product_over_halved_images():
+    """Two scales by hand: mean structure of the first to the power w_1, SSIM of the second to w_2, w rescaled."""
+    a = torch.rand(1, 1, 44, 44, dtype=f64)
+    b = (a + .1 * torch.randn_like(a)).clamp(0, 1)
+    x, y = [metrics.luma(v.expand(-1, 3, -1, -1)) for v in (a, b)]
+    window = torch.exp(-(torch.arange(11, dtype=f64) - 5) ** 2 / (2 * 1.5 ** 2))
+    window = torch.outer(window, window) / window.sum() ** 2
+    blur = lambda v: F.conv2d(v, window[None, None])
+    cov = blur(x * y) - blur(x) * blur(y)
+    structure = (2 * cov + .03 ** 2) / (blur(x * x) - blur(x) ** 2 + blur(y * y) - blur(y) ** 2 + .03 ** 2)
+    halves = [F.interpolate(v, scale_factor=.5, mode="area") for v in (x, y)]
+    w = .0448 / (.0448 + .2856)
+    want = structure.mean().item() ** w * slow_ssim(*halves) ** (1 - w)
+    got = metrics.ms_ssim(a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1), scales=2)
+    assert number(got) == pytest.approx(want, abs=1e-9)
+    big = torch.rand(1, 3, 176, 176)
+    assert number(metrics.ms_ssim(big, big)) == pytest.approx(1)
+    with pytest.raises(ValueError, match="scales"):
+        metrics.ms_ssim(a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1))
+
+
+def test_indrmse_is_a_root_per_image():
+    a = torch.zeros(2, 3, 4, 4)
+    b = torch.stack([torch.full((3, 4, 4), .1), torch.full((3, 4, 4), .3)])
+    assert metrics.ind_rmse(a, b).tolist() == pytest.approx([.1, .3])
+
+
+def test_fid_inception_equals_torchvision_with_other_pooling(tmp_path):
+    """Blocks written out once more: averages without the padding, the maximum in the very last; counters may lack."""
+    net = redraw(torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False))
+    state = {n: t for n, t in net.state_dict().items() if "num_batches" not in n}
+    torch.save(state, tmp_path / "w.pth")
+    features = metrics.FIDInception(tmp_path / "w.pth")
+    x = torch.rand(2, 3, 299, 299)
+
+    def block(m, v, pool):
+        if hasattr(m, "branch5x5_1"):                              # 35 x 35
+            parts = [m.branch1x1(v), m.branch5x5_2(m.branch5x5_1(v)),
+                     m.branch3x3dbl_3(m.branch3x3dbl_2(m.branch3x3dbl_1(v)))]
+        elif hasattr(m, "branch7x7_1"):                            # 17 x 17
+            parts = [m.branch1x1(v), m.branch7x7_3(m.branch7x7_2(m.branch7x7_1(v)))]
+            v5 = m.branch7x7dbl_1(v)
+            for i in range(2, 6):
+                v5 = getattr(m, f"branch7x7dbl_{i}")(v5)
+            parts.append(v5)
+        else:                                                      # 8 x 8
+            a, b = m.branch3x3_1(v), m.branch3x3dbl_2(m.branch3x3dbl_1(v))
+            parts = [m.branch1x1(v), m.branch3x3_2a(a), m.branch3x3_2b(a), m.branch3x3dbl_3a(b), m.branch3x3dbl_3b(b)]
+        return torch.cat([*parts, m.branch_pool(pool(v))], 1)
+
+    average = lambda v: F.avg_pool2d(v, 3, 1, 1, count_include_pad=False)
+    with torch.no_grad():
+        v = (x * 255 - 128) / 128
+        for name in "Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 maxpool1 Conv2d_3b_1x1 Conv2d_4a_3x3 maxpool2".split():
+            v = getattr(net, name)(v)
+        for name in "5b 5c 5d 6a 6b 6c 6d 6e 7a 7b 7c".split():
+            pool = (lambda v: F.max_pool2d(v, 3, 1, 1)) if name == "7c" else average
+            m = getattr(net, f"Mixed_{name}")
+            v = m(v) if name in ("6a", "7a") else block(m, v, pool)
+        torch.testing.assert_close(features(x), v.mean((2, 3)), rtol=1e-4, atol=1e-5)
 
 
 def samples(mean, covariance, n=64):
@@ -386,3 +451,72 @@ def test_a_reader_is_a_smooth_loss():
     for output in (reader(x).identity, reader(x).attributes, reader(x).heatmaps, reader(x).quality, reader.features(x)):
         (gradient,) = torch.autograd.grad(output.square().sum(), x)
         assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+# ---------------------------------------------------------------- the program
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Three toy faces and the same with noise, one of them untouched."""
+    clean = common.toy_faces([1, 2, 3], [1, 2, 3], size=64).image
+    for i, image in enumerate(clean):
+        common.write_image(tmp_path / "clean" / f"{i}.png", image)
+        common.write_image(tmp_path / "restored" / f"{i}.png", image + .2 * torch.randn_like(image) * (i > 0))
+    return tmp_path
+
+
+def measured(capsys, *argv):
+    metrics.main([str(a) for a in argv])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        metrics.main([str(a) for a in argv])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and lines[-1].startswith("error") and not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+def test_program_leaves_identical_pairs_out_of_the_mean(folders, capsys):
+    found = measured(capsys, folders / "restored", "--reference", folders / "clean")
+    read = lambda name, i: common.read_image(folders / name / f"{i}.png")[None] / 2 + .5
+    want = [number(metrics.psnr(read("restored", i), read("clean", i))) for i in (1, 2)]
+    assert found["psnr"] == pytest.approx(sum(want) / 2) and found["protocol"]["N"]["psnr"] == 2
+    assert found["protocol"]["N"]["ssim"] == 3 and "deg_toy" in found           # 64 px: the toy reader looks as well
+
+
+def test_program_with_weights(folders, capsys):
+    """Random networks in the released formats: AlexNet for LPIPS (too coarse below 31 px), FAN, sets of one picture."""
+    weights = folders / "weights"
+    weights.mkdir()
+    torch.save(torchvision.models.alexnet(weights=None).state_dict(), weights / "alexnet-owt-7be5be79.pth")
+    state = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    torch.save(state.state_dict(), weights / "pt_inception-2015-12-05-6726825d.pth")
+    found = measured(capsys, folders / "restored", "--reference", folders / "clean", "--weights", weights,
+                     "--real_set", folders / "clean" / "0.png")
+    assert found["lpips"] > 0 and found["protocol"]["N"]["lpips"] == 3
+    assert found["fid_gt"] > 0 and "one picture" in found["skipped"]["fid_real"]
+    assert "pt_inception" in found["protocol"]["fid_gt"]
+    small = common.toy_faces([1], [1], size=20).image[0]
+    common.write_image(folders / "small" / "a.png", small)
+    found = measured(capsys, folders / "small", "--reference", folders / "small", "--weights", weights)
+    assert found["lpips"] is None and found["protocol"]["N"]["lpips"] == 0
+
+
+def test_program_refuses_in_one_line(folders, capsys):
+    ask = [folders / "restored", "--reference", folders / "clean"]
+    assert "no such" in refused(capsys, folders / "nope", "--reference", folders / "clean")
+    assert "no such" in refused(capsys, *ask, "--weights", folders / "nope")
+    assert "no such" in refused(capsys, *ask, "--real_set", folders / "nope")
+    (folders / "w" / "dinov2-large").mkdir(parents=True)
+    assert "not a readable folder of DINOv2" in refused(capsys, *ask, "--weights", folders / "w")
+    (folders / "w2").mkdir()
+    (folders / "w2" / "alexnet-owt-7be5be79.pth").write_bytes(b"no weights")
+    assert "alexnet-owt-7be5be79.pth" in refused(capsys, *ask, "--weights", folders / "w2")
+    common.write_image(folders / "restored" / "1.png", torch.zeros(3, 32, 32))
+    assert "resize one of the folders" in refused(capsys, *ask)
+    (folders / "restored" / "1.png").unlink()
+    (folders / "restored" / "2.png").write_text("no picture")
+    assert "2.png" in refused(capsys, *ask)

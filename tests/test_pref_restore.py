@@ -588,7 +588,12 @@ def test_lora_in_pefts_layout_is_w_plus_scaled_b_a(policies, tmp_path):
     torch.testing.assert_close(call(plain), call(sana))
     other = copy.deepcopy(merged)
     del other.transformer_blocks[1]
-    pr.load_peft(other, str(tmp_path / "lora"))                                              # fewer blocks: a subset
+    with pytest.raises(common.UserError, match="16 unknown weights"):                        # fewer blocks: another SANA
+        pr.load_peft(other, str(tmp_path / "lora"))
+    rescaled = copy.deepcopy(plain)
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(dict(config, lora_alpha=2)))
+    pr.load_peft(rescaled, str(tmp_path / "lora"))                                           # over layers of another scale
+    assert {layer.scale.item() for layer in pr.policy_layers(rescaled).values()} == {.5}
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
     with pytest.raises(common.UserError, match="adapter_config.json"):
         pr.load_peft(plain, str(tmp_path / "lora"))
@@ -664,15 +669,23 @@ def test_condition_is_semantic_then_texture_tokens(whole):
     torch.testing.assert_close(cond[:, 5:], model.texture(model.sana.patch_embed(z)))
 
 
-def test_guessed_answers_replace_whole_rows_by_what_the_model_expects(whole):
-    _, model, vocab, batch = whole
+def test_own_answers_are_those_of_inference(whole):
+    """A share of the rows is written word after word as at inference; the states over them are then inference's too."""
+    cfg, model, vocab, batch = whole
     source, answer = torch.randint(16, (2, 4, 4))
-    s = pr.build_sequence(vocab, source, [""] * 4, answer)
-    states = model.integrator(s)
-    assert torch.equal(pr.guess_answers(model, vocab, states, s.start, answer, 0.), answer)
-    guess = pr.guess_answers(model, vocab, states, s.start, answer, 1.)
-    tokens, _ = model.integrator.generate(pr.build_sequence(vocab, source, [""] * 4), vocab, 4)
-    assert torch.equal(guess[:, 0], tokens[:, 0])  # the first word has no past
+    batch = dict(batch, caption=["", "a person", "", "a hat"], tasks=["restore"] * 4)
+    write = lambda share: pr.write_answers(model, vocab, dataclasses.replace(cfg, own_answers=share), batch, source, answer)
+    assert torch.equal(write(0.), answer)
+    prompt = pr.build_sequence(vocab, source, batch["caption"], context=cfg.context)
+    tokens, states = model.integrator.generate(prompt, vocab, 4)
+    assert torch.equal(write(1.), tokens) and not torch.equal(tokens, answer)
+    seen, sequence = pr.teacher_forced(model, vocab, cfg, batch, source, tokens)
+    torch.testing.assert_close(pr.answer_states(seen, sequence.start, 4), states, rtol=1e-4, atol=1e-5)
+    torch.manual_seed(5)
+    own = torch.rand(4) < .5
+    torch.manual_seed(5)
+    some = write(.5)
+    assert own.any() and not own.all() and torch.equal(some[own], tokens[own]) and torch.equal(some[~own], answer[~own])
 
 
 # ---------------------------------------------------------------- rewards
@@ -969,3 +982,37 @@ def test_ablation_rows_share_what_they_do_not_change():
     other = dataclasses.replace(base, texture_steps=7)                                       # not the field `text`
     assert [differ(base, other, s) for s in ("1.1", "1.2")] == [False, True]
     assert not differ(base, dataclasses.replace(base, semantic=False, stage="1.2"), "prior")
+
+
+def test_captions_are_told_apart_by_folder(tmp_path, capsys):
+    """Sub-folders are people: anna/1.png is not bob/1.png; a name alone counts where it is the only one."""
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"anna/1.png": "a woman", "bob/1.png": "a man", "/elsewhere/2.png": "an older person"}))
+    captions = pr.read_captions(str(file))
+    told = lambda name: pr.caption_of(captions, tmp_path / name)
+    assert [told(n) for n in ("anna/1.png", "bob/1.png", "carl/1.png", "carl/2.png")] == ["a woman", "a man", "", "an older person"]
+    pr.match_captions(captions, [tmp_path / "anna" / "1.png", tmp_path / "carl" / "1.png"], str(file))
+    said = capsys.readouterr().out
+    assert "1 of 2 pictures have none" in said and "2.png" in said
+
+
+def test_qwen_sizes_read_the_base_of_the_rotations_in_either_layout():
+    new = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "hidden_size": 64}
+    assert pr.qwen_sizes(new)["rope_parameters"]["rope_theta"] == 5e5 and pr.qwen_sizes(new)["hidden_size"] == 64
+    assert pr.qwen_sizes({"rope_theta": 1000000})["rope_parameters"]["rope_theta"] == 1e6
+    assert pr.qwen_sizes({})["rope_parameters"]["rope_theta"] == 1e6
+
+
+def test_visual_words_are_the_same_in_every_precision(whole):
+    _, model, _, batch = whole
+    plain = model.tatok.encode(batch["hq"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.tatok.encode(batch["hq"]), plain)
+
+
+def test_an_update_logs_the_mean_of_its_pieces():
+    logged, stage = [], SimpleNamespace(accumulate=1, scaler=SimpleNamespace(scale=lambda loss: loss))
+    weight = torch.ones(1, requires_grad=True)
+    stage.update = lambda total, **kw: (total.backward(), logged.append(kw["loss"].item()))
+    pr.learn(stage, [[(1.,), (2.,), (6.,)]], lambda v: (weight * v).sum(), {})
+    assert logged == [pytest.approx(3.)] and weight.grad.item() == pytest.approx(3.)

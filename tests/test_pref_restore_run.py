@@ -1,5 +1,6 @@
 """pref_restore.py as a program: stages, resume, captions, released layouts, wrong flags. Tiny, no download."""
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -117,7 +118,8 @@ def test_training_on_a_folder_with_captions(trained, tmp_path, capsys):
     (tmp_path / "c.json").write_text(json.dumps({"00.png": "a young person", "absent.png": "an older person"}))
     call("train", *TINY, "-o", tmp_path / "out", "--data", trained / "faces", "--captions", tmp_path / "c.json",
          "--bank", "0")
-    assert "1 of its 2 pictures are not in the folder" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 of its pictures are not in the folder, left out (e.g. absent.png)" in said and "5 of 6 pictures have none" in said
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["faces"] == 1
 
 
@@ -162,7 +164,10 @@ def test_parts_from_diffusers_and_transformers_folders(trained, tmp_path):
     files = {name: str(tmp_path / file) for name, file in dict(llm="qwen", sana="sana", ta_tok="ta_tok.pth").items()}
     cfg = pr.Train(**files, image_size=32)
     built, words, finished, _ = pr.build(cfg)
-    assert built.integrator.llm.embed_tokens.weight.shape == (vocab.size, 32) and finished == ["tokenizer"]
+    assert built.integrator.llm.embed_tokens.weight.shape == (vocab.size, 32) and finished == ["tokenizer", "prior"]
+    assert built.integrator.llm.config.rope_parameters["rope_theta"] == 1e4         # as its config.json says
+    with pytest.raises(common.UserError, match="--ta_tok is missing"):
+        pr.build(dataclasses.replace(cfg, ta_tok=""))
     for part in ("tatok", "sana", "vae"):
         assert same(getattr(built, part).state_dict(), getattr(model, part).state_dict())
     assert words.first_code == vocab.first_code
@@ -179,13 +184,17 @@ def test_bad_captions(capsys, trained, tmp_path):
         bad.write_text(text)
         assert "wants JSON of the form" in go(bad), text
     bad.write_text(json.dumps([{"image": "x.png", "caption": "y"}]))
-    assert "none of its 1 pictures" in go(bad)
+    assert "no caption for any picture" in go(bad)
     assert "--caption" in go(bad, "--caption", "also")
 
 
 def test_bad_flags(capsys, trained, tmp_path):
     go = lambda *flags: refused(capsys, "train", *TINY, "-o", tmp_path / "o", *flags)
     assert "--group_size 1" in go("--group_size", "1")
+    assert "--decay_kind 7" in go("--decay_kind", "7") and "at most 1" in go("--timestep_fraction", "1.5")
+    assert "--consistency_seeds 1" in go("--consistency_seeds", "1")
+    assert "--rollout_steps 2" in go("--algorithm", "grpo", "--rollout_steps", "1")
+    assert "itself" in go("--pretrained", tmp_path / "o") and not (tmp_path / "o.1").exists()
     assert "--token_side 3" in go("--token_side", "3") and "--nft_beta 0" in go("--nft_beta", "0")
     assert "--groups 0" in go("--groups", "0")
     assert "--vae_widths" in go("--vae_widths", "16", "16", "40")
