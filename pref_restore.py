@@ -2123,7 +2123,8 @@ SHOWN = {
     "all": ("psnr", "ssim", "fid_toy", "deg_toy", "lmd_toy", "attr_toy", "reward_toy", "reward_std_toy", "deg_std_toy"),
     "text": ("psnr", "deg_toy", "lmd_toy", "attr_toy"),
     "reward": ("psnr", "quality_toy", "attr_toy", "deg_toy", "lmd_toy"),
-    "staging": ("psnr", "fid_toy", "deg_toy", "lmd_toy"), "grpo": ("reward_first_train_toy", "reward_last_train_toy", "reward_toy", "deg_toy", "lmd_toy"),
+    "staging": ("psnr", "fid_toy", "deg_toy", "lmd_toy"),
+    "grpo": ("reward_first_train_toy", "reward_last_train_toy", "reward_toy", "deg_toy", "lmd_toy"),
     "consistency": ("hps_std_toy", "pick_std_toy", "clip_std_toy", "lmd_std_toy", "deg_std_toy")}
 # Fields (with a trailing _ their beginnings) that change nothing before the named stage: it serves all rows.
 LATER_FIELDS = {
@@ -2172,7 +2173,6 @@ def ablation_row(cfg, done: dict) -> dict:
     if curve:
         tenth = max(1, len(curve) // 10)
         numbers |= dict(reward_first_train_toy=sum(curve[:tenth]) / tenth,
-                        reward_last_train_toy=sum(curve[-tenth:]) / tenth)
                         reward_last_train_toy=sum(curve[-tenth:]) / tenth)
     return dict(scores=numbers, curve=curve)
 
