@@ -1140,6 +1140,12 @@ class Faces:
             self.cache[path] = image
         return self.cache[path] / 127.5 - 1
 
+    def readable(self, path) -> bool:
+        try:
+            return self.load(path) is not None
+        except UserError:
+            return False
+
     def read(self, paths, seeds) -> dict:
         """hq, identity, seeds, paths of the files that can be read; the others are named and left out."""
         images, people, kept, read = [], [], [], []
@@ -1171,9 +1177,16 @@ class Faces:
         orders = {e: torch.randperm(len(self.files), generator=torch.Generator().manual_seed(mix("epoch", seed, e)))
                   for e in set((places // len(self.files)).tolist())}
         paths = [self.files[orders[p // len(self.files)][p % len(self.files)]] for p in places.tolist()]
-        batch = self.read(paths, seeds)
+        try:
+            batch = self.read(paths, seeds)
+        except UserError:                                         # a batch of damaged pictures: the nearest whole one
+            turn = self.files[self.files.index(paths[0]):] + self.files
+            whole = next((path for path in turn if self.readable(path)), None)
+            if whole is None:
+                raise
+            batch = self.read([whole], seeds[:1])
         flip = (batch["seeds"] % 2 == 0).view(-1, 1, 1, 1)
-        return dict(batch, hq=torch.where(flip, batch["hq"].flip(-1), batch["hq"]))
+        return dict(batch, hq=torch.where(flip, batch["hq"].flip(-1), batch["hq"]), flipped=flip.flatten())
 
     def held_out(self, count: int, split: str = "test") -> dict:
         """`count` faces never trained on, always the same; `split` "val" or "test" (a folder has one held-out set)."""
@@ -1199,7 +1212,15 @@ class Endless(torch.utils.data.Dataset):
         self.batch_at = batch_at
 
     def __getitem__(self, number: int):
-        return self.batch_at(number)
+        try:
+            return self.batch_at(number)
+        except UserError as error:  # a worker would wrap it into its traceback
+            return error
+
+
+def ignore_interrupts(worker: int) -> None:
+    """In a loader's process: Ctrl-C is the main process' business, which ends the step and saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------------------------ run plumbing
@@ -1278,8 +1299,12 @@ class Run:
     def log(self, **row) -> None:
         """One line of log.jsonl."""
         if self.main:
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(row, default=str) + "\n")
+            try:
+                with open(self.folder / "log.jsonl", "a") as file:
+                    file.write(json.dumps(row, default=str) + "\n")
+            except OSError as error:
+                raise UserError(f"{self.folder}/log.jsonl: cannot be written ({error.strerror}); free space, then "
+                                "--resume_from_checkpoint latest") from None
 
     def start_log(self) -> None:
         """First line of every run: the command, its settings and the versions, enough to repeat it."""
@@ -1417,7 +1442,7 @@ class Stage:
         workers = getattr(cfg, "num_workers", 0)
         loader = iter(torch.utils.data.DataLoader(
             Endless(batch_at), batch_size=None, sampler=range(first * pieces, self.last * pieces),
-            num_workers=workers, persistent_workers=False))
+            num_workers=workers, worker_init_fn=ignore_interrupts if workers else None))
         bar = tqdm(total=self.last, initial=first, desc=self.name, dynamic_ncols=True,
                    disable=not (run.main and sys.stderr.isatty()))
         begun = logged = time.time()
@@ -1428,6 +1453,8 @@ class Stage:
                     asked = time.time()
                     batch = next(loader)
                     waited += time.time() - asked
+                    if isinstance(batch, UserError):
+                        raise batch
                     batch = {k: v.to(run.device) if torch.is_tensor(v) else v for k, v in batch.items()}
                     torch.manual_seed(mix(self.name, cfg.seed, self.step, self.micro, run.rank))
                     yield self.step, batch
@@ -1469,9 +1496,8 @@ class Stage:
         for group, base in zip(chosen.param_groups, self.base_lr[key]):
             group["lr"] = base * (self.lr_at(self.step) if self.lr_at else 1)
         self.scaler.unscale_(chosen)
-        if cfg.max_grad_norm:
-            norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
-            self.history[-1][1]["grad_norm"] = norm.detach()
+        norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm or math.inf)
+        self.history[-1][1]["grad_norm"] = norm.detach()          # also without clipping: a NaN must not be saved
         self.scaler.step(chosen)
         self.scaler.update()
         chosen.zero_grad(set_to_none=True)
@@ -1531,6 +1557,9 @@ class Stage:
                             "--resume_from_checkpoint wants a state.pt or its folder")
         if state["stage"] != self.name:
             return
+        if (set(state["optimizers"]) != set(self.optimizers)
+                or state.get("config", {}).get("optimizer") != getattr(self.run.cfg, "optimizer", None)):
+            raise UserError(f"{path}: made with other optimisers; resume with the flags of that run")
         for key, tensors in self.trained.items():
             saved = state["modules"].get(key, {})
             wrong = [n for n in tensors if n not in saved or saved[n].shape != tensors[n].shape]
@@ -1797,16 +1826,19 @@ def load_lora(module: nn.Module, path, prefix: str = "transformer.") -> None:
 
 # ------------------------------------------------------------------------------------------------ restoring
 
-def restore_folder(cfg, restore, size: int, device) -> int:
+def restore_folder(cfg, restore, size: int, device, shown=None) -> int:
     """`sample` without its network: read, restore in batches, write; returns the number of faces restored.
 
     cfg has input, output, batch_size, landmarks, reference. `restore(lq (B, 3, size, size), stems)` gives {folder:
     images of that shape}, at least "restored_faces"; `stems` are the B output names. With cfg.landmarks whole
     photographs go in and come out in restored_photos/, and the stems of a photo's faces end in _00, _01, ...
+    `shown(stem)` gives pictures (N, 3, size, size) for cmp/, instead of the file of that name in cfg.reference.
     """
     out, faces, done = Path(cfg.output), [], 0
     points = read_landmarks(cfg.landmarks) if cfg.landmarks else None
-    references = {p.stem: p for p in list_images(cfg.reference)} if cfg.reference else {}
+    references = {p.stem: p for p in list_images(cfg.reference)} if cfg.reference and not shown else {}
+    if Path(cfg.input).resolve() == (out / "restored_faces").resolve():
+        raise UserError(f"--input {cfg.input}: would be overwritten by the results; choose another --output")
     stems: set = set()
     files = list_images(cfg.input)
     for number, path in enumerate(files):
@@ -1822,7 +1854,7 @@ def restore_folder(cfg, restore, size: int, device) -> int:
             for i, face in enumerate(batch):
                 for folder, images in results.items():
                     write_image(out / folder / f"{face['stem']}.png", images[i])
-                columns = [face["lq"], results["restored_faces"][i].cpu()]
+                columns = [face["lq"], results["restored_faces"][i].cpu(), *(shown(face["stem"]) if shown else ())]
                 try:
                     if points is None and face["path"].stem in references:
                         columns.append(read_image(references[face["path"].stem], size))
@@ -1893,7 +1925,11 @@ def print_table(rows: dict) -> None:
 def read_curves(path, names: tuple) -> dict:
     """{"stage: loss": [(step, value)]} of log.jsonl for the losses `names`; of a step written twice the last counts."""
     curves: dict = {}
-    for row in map(json.loads, Path(path).read_text().splitlines()):
+    for line in Path(path).read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # a disk that was full cut it short
+            continue
         for name in (n for n in names if n in row):
             curves.setdefault(f"{row['stage']}: {name}", {})[row["step"]] = row[name]
     return {name: sorted(points.items()) for name, points in curves.items()}
@@ -2071,7 +2107,10 @@ def check_numbers(cfg) -> None:
             if isinstance(number, (int, float)) and not isinstance(number, bool):
                 if not math.isfinite(number) or number < 0:
                     raise UserError(f"--{field.name} {number}: must be a finite number, 0 or more")
-                counts = r"_size|(?<!warmup_)steps$|^seeds$|widths|channels|^rank$|faces"
+                if field.name == "seed" and number >= 2 ** 63:
+                    raise UserError(f"--seed {number}: must be below 2 ** 63")
+                counts = (r"_size|(?<!warmup_)steps$|^seeds$|widths?$|channels|rank$|faces|_crop$|_codes$|_dim$|_layers$"
+                          r"|multiples|^max_references$")
                 if number == 0 and field.default != 0 and re.search(counts, field.name):
                     raise UserError(f"--{field.name} 0: must be at least 1")
 

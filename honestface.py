@@ -98,7 +98,7 @@ class Train(TrainFlags):
     association_weight: float = 1.0        # of the association loss, 0 in the first half of the stage
     vre_double_normalise: bool = False     # feed [-3, 1] as OSDFace's released code does; set for its weights
     # one-step restorer
-    timestep: int = 399                    # T_L [UNSTATED in the paper, OSDFace's code]
+    timestep: int = 399                    # T_L [UNSTATED: OSDFace's code]
     latent_sample: bool = True             # z_L is a sample of the VAE's posterior, as in OSDFace's code; else its mean
     lora_rank: int = 32                    # r; paper 16
     lora_alpha: float = 32.0               # the update is scaled by alpha / r; paper 16
@@ -109,9 +109,9 @@ class Train(TrainFlags):
     mfa_sharpness: float = 10.0            # k of Eq. 11
     mfa_from: typing.Literal["lq", "hq"] = "lq"  # whose heatmaps make the mask; paper lq
     eye_crop: int = 16                     # pixels an eye is resampled to; 80 at 512 px
-    max_references: int = 4                # photographs of the person per face, drawn from 1 to this
-    reference_dropout: float = 0.1         # share of faces restored without any reference
-    mse_weight: float = 4.0                # weights of the losses; UNSTATED, see the docs
+    max_references: int = 4                # photographs of the person per face, drawn from 1 to this [UNSTATED: ours]
+    reference_dropout: float = 0.1         # share of faces restored without any reference [UNSTATED: ours]
+    mse_weight: float = 4.0                # of the squared error [UNSTATED: all weights are ours, see the docs]
     perceptual_weight: float = 1.0         # of EA-DISTS
     identity_weight: float = 0.3           # of the identity loss
     mfa_weight: float = 1.0                # of masked face alignment
@@ -126,7 +126,7 @@ class Sample(SampleFlags):
     """Restore faces with trained weights, with photographs of the same person if there are any."""
     output: str = "results/honestface"     # folder for restored_faces/, cmp/ and args.json
     checkpoint: str = "runs/honestface"    # output folder of a training run, or a folder of OSDFace's released weights
-    reference: str = ""                    # photographs of the person: pictures, or a sub-folder named like each input
+    reference: str = ""                    # aligned photos of the person: pictures, or a sub-folder named as each input
     max_references: int = 4                # photographs used per face
     pretrained_model_name_or_path: str = ""  # Stable Diffusion 2.1 base (default: the one the checkpoint names)
     readers: str = ""                      # as in training (default: where the checkpoint says)
@@ -370,7 +370,8 @@ def code_distances(features, codebook):
     """Squared distances (B, h w, N) of every position (B, C, h, w) to every codeword (N, C)."""
     x = features.flatten(2).transpose(1, 2).float()
     book = codebook.float()
-    return x.square().sum(-1, keepdim=True) - 2 * x @ book.T + book.square().sum(-1)
+    with torch.autocast(x.device.type, enabled=False):            # a difference of large numbers: not in bf16
+        return x.square().sum(-1, keepdim=True) - 2 * x @ book.T + book.square().sum(-1)
 
 
 def vector_quantize(features, codebook, beta: float = 0.25):
@@ -511,8 +512,8 @@ class FaceIdentityEncoder(nn.Module):
 
     embeddings (B, N, id_dim) unit vectors, mask (B, N) True where there is a photograph -> (B, tokens, dim). Learnt
     queries weigh the photographs; the pooled values are the raw embeddings, so that the recogniser's space is not
-    bent. No order, no padding matters. One photograph would give equal tokens: each slot has its own embedding and
-    projection gain. Rows without any photograph give learnt null tokens.
+    bent. No order, no padding matters. One photograph would give equal tokens: each slot has its own embedding.
+    Rows without any photograph give learnt null tokens.
     """
 
     def __init__(self, id_dim: int = 512, tokens: int = 7, dim: int = 1024):
@@ -599,7 +600,7 @@ def read_references(eyes_on, lq_landmarks, references, present) -> Reference:
     embeddings = eyes_on.recogniser(flat).float().unflatten(0, (batch, count))
     landmarks = eyes_on.detector.landmarks(flat).float().unflatten(0, (batch, count))
     chosen = torch.zeros(batch, dtype=torch.long, device=flat.device)
-    frame = list(metrics.EYES_AND_BROWS)                          # only eyes are taken from it
+    frame = list(metrics.EYES_AND_BROWS)                          # UNSTATED: which points; only eyes are taken from it
     for i, row in enumerate(present.cpu()):
         places = row.nonzero().flatten()
         if len(places):
@@ -735,9 +736,10 @@ class ReaderDISTS(metrics.DISTS):
     def __init__(self, reader):
         nn.Module.__init__(self)
         self.reader = reader
-        widths = [3] + [stage.shape[1] for stage in reader.stages(torch.zeros(1, 3, 64, 64))]
+        probe = torch.zeros(1, 3, 64, 64, device=next(reader.parameters()).device)
+        widths = [3] + [stage.shape[1] for stage in reader.stages(probe)]
         for name, sums in (("alpha", self.ALPHA), ("beta", self.BETA)):
-            self.register_buffer(name, torch.cat([torch.full((n,), s / n) for n, s in zip(widths, sums)]))
+            self.register_buffer(name, torch.cat([torch.full((n,), s / n) for n, s in zip(widths, sums)]).to(probe))
 
     def stages(self, x):
         return [x] + [stage.float() for stage in self.reader.stages(x * 2 - 1)]
@@ -936,6 +938,8 @@ def draw_references(faces: Faces, people: dict, batch: dict, count: int) -> tupl
                 images[i, j], present[i, j] = faces.load(others[place]), True
             except UserError as error:
                 print(f"skipped: {error}", flush=True)
+    if "flipped" in batch:                                        # the eyes of a mirrored face change places
+        images[batch["flipped"]] = images[batch["flipped"]].flip(-1)
     return images, present
 
 
@@ -972,7 +976,7 @@ def train_vae(cfg, run, faces, nets, eyes_on) -> dict:
     stage = Stage(run, "vae", {"vae": vae}, {"vae": optimizer}, steps, lr_schedule(cfg, steps))
     for _, batch in stage.steps(batches(cfg, run, faces, "hq")):
         hq = random_crop(batch["hq"], cfg.vae_crop)
-        with run.autocast():
+        with run.autocast(), not_half(hq):
             posterior = vae.encode(hq).latent_dist
             restored = vae.decode(posterior.sample()).sample.float()
             perceptual = eyes_on.lpips(restored, hq).mean()
@@ -1126,13 +1130,21 @@ def train(cfg: Train) -> None:
         raise UserError(f"--stage {cfg.stage}: not needed here, the stages are {', '.join(names)}")
     wanted = names if cfg.stage == "all" else [cfg.stage]
     check_sizes(cfg)
+    faces = Faces(cfg.data, cfg.image_size, cfg.validation_data)
+    if "onestep" in wanted and cfg.data and cfg.ide != "none" and len(album(faces)) == 1:
+        raise UserError(f"--data {cfg.data}: has no sub-folders, one per person, so nobody has references; "
+                        "sort the pictures by person, or give --ide none")
     run = Run(cfg, fresh=cfg.stage == "all" and not cfg.resume_from_checkpoint)
-    faces, eyes_on = Faces(cfg.data, cfg.image_size, cfg.validation_data), face_networks(cfg, run.device)
+    eyes_on = face_networks(cfg, run.device)
     nets, weights = prepare(cfg, eyes_on, run.device), {}
     saved = finished_parts(cfg, "honestface") if cfg.resume_from_checkpoint or cfg.stage != "all" else {}
     run.start_log()
     for name in names:
         parts, train_stage = STAGES[name]
+        if name not in wanted and names.index(name) > names.index(wanted[-1]) and not cfg.resume_from_checkpoint:
+            if all(part in saved for part in parts):
+                run.say(f"stage {name} was trained on the former {wanted[-1]} and is dropped; train it again")
+            continue
         finished = all(part in saved for part in parts) and (cfg.resume_from_checkpoint or name not in wanted)
         if finished:
             for part in parts:
@@ -1193,6 +1205,9 @@ def check_sizes(cfg) -> None:
         raise UserError(f"--prompt_dim {cfg.prompt_dim}: must be a multiple of 8, the heads of the fusion")
     if not 0 <= cfg.timestep < 1000:
         raise UserError(f"--timestep {cfg.timestep}: must be between 0 and 999")
+    shrink = 2 ** (len(cfg.vae_widths) - 1)
+    if not cfg.pretrained_model_name_or_path and cfg.vae_crop % shrink:
+        raise UserError(f"--vae_crop {cfg.vae_crop}: must be a multiple of {shrink}, the autoencoder's factor")
     if cfg.max_references < 1:
         raise UserError(f"--max_references {cfg.max_references}: must be at least 1; --ide none uses no references")
 
@@ -1222,11 +1237,17 @@ def held_out(cfg, faces) -> tuple:
     return batch, lq, *draw_references(faces, album(faces), batch, cfg.max_references)
 
 
+def strangers(identity):
+    """(N,) persons -> (N,) for each face the place of one of another person; None where there is only one person."""
+    others = [(identity != person).nonzero().flatten() for person in identity]   # neighbours in a folder are alike
+    return torch.stack([o[i % len(o)] for i, o in enumerate(others)]) if all(map(len, others)) else None
+
+
 def report(cfg, run, faces, nets, eyes_on) -> dict:
     """Restore faces the networks never saw, with and without references; write pictures, numbers and the table."""
     batch, lq, references, present = held_out(cfg, faces)
     hq, reader = batch["hq"], metrics.load_reader("b", cfg.readers)
-    one, wrong = torch.arange(cfg.max_references) < 1, torch.arange(len(hq)).roll(1)
+    one, wrong = torch.arange(cfg.max_references) < 1, strangers(batch["identity"])
     restored = functools.partial(restore_held_out, cfg, run, nets, eyes_on, batch, lq)
     begun = time.perf_counter()
     images = {"restored_faces": restored(references, present)}
@@ -1234,7 +1255,8 @@ def report(cfg, run, faces, nets, eyes_on) -> dict:
     if cfg.ide != "none":
         images["one reference"] = restored(references, present & one)
         images["no reference"] = restored(references, present & False)
-        images["wrong person"] = restored(references[wrong], present[wrong])
+        if wrong is not None:
+            images["wrong person"] = restored(references[wrong], present[wrong])
     rows = {name: metrics.toy_scores(x, hq, reader, lq) for name, x in (dict(lq=lq) | images).items()}
     with torch.no_grad():
         copy_hq = torch.cat([decode(nets["vae"], encode(nets["vae"], x.to(run.device))).cpu() for x in hq.split(32)])
@@ -1244,8 +1266,9 @@ def report(cfg, run, faces, nets, eyes_on) -> dict:
                  peak_memory_gb=round(run.peak_memory_gb(), 2), parameters=parameters)
     folder, protocol = Path(cfg.output), metrics.toy_protocol(cfg.data, cfg.degradation, len(hq), cfg.readers)
     write_json(folder / "metrics.json", dict(rows=rows, **extra, protocol=protocol, **versions(run.device)))
-    columns = {"lq": lq, "no reference": images.get("no reference", lq), "restored": images["restored_faces"],
+    columns = {"lq": lq, "no reference": images.get("no reference"), "restored": images["restored_faces"],
                "reference": references[:, 0], "hq": hq}
+    columns = {title: column for title, column in columns.items() if column is not None}
     write_grid(folder / "samples.png", columns)
     write_curve(folder / "curves.png", read_curves(folder / "log.jsonl", ("l1", "noise", "association", "mse",
                                                                          "identity", "mfa", "discriminator")))
@@ -1283,7 +1306,9 @@ def load_networks(cfg: Sample, device) -> tuple:
     return nets, trained, eyes_on
 
 
-LEAST_PEAK = 0.25  # mean height of the landmark maps below which a picture is said to show no face (noise: 0.22)
+# Mean height of the landmark maps below which a picture is said to show no face. Set with the toy reader, on toy faces
+# (noise: 0.22); photographs should be aligned, and it was not tried with FAN.
+LEAST_PEAK = 0.25
 
 
 def find_references(cfg: Sample, eyes_on, size: int, device):
@@ -1298,6 +1323,7 @@ def find_references(cfg: Sample, eyes_on, size: int, device):
         raise UserError(f"--reference {root}: no such folder; give photographs of the person, or leave the flag away")
 
     @functools.lru_cache
+    @torch.no_grad()
     def read(folder: Path):
         kept = []
         try:
@@ -1330,8 +1356,9 @@ def sample(cfg: Sample) -> None:
     if cfg.reference and eyes_on is None:
         raise UserError("--reference: OSDFace's weights know no references; give a checkpoint of honestface.py")
     size = trained.image_size
-    with torch.no_grad():
-        references_of = find_references(cfg, eyes_on, size, run.device)
+    if cfg.reference and trained.ide == "none":
+        raise UserError("--reference: this model was trained with --ide none and reads no references")
+    references_of = find_references(cfg, eyes_on, size, run.device)
 
     def restore_batch(lq, stems):
         # Every face gets the same noise, so that its result depends on the seed and not on its place in the folder.
@@ -1344,7 +1371,7 @@ def sample(cfg: Sample) -> None:
         with run.autocast():
             return {"restored_faces": restore(nets, trained, eyes_on, lq, references, present, noise)}
 
-    restore_folder(dataclasses.replace(cfg, reference=""), restore_batch, size, run.device)
+    restore_folder(cfg, restore_batch, size, run.device, shown=lambda stem: references_of(stem)[:1].cpu())
 
 
 # ------------------------------------------------------------------------------------------------ ablations
@@ -1376,7 +1403,9 @@ def ablation_row(cfg, done: dict) -> dict:
     run, faces = Run(cfg), Faces(cfg.data, cfg.image_size, cfg.validation_data)
     eyes_on = face_networks(cfg, run.device)
     nets, begun = prepare(cfg, eyes_on, run.device), time.time()
-    fields = ("seed", "image_size", "data", "batch_size", "optimizer", "degradation", "latent_channels", "prompt_dim")
+    fields = ("seed", "image_size", "data", "validation_data", "batch_size", "gradient_acc", "optimizer", "lr_",
+              "max_train", "max_grad", "ema_decay", "mixed_precision", "readers", "face_networks", "vgg", "degradation",
+              "latent_channels", "prompt_dim", "association")
     for name in [n for n in stages_of(cfg) if n != "onestep"]:
         matters = fields + {"vae": ("vae", "kl"), "prior": ("vae", "kl", "unet", "prior"), "vre": ("vre",)}[name]
         train_stage = functools.partial(STAGES[name][1], cfg, run, faces, nets, eyes_on)
