@@ -3,8 +3,11 @@ import dataclasses
 import io
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -386,6 +389,70 @@ def test_resume_refuses_other_sizes_and_damaged_files(tmp_path):
         tiny_run(dataclasses.replace(cfg, resume_from_checkpoint="latest"))
 
 
+def test_resume_refuses_another_optimiser(tmp_path):
+    cfg = Tiny(output=str(tmp_path), batch_size=2, steps=2, optimizer="adamw")
+    tiny_run(cfg, stop_at=1)
+    with pytest.raises(UserError, match="other optimisers"):
+        tiny_run(dataclasses.replace(cfg, optimizer="muon", resume_from_checkpoint="latest"))
+
+
+def test_a_gradient_that_is_not_finite_is_not_saved_even_without_clipping(tmp_path):
+    """The loss is finite, its gradient is not: sqrt at 0."""
+    run = common.Run(Tiny(output=str(tmp_path), checkpointing_steps=1, log_steps=9, max_grad_norm=0.0))
+    model = nn.Linear(1, 1, bias=False)
+    stage = common.Stage(run, "tiny", {"m": model}, {"m": torch.optim.SGD(model.parameters(), 1.0)}, 3)
+    with pytest.raises(UserError, match="step 1: grad_norm is not finite.*last good checkpoint"):
+        for step, _ in stage.steps(lambda k: {}):
+            stage.update((model.weight * (step != 1)).square().sum().sqrt(), loss=torch.zeros(()))
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["step"] == 1 and state["modules"]["m"]["weight"].isfinite().all()
+
+
+def test_a_damaged_picture_ends_no_run(tmp_path, capsys):
+    """Batches of one: the step whose picture is damaged takes the next one; only a folder of none is an error."""
+    for i in range(12):
+        common.write_image(tmp_path / f"{i:02d}.png", torch.full((3, 16, 16), i / 12))
+    (tmp_path / "03.png").write_bytes((tmp_path / "03.png").read_bytes()[:40])
+    faces = common.Faces(str(tmp_path), 16)
+    seen = [faces.training(1, 0, k)["paths"][0].name for k in range(11)]
+    assert len(set(seen)) == 10 and "03.png" not in seen and "skipped" in capsys.readouterr().out
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="none of 1 pictures"):
+        common.Faces(str(tmp_path), 16).training(1, 0, 0)
+
+
+def test_an_error_in_a_loaders_process_is_one_line(tmp_path):
+    run = common.Run(dataclasses.replace(Tiny(output=str(tmp_path)), num_workers=1))
+    stage = common.Stage(run, "tiny", {}, {}, 2)
+
+    def batch_at(k):
+        raise UserError("--data: went away")
+    with pytest.raises(UserError, match="^--data: went away$"):
+        next(stage.steps(batch_at))
+
+
+def test_a_log_that_cannot_be_written_is_one_line_and_a_cut_line_is_skipped(tmp_path):
+    run = common.Run(Tiny(output=str(tmp_path)))
+    run.log(stage="a", step=1, loss=2.0)
+    with pytest.raises(UserError, match="log.jsonl: cannot be written"), no_space(50):
+        run.log(stage="a", step=2, loss=5.0, more="x" * 100)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write("\n")
+    run.log(stage="a", step=2, loss=1.0)
+    assert common.read_curves(tmp_path / "log.jsonl", ("loss",)) == {"a: loss": [(1, 2.0), (2, 1.0)]}
+
+
+def test_a_cut_save_does_not_call_a_stage_finished(tmp_path, monkeypatch):
+    """config.json says what is finished, so it is written after the weights it speaks of."""
+    common.save_model(tmp_path, {"vae": {"w": torch.zeros(2)}}, dict(method="x", finished=["vae"]))
+    monkeypatch.setattr(common.safetensors.torch, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(UserError, match="cannot be written"):
+        common.save_model(tmp_path, {"vae": {"w": torch.ones(2)}}, dict(method="x", finished=["vae", "flow"]))
+    config, parts = common.load_model(str(tmp_path), "x")
+    assert config["finished"] == ["vae"] and not parts["vae"]["w"].any()
+
+
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     import pickle
 
@@ -411,16 +478,27 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_reported_in_one_line(tmp_path, monkeypatch):
-    """torch.save and safetensors on a device without space."""
+@contextmanager
+def no_space(size):
+    """Inside, no file can grow beyond `size` bytes: what a full disk looks like to a program."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_reported_in_one_line(tmp_path):
+    """torch.save and safetensors where there is no space: what was there stays."""
     import safetensors.torch
-    for save in (lambda p: torch.save({"a": torch.zeros(10)}, p),
-                 lambda p: safetensors.torch.save_file({"a": torch.zeros(10)}, p)):
-        with pytest.raises(UserError, match="cannot be written"):
-            with common.whole_file(tmp_path / "w"):
-                save("/dev/full")
-    assert not list(tmp_path.iterdir())
+    for save in (torch.save, safetensors.torch.save_file):
+        (tmp_path / "w").write_text("old")
+        with pytest.raises(UserError, match="w: cannot be written.*unchanged"):
+            with no_space(10_000), common.whole_file(tmp_path / "w") as temporary:
+                save({"a": torch.zeros(100_000)}, temporary)
+        assert (tmp_path / "w").read_text() == "old"
 
 
 # ---------------------------------------------------------------- LoRA
@@ -446,6 +524,14 @@ def test_lora_starts_as_the_base_and_merges_exactly(tmp_path):
     assert torch.allclose(fresh.attn.to_q(x), after, atol=1e-6) and not torch.allclose(after, before)
     common.merge_lora(model)
     assert isinstance(model.attn.to_q, nn.Linear) and torch.allclose(model.attn.to_q(x), after, atol=1e-5)
+
+
+def test_results_never_overwrite_their_input(tmp_path):
+    common.write_image(tmp_path / "restored_faces" / "a.png", torch.zeros(3, 16, 16))
+    cfg = common.SampleFlags(input=str(tmp_path / "restored_faces"), output=str(tmp_path))
+    with pytest.raises(UserError, match="overwritten"):
+        common.restore_folder(cfg, lambda lq, stems: {"restored_faces": lq + 1}, 16, "cpu")
+    assert (common.read_image(tmp_path / "restored_faces" / "a.png").abs() < .01).all()
 
 
 def test_lora_of_another_rank_is_refused(tmp_path):

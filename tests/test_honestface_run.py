@@ -1,6 +1,7 @@
 """honestface.py as a program: stages, resume, references, released formats, wrong flags. Tiny, no download."""
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,6 +77,11 @@ def test_sample_with_an_album_per_face(trained, tmp_path, capsys):
     call(*arguments, "-o", tmp_path / "without")
     a, b = pictures(tmp_path / "with"), pictures(tmp_path / "without")
     assert len(a) == len(b) == 3 and said.count("3 references") == 3 and a["00.png"].shape == (3, 32, 32)
+    shown = common.read_image(tmp_path / "with" / "cmp" / "00.png")                # degraded | restored | reference
+    photo = common.read_image(trained / "people" / "00" / "1.png", 32)
+    assert shown.shape == (3, 32, 96) and (shown[..., 64:] - photo).abs().max() < 0.02
+    args = json.loads((tmp_path / "with" / "args.json").read_text())
+    assert args["config"]["reference"] == str(trained / "people")
 
 
 def test_merged_lora_restores_as_the_unmerged_one(trained):
@@ -154,6 +160,26 @@ def test_references_are_the_person_and_never_the_face_itself(tmp_path):
     images, present = hf.draw_references(toy, {}, batch, 2)
     again = common.toy_faces(batch["identity"], batch["seeds"] + 2, size=16).image
     assert present.all() and torch.equal(images[:, 1], again)
+
+
+def test_references_are_mirrored_with_their_face(tmp_path):
+    """The eyes of a mirrored face change places: a ramp from left to right tells which way a picture looks."""
+    for person in "ab":
+        for i in range(8):
+            common.write_image(tmp_path / person / f"{i}.png", torch.linspace(-1, 1, 16).expand(3, 16, 16))
+    faces = common.Faces(str(tmp_path), 16)
+    batch = faces.training(8, 0, 0)
+    images, present = hf.draw_references(faces, hf.album(faces), batch, 2)
+    falls = lambda x: x[..., 0] > x[..., -1]
+    assert 0 < batch["flipped"].sum() < 8 and present.all()
+    assert torch.equal(falls(images)[:, 0, 0, 0], batch["flipped"]) and torch.equal(falls(batch["hq"])[:, 0, 0], batch["flipped"])
+
+
+def test_strangers_are_other_people():
+    """Sorted by person, as folders are: nobody gets the photographs of himself."""
+    who = torch.tensor([0, 0, 0, 1, 1, 2])
+    assert all(who[i] != who[j] for i, j in enumerate(hf.strangers(who).tolist()))
+    assert hf.strangers(torch.zeros(3)) is None
 
 
 def test_number_and_absence_of_training_references():
@@ -349,6 +375,24 @@ def test_checkpoints_of_another_kind(trained, tmp_path, capsys):
     config = json.loads((trained / "out" / "config.json").read_text())
     (half / "config.json").write_text(json.dumps(dict(config, method="latent_pmrf")))
     assert "latent_pmrf" in refused(capsys, *call_sample, half)
+
+
+def test_people_without_folders_and_models_without_references(trained, tmp_path, capsys):
+    flat = [*TINY, "-o", tmp_path / "o", "--data", trained / "lq"]
+    assert "no sub-folders, one per person" in refused(capsys, "train", *flat) and not (tmp_path / "o").exists()
+    call("train", *TINY, "-o", tmp_path / "none", "--ide", "none")
+    said = refused(capsys, "sample", "-i", trained / "lq", "-o", tmp_path / "s", "--checkpoint", tmp_path / "none",
+                   "--reference", trained / "people")
+    assert "--ide none" in said
+
+
+def test_a_stage_trained_anew_drops_what_stood_on_it(trained, tmp_path, capsys):
+    shutil.copytree(trained / "out", tmp_path / "out")
+    call("train", *TINY, "-o", tmp_path / "out", "--stage", "vre", "--seed", "1")
+    assert "stage onestep was trained on the former vre" in capsys.readouterr().out
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["finished"] == ["vae", "unet", "words", "vre"]
+    assert {name.split(".")[0] for name in weights(tmp_path / "out")} == set(config["finished"])
 
 
 def test_ablation_rows_share_the_frozen_networks(tmp_path, capsys):

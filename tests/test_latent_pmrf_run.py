@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,7 +133,7 @@ def test_sim_vae_folder_loads_as_diffusers_saves_it(tmp_path):
     assert torch.equal(loaded.encode(x)[0], vae.encode(x)[0]) and loaded.widths == (8, 16)
 
 
-def test_train_with_a_given_vae_and_swinir(trained, tmp_path):
+def test_train_with_a_given_vae_and_swinir(trained, tmp_path, capsys):
     """--vae and --mmse take released files; only the flow is trained and the given weights end up in the checkpoint."""
     parts = common.load_model(str(trained / "out"), "latent_pmrf")[1]
     (tmp_path / "vae").mkdir()
@@ -141,6 +142,25 @@ def test_train_with_a_given_vae_and_swinir(trained, tmp_path):
     call("train", *TINY, "-o", tmp_path / "out", "--vae", tmp_path / "vae", "--mmse", tmp_path / "swinir.pth")
     a, b = weights(trained / "out"), weights(tmp_path / "out")
     assert all(torch.equal(a[n], b[n]) for n in a)
+    said = refused(capsys, "train", *TINY, "-o", tmp_path / "o", "--vae", tmp_path / "vae", "--vae_widths", "8", "16")
+    assert "set --latent_channels 4 --vae_widths 8 8" in said
+    assert "--vae" in refused(capsys, "train", *TINY, "-o", tmp_path / "o", "--vae", tmp_path / "nope")
+    assert "no autoencoder" in refused(capsys, "train", *TINY, "-o", tmp_path / "o", "--vae", "x", "--space", "pixel")
+
+
+def test_a_stage_trained_anew_drops_what_stood_on_it(trained, tmp_path, capsys):
+    shutil.copytree(trained / "out", tmp_path / "out")
+    call("train", *TINY, "-o", tmp_path / "out", "--stage", "vae", "--seed", "5")
+    assert "stage flow was trained on the former vae" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["finished"] == ["vae"]
+    assert {name.split(".")[0] for name in weights(tmp_path / "out")} == {"vae"}
+
+
+def test_group_norm_never_has_one_channel_a_group():
+    """SD-VAE's 32 groups hold 4 to 16 channels; one each would be an instance norm."""
+    for channels in (8, 16, 32, 64, 128, 512):
+        norm = lp.vae_norm("group", channels)
+        assert channels // norm.num_groups >= 4 and norm.num_groups == min(32, channels // 4)
 
 
 def test_pmrf_release_loads_by_prefix(tmp_path, monkeypatch):
@@ -214,6 +234,8 @@ def test_bad_flags(capsys, tmp_path):
     assert "--stage vae" in refused(capsys, "train", *TINY, "-o", tmp_path, "--space", "pixel", "--stage", "vae")
     assert "needs vae" in refused(capsys, "train", *TINY, "-o", tmp_path, "--stage", "flow")
     assert "--device" in refused(capsys, "train", *TINY, "-o", tmp_path, "--device", "toaster")
+    for flag, value in (("--mmse_unshuffle", "3"), ("--mapping_width", "15"), ("--head_dim", "0"), ("--vae_crop", "31")):
+        assert f"{flag} {value}" in refused(capsys, "train", *TINY, "-o", tmp_path, flag, value)
     assert "--rows" in refused(capsys, "ablate", "-o", tmp_path, "--rows", "nonsense")
 
 
