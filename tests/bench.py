@@ -2,18 +2,24 @@
 
 HDiT at the paper's size (512 px face, 64 x 64 latents, 32 channels), forward + backward, against the least such a
 network can do: the same matrix products and attention calls without norms, positions, gates or convolutions. The two
-are timed in turn, so that other work on the machine touches both; the median of the ratios is what counts.
+are timed in turn, so that other work on the machine touches both; the median of the ratios is what counts. Then
+Sim-VAE c32 on its 256 px crops. Both in floating-point operations per second, and as a share of the card's peak.
 With --toy: how long the toy presets (random weights) take to restore a face, in turn as well.
+With --train: a training step of every stage of the toy presets, and the share of it that waits for faces.
 With --cache: FLUX at full width with few blocks, the condition's keys and values kept between steps or not.
 """
 import argparse
+import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import a2bfr as a2
@@ -76,6 +82,35 @@ def seconds(network, x, t, autocast):
     out.float().square().mean().backward()
     sync()
     return time.perf_counter() - start
+
+
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}           # bf16 without sparsity, from the makers' data sheets
+
+
+def rate(network, x, t, autocast, took: float) -> str:
+    """Operations per second of a forward and backward pass that took so many seconds, and their share of the peak."""
+    with FlopCounterMode(display=False) as counter:
+        seconds(network, x, t, autocast)
+    network.zero_grad()
+    speed = counter.get_total_flops() / took
+    name = torch.cuda.get_device_name(x.device) if x.is_cuda else ""
+    shares = [f", {speed / peak:.0%} of the card's bf16 peak" for card, peak in PEAKS.items() if card in name]
+    return f"{speed / 1e12:.3g} TFLOP/s{''.join(shares)}"
+
+
+def bench_training(device, steps: int) -> None:
+    """`train` of each toy preset with a few steps a stage, as a program; what its log says of each stage."""
+    for method in ("latent_pmrf", "honestface", "a2bfr", "pref_restore"):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(Path(__file__).parent.parent / f"{method}.py"), "train", "-o", f"{folder}/out",
+                       "--max_train_steps", str(steps), "--log_steps", str(steps), "--validation_faces", "8",
+                       "--device", str(device)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            rows = [json.loads(line) for line in Path(folder, "out", "log.jsonl").read_text().splitlines()]
+            memory = json.loads(Path(folder, "out", "metrics.json").read_text())["peak_memory_gb"]
+        for row in (r for r in rows if "data_share" in r):
+            print(f"{method} {row['stage']}: {row['seconds_per_step']:.3f} s a step, {row['data_share']:.0%} of it for data")
+        print(f"{method}: {memory} GB at most", flush=True)
 
 
 def toy_restorers(device) -> dict:
@@ -146,12 +181,16 @@ def main():
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--train", action="store_true")
     parser.add_argument("--cache", action="store_true")
     args = parser.parse_args()
     device = torch.device(args.device)
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     cuda = device.type == "cuda"
     where = torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} threads"
+    if args.train:
+        print(f"torch {torch.__version__}, {where}, 20 steps a stage")
+        return bench_training(device, 20)
     if args.toy or args.cache:
         print(f"torch {torch.__version__}, {where}, fp32, median of {args.repeat}")
         restorers, faces = (flux_with_cache(device, 4), 1) if args.cache else (toy_restorers(device), 32)
@@ -177,7 +216,14 @@ def main():
         ratio = lambda key: statistics.median(a / b for a, b in zip(times["HDiT"], times[key]))
         print(f"HDiT {name}: {statistics.median(times['HDiT']):.3f} s, "
               f"{ratio('bound, same tiles'):.2f}x the bound with the same tiles, "
-              f"{ratio('bound, dense attention'):.2f}x the bound with dense attention")
+              f"{ratio('bound, dense attention'):.2f}x the bound with dense attention; "
+              f"{rate(networks['HDiT'], x, t, autocast, statistics.median(times['HDiT']))}")
+    vae, crop = lp.SimVAE().to(device), torch.rand(args.batch_size, 3, 256, 256, device=device)
+    reconstruct = lambda x, t: vae.decode(vae.encode(x)[0])
+    took = statistics.median([seconds(reconstruct, crop, t, autocast) for _ in range(args.repeat + 1)][1:])
+    vae.zero_grad()
+    reconstruct.zero_grad = vae.zero_grad
+    print(f"Sim-VAE c32, 256 px: {took:.3f} s, {rate(reconstruct, crop, t, autocast, took)}")
     if device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
     with torch.no_grad():
