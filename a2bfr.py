@@ -918,7 +918,7 @@ def load_encoder(cfg, device):
     return metrics.load_reader("a", cfg.readers or None).to(device)
 
 
-# ------------------------------------------------------------------------------------------------ pairs of faces
+# ------------------------------------------------------------------------------------------------ data: pairs of faces
 
 
 def editable(scores, positive=0.6, negative=0.4) -> list:

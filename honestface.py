@@ -1212,7 +1212,7 @@ def check_sizes(cfg) -> None:
         raise UserError(f"--max_references {cfg.max_references}: must be at least 1; --ide none uses no references")
 
 
-# ------------------------------------------------------------------------------------------------ restore, measure
+# ------------------------------------------------------------------------------------------------ measuring
 
 
 @torch.no_grad()
@@ -1278,7 +1278,7 @@ def report(cfg, run, faces, nets, eyes_on) -> dict:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ sample
+# ------------------------------------------------------------------------------------------------ restore
 
 
 def load_networks(cfg: Sample, device) -> tuple:

@@ -240,7 +240,7 @@ HPS_CLIP = dict(  # open_clip's ViT-H/14
     text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                      hidden_act="gelu", projection_dim=1024))
 
-# ------------------------------------------------------------------------------------------------ words and sequences
+# ------------------------------------------------------------------------------------------------ model: words and sequences
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"                     # 11 tokens
 USER = "<|im_start|>user\n"                                                                 # 3
@@ -726,7 +726,7 @@ def grpo_loss(log_prob, old_log_prob, advantage, clip: float):
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
 
 
-# ------------------------------------------------------------------------------------------------ samplers
+# ------------------------------------------------------------------------------------------------ sampler
 
 
 def sigma_grid(steps: int) -> list:
@@ -1068,7 +1068,7 @@ def score(rewards: dict, images, reference, captions) -> dict:
     return {name: reward(images.float(), reference, captions).float() for name, reward in rewards.items()}
 
 
-# ------------------------------------------------------------------------------------------------ restoring
+# ------------------------------------------------------------------------------------------------ sampler: one face
 
 
 @torch.no_grad()
@@ -1516,7 +1516,7 @@ def batches(cfg, run, source, size: int | None = None, mixture: bool = True):
     return at
 
 
-# ------------------------------------------------------------------------------------------------ training: alignment
+# ------------------------------------------------------------------------------------------------ training stages: alignment
 
 
 def cosine_lr(cfg, steps: int, peak: float):
@@ -1682,7 +1682,7 @@ def train_alignment(cfg, run, source, model, vocab, name: str) -> None:
     take_average(model, stage)
 
 
-# ------------------------------------------------------------------------------------------------ training: preference
+# ------------------------------------------------------------------------------------------------ training stages: preference
 
 
 def gathered(values, run):
@@ -1814,7 +1814,7 @@ def train_preference(cfg, run, source, model, vocab) -> list:
     return curve
 
 
-# ------------------------------------------------------------------------------------------------ training
+# ------------------------------------------------------------------------------------------------ training stages
 
 
 def plan(cfg) -> list:
