@@ -16,7 +16,7 @@ that nothing but the prompt can tell them apart (semantic dual-training, SDT).
     T_src, T_tar     text, pooled       (B, L, D), (B, P)        embedded prompts
     AAE              encoder            (B, 3, S, S) -> (B, 12)  attribute logits, order of ATTRIBUTES
     A_src, A_tar     score              (B,)            [0, 1]   score of the attribute in which the pair differs
-    lambda, alpha, m attribute_weight, dual_weight, dual_margin  UNSTATED in the paper
+    lambda, alpha, m attribute_weight, dual_weight, dual_margin  UNSTATED: ours
 
     [Eq. 1] predict_clean   [Eq. 2] attribute_loss   [Eq. 3] branch_loss   [Eq. 4] edited_score
     [Eq. 5] dual_margin_loss   [Eq. 6] dual_training_loss
@@ -750,7 +750,7 @@ def flow_edit(velocity, x_src, source, target, sigmas, n_max, n_min=0, n_avg=1, 
 
     velocity(x, t (B,), prompt) with source and target as its prompts; sigmas (N + 1,) falling to 0. Of the N steps the
     first N - n_max are skipped (less change), the last n_min are ordinary sampling with the target. `blend` in [0, 1],
-    a number or a map that broadcasts, is the paper's "controllable noise blending": UNSTATED, here
+    a number or a map that broadcasts, is the paper's "controllable noise blending"; UNSTATED: how, here
     V = (1 - blend) V_source + blend V_target, so 0 changes nothing and 1 is FlowEdit. -> edited latents, float32.
     generator: of the noise, or a list of one per row.
     """
@@ -1912,7 +1912,7 @@ def pairs_report(cfg: Pairs, run, tried: int) -> None:
 # ------------------------------------------------------------------------------------------------ ablations
 
 # name -> (table, changed fields, AA of the paper). Comparable in order, not in size: the paper asks a vision-language
-# model about 512 px photographs. Table 4's header is garbled; its rows are read as in the paper's text.
+# model about 512 px photographs. TYPO: Table 4's header is garbled; rows as in the text.
 NO_AAL, NO_DUAL, NO_SDT = dict(attribute_weight=0.0), dict(dual_weight=0.0), dict(dual_training=False, dual_weight=0.0)
 ABLATIONS = {
     "none": ("losses", NO_AAL | NO_SDT, "AA .4078"),

@@ -13,7 +13,7 @@ the degraded face (VRE), into which tokens of the reference photographs are fuse
     alpha_bar  alpha_bar     float                 (0, 1)     share of signal at T_L; 1 is clean, 0 is noise
     r_i        references    (B, N, 3, S, S)       [-1, 1]    photographs of the person; `present` (B, N): which exist
     p_L        vre_prompt    (B, 77, dim)                     prompt of the degraded face
-    p_F, p_I   p_f, p_i      (B, 4 and 7, dim)                tokens of the references (the figure swaps the names)
+    p_F, p_I   p_f, p_i      (B, 4 and 7, dim)                tokens of the references (TYPO: the figure swaps them)
     p          prompt        (B, 77, dim)                     what the UNet reads
     M          mask          (B, 1, S, S)          [0, 1]     where the landmarks are
     L, H, W    L, H, weights (..., K, 2), (K,)     pixels     two sets of landmarks and their weights
@@ -118,7 +118,7 @@ class Train(TrainFlags):
     gan_weight: float = 0.12               # of the adversarial loss
     onestep_steps: int = 550               # paper 60 000
     learning_rate: float = 8e-3            # of the restorer in stage onestep; paper 1e-4
-    discriminator_learning_rate: float = 1e-3  # UNSTATED in the paper; 1e-4 there
+    discriminator_learning_rate: float = 1e-3  # UNSTATED: paper preset 1e-4
 
 
 @dataclass(frozen=True)

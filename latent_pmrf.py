@@ -712,7 +712,7 @@ class HDiT(nn.Module):
     the last to everything. Names are k-diffusion's, as PMRF releases them: HDiT(**HDIT_PMRF) has 160,460,210
     parameters. DIFFERS: the authors' latent network (LooUFormer, published without weights or training) drops cosine
     similarity and uses convolutions to resize; this one is the HDiT that the paper cites, with its depth-wise
-    convolutions as a switch (neither has the printed 151.2 M).
+    convolutions as a switch (TYPO: neither has the printed 151.2 M).
     """
 
     def __init__(self, in_channels=3, widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64,
