@@ -984,6 +984,18 @@ def test_ablation_rows_share_what_they_do_not_change():
     assert not differ(base, dataclasses.replace(base, semantic=False, stage="1.2"), "prior")
 
 
+def test_words_are_written_alike_while_training_with_checkpoints(whole):
+    _, model, vocab, _ = whole
+    model = copy.deepcopy(model)
+    prompt = pr.build_sequence(vocab, torch.randint(16, (2, 4)), ["", "a hat"])
+    want = model.eval().integrator.generate(prompt, vocab, 4)
+    model.integrator.llm.gradient_checkpointing_enable()
+    model.train()
+    got = model.integrator.generate(prompt, vocab, 4)
+    assert torch.equal(got[0], want[0]) and model.integrator.llm.training
+    torch.testing.assert_close(got[1], want[1])
+
+
 def test_captions_are_told_apart_by_folder(tmp_path, capsys):
     """Sub-folders are people: anna/1.png is not bob/1.png; a name alone counts where it is the only one."""
     file = tmp_path / "c.json"
