@@ -62,7 +62,8 @@ TEMPLATE = "A photo of a human face"  # the paper's prompt where nothing is aske
 NAMES = [name for _, name, _, _ in ATTRIBUTES]
 SIBLINGS = ((5, 6), (7, 8, 9, 10))  # wavy or straight, and the hair colours: switching one on switches the others off
 SHOWN = {"template": TEMPLATE, "smiling": "a photo of a smiling person",  # title: prompt, in prompts.png
-         "older, serious": "a photo of an older serious person", "eyeglasses": "a photo of a person, wearing eyeglasses",
+         "older, serious": "a photo of an older serious person",
+         "eyeglasses": "a photo of a person, wearing eyeglasses",
          "blond, bangs": "a photo of a person with blond hair and bangs", "hat": "a photo of a person, wearing a hat"}
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers gives such a file
 
@@ -117,7 +118,7 @@ class Train(TrainFlags):
     dual_training: bool = True             # both faces of a pair (semantic dual-training), or the source alone
     dual_weight: float = 0.3               # UNSTATED: alpha of Eq. 6
     dual_margin: float = 0.5               # UNSTATED: m of Eq. 5, at most what the two clean faces differ
-    dual: typing.Literal["signed", "abs"] = "signed"  # signed: the target must be on its side; abs: Eq. 5's absolute value
+    dual: typing.Literal["signed", "abs"] = "signed"  # the target on its side, or |gap| as in Eq. 5
     attr_t_max: float = 0.9                # UNSTATED: one-step faces from noisier latents are not read
     decoded: int = 0                       # decode only so many faces of a batch for the reader (0: all)
     drop_text: float = 0.1                 # share of pairs whose prompts are dropped; paper 0.01
@@ -1275,7 +1276,7 @@ def train_lora(cfg, run, nets, encoder, source):
     if cfg.cache_text and isinstance(words, WordText):                           # the real encoders are cached already
         name = f"{mix(*words.table.weight.flatten().tolist())}"
         nets = dict(nets, text=CachedText(lambda: words, words.length, run.device, run.folder / "text", name))
-        nets["text"].prepare([*source.prompts(), "", TEMPLATE, *SHOWN.values()])
+        nets["text"].prepare([*source.prompts(), "", *SHOWN.values()])
     torch.manual_seed(mix("lora", cfg.seed))                                     # alike after all stages and alone
     parameters = add_condition_lora(nets["prior"], cfg.rank, cfg.lora_alpha)
     nets["prior"].to(run.device)
@@ -1341,7 +1342,8 @@ def networks(cfg, run) -> tuple:
         cached = CachedText(make, cfg.text_length, run.device, run.folder / "text",
                             f"{cfg.pretrained_model_name_or_path}, {cfg.text_length}")
         if cfg.cache_text:  # T5 comes and goes before the transformer is loaded
-            cached.prepare([*pair_source(cfg, load_encoder(cfg, run.device), cached).prompts(), "", TEMPLATE, *SHOWN.values()])
+            source = pair_source(cfg, load_encoder(cfg, run.device), cached)
+            cached.prepare([*source.prompts(), "", *SHOWN.values()])
         text = cached if cfg.cache_text else make()
         return dict(load_flux(cfg.pretrained_model_name_or_path, weight_type(run)), text=text), []
     if cfg.prior:
@@ -1411,7 +1413,7 @@ def train(cfg: Train) -> None:
             TOY_TRAINERS[name](cfg, run, nets, encoder)
         finished = [s for s in finished if stages.index(s) < stages.index(name)] + [name]
         save_run(cfg, run, nets, finished)
-    if run.main and "lora" in finished:
+    if run.main and source and "lora" in finished:
         report(cfg, run, nets, source)
 
 

@@ -2109,8 +2109,8 @@ def check_numbers(cfg) -> None:
                     raise UserError(f"--{field.name} {number}: must be a finite number, 0 or more")
                 if field.name == "seed" and number >= 2 ** 63:
                     raise UserError(f"--seed {number}: must be below 2 ** 63")
-                counts = (r"_size|(?<!warmup_)steps$|^seeds$|widths?$|channels|rank$|faces|_crop$|_codes$|_dim$|_layers$"
-                          r"|multiples|^max_references$")
+                counts = (r"_size|(?<!warmup_)steps$|^seeds$|widths?$|channels|rank$|faces|_crop$|_codes$|_dim$"
+                          r"|_layers$|multiples|^max_references$")
                 if number == 0 and field.default != 0 and re.search(counts, field.name):
                     raise UserError(f"--{field.name} 0: must be at least 1")
 

@@ -660,7 +660,7 @@ class Mapping(nn.Module):
 
     def __init__(self, width: int, depth: int):
         super().__init__()
-        self.in_norm = RMSNorm(width)                              # k-diffusion's order: PMRF's averaged weights are a list
+        self.in_norm = RMSNorm(width)                              # in k-diffusion's order: PMRF's averages are a list
         self.blocks = nn.ModuleList(MappingBlock(width, 3 * width) for _ in range(depth))
         self.out_norm = RMSNorm(width)
 
@@ -1307,7 +1307,8 @@ def seconds_per_step(cfg, run, faces, nets) -> float:
     """Of the flow's training, without its first two steps; the flow that is trained for this is thrown away."""
     times = []
     spare = {**nets, "flow": build(cfg, "flow").to(run.device)}
-    train_flow(dataclasses.replace(cfg, flow_steps=12, max_train_steps=12), run, faces, spare, lambda stage, step, at: times.append(at))
+    few = dataclasses.replace(cfg, flow_steps=12, max_train_steps=12)
+    train_flow(few, run, faces, spare, lambda stage, step, at: times.append(at))
     return (times[-1] - times[1]) / (len(times) - 2)
 
 

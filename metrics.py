@@ -1358,7 +1358,9 @@ def pair_functions(cfg, device, skipped):
 
 def set_rows(cfg, device, files, real, skipped):
     """FID and its relatives of whole folders: [(name, value, N, protocol)]. real: the pictures of --real_set."""
-    rows, sets = [], {"gt": (cfg.reference, [y for _, _, y in files])} | ({"real": (cfg.real_set, real)} if real else {})
+    rows, sets = [], {"gt": (cfg.reference, [y for _, _, y in files])}
+    if real:
+        sets["real"] = (cfg.real_set, real)
     for name, patterns, known, protocol, build in SET_NETWORKS:
         paths = find_files(cfg.weights, patterns)
         if not paths or len(files) < 2:

@@ -1047,10 +1047,11 @@ def check_rewards(cfg) -> None:
         raise UserError("every reward weight is 0: give one of " + ", ".join(f"--{n}_weight" for n in REWARD_FILES))
     for name in weights if cfg.rewards == "real" else ():
         for flag in REWARD_FILES[name]:
-            where = getattr(cfg, flag)
-            if not where or (flag in ("arcface", "fan", "hps") and not Path(where).is_file()):
-                raise UserError((f"--{flag} {where}: no such file" if where else f"reward {name} needs --{flag} (--help "
-                                 "names the file)") + f"; or leave it out with --{name}_weight 0")
+            where, instead = getattr(cfg, flag), f"or leave it out with --{name}_weight 0"
+            if not where:
+                raise UserError(f"reward {name} needs --{flag} (--help names the file); {instead}")
+            if flag in ("arcface", "fan", "hps") and not Path(where).is_file():  # clip and pick may be hub ids
+                raise UserError(f"--{flag} {where}: no such file; {instead}")
 
 
 def build_rewards(cfg, device, readers: str = "ac") -> dict:
@@ -1113,8 +1114,8 @@ def toy_sizes(cfg, vocab) -> dict:
     return dict(
         llm=dict(vocab_size=vocab.size, hidden_size=cfg.llm_width, intermediate_size=3 * cfg.llm_width,
                  num_hidden_layers=cfg.llm_layers, num_attention_heads=cfg.llm_width // 32,
-                 num_key_value_heads=math.gcd(cfg.llm_width // 32, max(1, cfg.llm_width // 64)), head_dim=32, tie_word_embeddings=True,
-                 max_position_embeddings=cfg.context),
+                 num_key_value_heads=math.gcd(cfg.llm_width // 32, max(1, cfg.llm_width // 64)), head_dim=32,
+                 tie_word_embeddings=True, max_position_embeddings=cfg.context),
         sana=dict(in_channels=cfg.latent_channels, out_channels=cfg.latent_channels, num_attention_heads=cfg.sana_heads,
                   attention_head_dim=32, num_layers=cfg.sana_layers, num_cross_attention_heads=cfg.sana_heads,
                   cross_attention_head_dim=32, cross_attention_dim=width, caption_channels=width, mlp_ratio=2.5,

@@ -76,7 +76,7 @@ def scores(restored, found: dict, reader) -> dict:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", action="store_true", help="train what RUNS lacks; about 50 minutes on two cores")
+    parser.add_argument("--train", action="store_true", help="train what RUNS lacks, one method after another")
     parser.add_argument("--runs", type=Path, default=Path("runs/side_by_side"), help="folder of the four runs")
     parser.add_argument("--faces", type=int, default=128, help="held-out faces to restore")
     parser.add_argument("--degradation", default="noisy", choices=list(common.DEGRADATIONS), help="of all four")

@@ -254,6 +254,15 @@ def test_an_incomplete_flux_is_refused(flux, trained, tmp_path, capsys):
     assert "text_encoder_2" in said and "lacks weights" in said
 
 
+def test_an_earlier_stage_of_a_finished_run_is_taken_as_it_is(trained, tmp_path, capsys):
+    """Resuming it trains nothing, loses nothing and has no LoRA to report on."""
+    shutil.copytree(trained / "out", tmp_path / "out")
+    call("train", *TINY, "-o", tmp_path / "out", "--stage", "vae", "--resume_from_checkpoint", "latest")
+    assert "stage vae: finished before" in capsys.readouterr().out
+    before, after = (safetensors.torch.load_file(f / "out" / "model.safetensors") for f in (trained, tmp_path))
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+
+
 def test_ablate_does_not_resume_one_row_into_another(tmp_path, capsys):
     said = refused(capsys, "ablate", *TINY, "-o", tmp_path, "--resume_from_checkpoint", "latest")
     assert "ablate goes on by itself" in said
