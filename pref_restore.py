@@ -118,7 +118,7 @@ class Train(TrainFlags):
     own_answers: float = 1.0               # stage 1.2: share of answers the model writes itself; paper preset 0
     # stage 2
     algorithm: typing.Literal["nft", "grpo"] = "nft"  # DiffusionNFT, or the policy-gradient baseline of Figure 6
-    preference_steps: int = 50             # epochs of roll-outs
+    preference_steps: int = 100            # epochs of roll-outs
     learning_rate: float = 2e-3            # stage 2, of the LoRA, constant; paper 3e-4
     preference_weight_decay: float = 1e-4  # AdamW of stage 2
     updates_per_epoch: int = 2             # optimiser steps on one set of roll-outs; paper 1
@@ -140,10 +140,10 @@ class Train(TrainFlags):
     grpo_clip: float = 1e-3                # of the probability ratio
     # rewards, Eq. 11
     rewards: typing.Literal["toy", "real"] = "toy"  # read by reader_a and _c, or by the networks named below
-    # (toy weights: each reward deviates by 0.125 over stage 1.2's faces, the paper's "normalised")
-    hps_weight: float = 2.5                # HPSv2.1, authors 1; toy: quality
-    clip_weight: float = 1.0               # CLIPScore, authors 1; toy: agreement with the caption
-    pick_weight: float = 1.4               # PickScore, authors 1; toy: quality x agreement
+    # (toy weights: a fidelity reward deviates by 0.125 over the faces of stage 1.2, one of looks by 0.03)
+    hps_weight: float = 0.6                # HPSv2.1, authors 1; toy: quality
+    clip_weight: float = 0.25              # CLIPScore, authors 1; toy: agreement with the caption
+    pick_weight: float = 0.35              # PickScore, authors 1; toy: quality x agreement
     identity_weight: float = 0.6           # ArcFace cosine, authors 0.5
     lpips_weight: float = 0.45             # minus LPIPS, authors 0.5
     lmd_weight: float = 2.0                # 1 / (1 + landmark distance / 20), authors 0.5
