@@ -1865,7 +1865,7 @@ def pairs(cfg: Pairs) -> None:
     caption = LLMVerbaliser(cfg.llm, run.device) if cfg.verbaliser == "llm" else verbalise
     if cfg.data and not cfg.readers:
         what = "landmarks are" if cfg.farl else "attributes and landmarks are"
-        print(f"--data without --readers: {what} read by a network that only knows toy faces (--max_shift 0.1 and more)")
+        print(f"--data without --readers: {what} read by a network that knows toy faces (--max_shift 0.1 and more)")
     write_json(run.folder / "made_with.json", sources)
     done, ladder = done_before(run.folder / "pairs.jsonl"), [blend for blend in cfg.blends for _ in range(cfg.tries)]
     faces, counts = source_faces(cfg), Counter()
@@ -1894,7 +1894,7 @@ def pairs_report(cfg: Pairs, run, tried: int) -> None:
     if not good:
         raise UserError(f"no pair was accepted out of {len(rows)}: see the reasons in {path}; "
                         "raise --target_guidance or --n_max, or loosen a check")
-    some = good[::-(-len(good) // 1000)]                           # pictures in memory at once: a thousand pairs at most
+    some = good[::-(-len(good) // 1000)]                           # at most a thousand pairs of pictures in memory
     source, target = (torch.stack([read_image(run.folder / row[key], cfg.image_size) for row in some])
                       for key in ("source", "target"))
     edited, sign = [NAMES.index(row["attribute"]) for row in some], [row["sign"] for row in some]

@@ -240,7 +240,7 @@ HPS_CLIP = dict(  # open_clip's ViT-H/14
     text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                      hidden_act="gelu", projection_dim=1024))
 
-# ------------------------------------------------------------------------------------------------ model: words and sequences
+# ------------------------------------------------------------------------------------------------ model: sequences
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"                     # 11 tokens
 USER = "<|im_start|>user\n"                                                                 # 3
@@ -1517,7 +1517,7 @@ def batches(cfg, run, source, size: int | None = None, mixture: bool = True):
     return at
 
 
-# ------------------------------------------------------------------------------------------------ training stages: alignment
+# ------------------------------------------------------------------------------------------------ training: alignment
 
 
 def cosine_lr(cfg, steps: int, peak: float):
@@ -1683,7 +1683,7 @@ def train_alignment(cfg, run, source, model, vocab, name: str) -> None:
     take_average(model, stage)
 
 
-# ------------------------------------------------------------------------------------------------ training stages: preference
+# ------------------------------------------------------------------------------------------------ training: preference
 
 
 def gathered(values, run):
