@@ -1865,7 +1865,7 @@ def pairs(cfg: Pairs) -> None:
     caption = LLMVerbaliser(cfg.llm, run.device) if cfg.verbaliser == "llm" else verbalise
     if cfg.data and not cfg.readers:
         what = "landmarks are" if cfg.farl else "attributes and landmarks are"
-        print(f"--data without --readers: {what} read by a network that knows toy faces (--max_shift 0.1 and more)")
+        print(f"--data without --readers: {what} read by a network that only knows toy faces (--max_shift 0.1 or more)")
     write_json(run.folder / "made_with.json", sources)
     done, ladder = done_before(run.folder / "pairs.jsonl"), [blend for blend in cfg.blends for _ in range(cfg.tries)]
     faces, counts = source_faces(cfg), Counter()
