@@ -717,6 +717,17 @@ def test_toy_rewards_prefer_the_face_itself_and_read_captions():
         torch.testing.assert_close(both[name], (worse[name] + other[name]) / 2)
 
 
+def test_toy_rewards_look_at_each_picture_once():
+    reader, seen = pr.metrics.load_reader("a"), []
+    reader.stem.register_forward_hook(lambda *_: seen.append(1))
+    rewards, pictures = pr.toy_rewards(reader), torch.randn(3, 2, 3, 64, 64).clamp(-1, 1)
+    first = pr.score(rewards, pictures[0], pictures[2], ["an old person"] * 2)
+    assert len(seen) == 2                                        # six rewards, images and reference
+    second = pr.score(rewards, pictures[1], pictures[2], ["an old person"] * 2)
+    fresh = pr.score(pr.toy_rewards(pr.metrics.load_reader("a")), pictures[1], pictures[2], ["an old person"] * 2)
+    assert all((second[n] == fresh[n]).all() for n in fresh) and (first["identity"] != second["identity"]).all()
+
+
 def test_caption_targets_say_what_the_caption_says():
     found = pr.caption_targets("a photo of an older smiling person with wavy blond hair, wearing a hat")
     assert found.nan_to_num(-1).tolist() == [0, 1, -1, -1, -1, 1, 0, 0, 1, 0, 0, 1]
