@@ -1692,13 +1692,16 @@ def train_alignment(cfg, run, source, model, vocab, name: str) -> None:
 # ------------------------------------------------------------------------------------------------ training: preference
 
 
-def gathered(values, run):
-    """(B,) of every process, one after another, for statistics over the whole batch."""
-    if run.world == 1:
-        return values
-    parts = [torch.zeros_like(values) for _ in range(run.world)]
-    dist.all_gather(parts, values)
-    return torch.cat(parts)
+def gathered(values, run) -> tuple:
+    """((B,) of every process, one after another, place of this one's first), for statistics over the whole batch.
+
+    Lengths may differ: faces that could not be read are left out.
+    """
+    parts = [values]
+    if run.world > 1:
+        parts = [None] * run.world
+        dist.all_gather_object(parts, values.cpu())
+    return torch.cat([part.to(values.device) for part in parts]), sum(map(len, parts[:run.rank]))
 
 
 def learn(stage, shares, loss_of, logged: dict) -> None:
@@ -1803,8 +1806,8 @@ def train_preference(cfg, run, source, model, vocab) -> list:
         reward = total_reward(scores, weights)
         # DIFFERS: the key of a group is the face, not its caption as in the authors' code, where equal captions merge.
         group = torch.arange(len(reward), device=reward.device) // K + run.rank * cfg.groups
-        r = optimality(gathered(reward, run), gathered(group, run), cfg.adv_clip)
-        r = r[run.rank * len(reward):][:len(reward)]
+        everyone, first = gathered(reward, run)
+        r = optimality(everyone, gathered(group, run)[0], cfg.adv_clip)[first:first + len(reward)]
         field = lambda rows: lambda x, sigma: model.velocity(x, sigma, cond[rows])
         if cfg.algorithm == "nft":
             shares, loss_of = nft_epoch(cfg, run, model, field, path[-1], r)

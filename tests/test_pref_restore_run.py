@@ -2,6 +2,9 @@
 import copy
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -9,7 +12,7 @@ import torch
 
 import common
 import pref_restore as pr
-from program import caller, kill_in_stage, same, toy_pictures, weights
+from program import ROOT, caller, kill_in_stage, same, toy_pictures, weights
 from test_pref_restore import release
 
 TINY = ["--image_size", "32", "--batch_size", "4", "--token_side", "2", "--codes", "16", "--code_dim", "8",
@@ -124,6 +127,21 @@ def test_training_on_a_folder_with_captions(trained, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- released layouts
+
+def test_two_processes_train_all_stages_though_one_reads_a_face_less(tmp_path):
+    """A damaged file shortens the batch of one of them, which must not stop the exchange of rewards in stage 2."""
+    toy_pictures(tmp_path / "faces", 7)
+    sorted((tmp_path / "faces").iterdir())[0].write_bytes(b"no picture")
+    command = [sys.executable, "pref_restore.py", "train", *TINY, "--bank", "0", "--data", str(tmp_path / "faces"),
+               "--readers", "weights", "-o", str(tmp_path / "out")]
+    workers = [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, env=dict(
+        os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", OMP_NUM_THREADS="1",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(20000 + os.getpid() % 20000))) for rank in range(2)]
+    said = [worker.communicate(timeout=240)[0] for worker in workers]
+    assert "skipped" in "".join(said)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["finished"][-1] == "2"
+    assert all(t.isfinite().all() for t in weights(tmp_path / "out").values())
+
 
 def test_every_stage_runs_on_the_authors_layout_and_sample_restores_with_it(trained, tmp_path):
     """Stages 1.1 to 2 from a checkpoint without texture connector, then a LoRA on the finished one."""
