@@ -2126,6 +2126,7 @@ ABLATIONS = {
     "seeds, stage 1": ("consistency", dict(STAGE1, consistency_seeds=8), "Table X: .0122 .0182 .0185 1.2401 3.2516"),
     "seeds, stage 2": ("consistency", dict(consistency_seeds=8), "Table X: .0051 .0083 .0090 .3592 1.7214"),
     "seeds and words, stage 1": ("consistency", dict(STAGE1, consistency_seeds=8, ar="sample"), "not separated"),
+    "seeds and words, stage 2": ("consistency", dict(consistency_seeds=8, ar="sample"), "not separated"),
     "NFT": ("grpo", {}, "Figure 6: rises sooner"),
     "GRPO": ("grpo", dict(algorithm="grpo"), "Figure 6"),
 }
