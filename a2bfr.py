@@ -1,6 +1,6 @@
 """A2BFR: restore a degraded face so that it follows a text prompt and stays the same person.
 
-Paper: "A2BFR" (equations as in its first version); its authors published inference only. A frozen text-to-image
+Paper: "A2BFR"; its authors published inference only (github.com/MediaX-SJTU/A2BFR). A frozen text-to-image
 transformer, FLUX, gets a third kind of token, the latents of the degraded image, and a LoRA that acts on those tokens
 alone. Two things teach it to obey the prompt: an attribute classifier reads the one-step clean image (attribute-aware
 learning, AAL), and pairs of faces that differ in one attribute share the degraded image, the time and the noise, so

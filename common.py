@@ -2076,15 +2076,20 @@ class OneLine(argparse.ArgumentParser):
         self.exit(2, f"error: {message}{f'; did you mean {near[0]}?' if near else f'; see {self.prog} --help'}\n")
 
 
-def add_flags(parser: argparse.ArgumentParser, cls) -> None:
-    """One --flag per field. Literal fields become choices, bool fields --x / --no-x, tuples take several values."""
+def add_flags(parser: argparse.ArgumentParser, cls, preset=None) -> None:
+    """One --flag per field. Literal fields become choices, bool fields --x / --no-x, tuples take several values.
+
+    The help ends with the value that holds without the flag, in brackets: `preset`'s, or the field's default.
+    """
     hints, texts = typing.get_type_hints(cls), field_help(cls)
     for field in dataclasses.fields(cls):
         kind, names = hints[field.name], [f"--{field.name}"]
         names += {"input": ["-i"], "output": ["-o"]}.get(field.name, [])
         required = field.default is dataclasses.MISSING
-        options = dict(help=texts.get(field.name, "").replace("%", "%%"), default=argparse.SUPPRESS,
-                       required=required, dest=field.name)
+        value, text = getattr(preset, field.name, field.default), texts.get(field.name, "")
+        if not required and value not in ("", ()) and "default" not in text:
+            text += f" [{' '.join(map(str, value)) if isinstance(value, tuple) else value}]"
+        options = dict(help=text.replace("%", "%%"), default=argparse.SUPPRESS, required=required, dest=field.name)
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is typing.Literal:
@@ -2128,7 +2133,7 @@ def command_line(doc: str, verbs: dict, argv: list | None = None) -> None:
         if len(presets) > 1:
             sub.add_argument("--preset", choices=list(presets), default=next(iter(presets)),
                              help="named values; any flag overrides")
-        add_flags(sub, cls)
+        add_flags(sub, cls, next(iter(presets.values()), None))
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         commands.choices[arguments.verb].error(f"unrecognized arguments: {' '.join(unknown)}")

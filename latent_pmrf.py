@@ -101,7 +101,7 @@ class Sample(SampleFlags):
     checkpoint: str = "runs/latent_pmrf"   # output folder of a training run, or PMRF's released folder or hub id
     vae: str = ""                          # released Sim-VAE instead of the checkpoint's: folder or hub id
     mmse: str = ""                         # released SwinIR instead of the checkpoint's: file
-    num_inference_steps: int = 25          # Euler steps K; 1 is one step from the posterior mean
+    num_inference_steps: int = 0           # Euler steps K (0: as trained, PMRF 25); 1 is one step from the mean
     vae_memory_gb: float = 0.0             # decode in tiles that need no more than this much memory (0: whole)
 
 
@@ -1059,13 +1059,15 @@ def train_mmse(cfg, run, faces, nets):
 def train_flow(cfg, run, faces, nets, watch=None):
     """Stage 3: rectified flow from the source (posterior mean) to the clean face, everything else frozen.
 
-    `watch(stage, step, seconds)` looks on while it trains (the ablation's curves); its own time is not counted.
+    `watch(stage, step, seconds)` looks on while it trains (the ablation's curves); its own time is not counted. On a
+    CPU these are seconds of this process' threads, so that other programs do not change what is compared.
     """
     flow, vae = nets["flow"], nets.get("vae")
     steps = min(cfg.flow_steps, cfg.max_train_steps)
     optimizer = make_optimizer(cfg, flow.parameters(), cfg.learning_rate)
     stage = Stage(run, "flow", {"flow": flow}, {"flow": optimizer}, steps, lr_schedule(cfg, steps))
-    seconds, since = 0.0, time.perf_counter()
+    clock = time.perf_counter if run.device.type == "cuda" else time.process_time
+    seconds, since = 0.0, clock()
     for step, batch in stage.steps(batches(cfg, run, faces, degraded=True)):
         with torch.no_grad(), run.autocast():
             z0, _ = flow_source(nets, cfg, batch["lq"], torch.randn_like)
@@ -1079,9 +1081,9 @@ def train_flow(cfg, run, faces, nets, watch=None):
             loss = cfm_loss(lambda z, t: flow(z, t).float(), z0, z1.float(), t)
         stage.update(loss, cfm=loss)
         if watch:
-            seconds += time.perf_counter() - since
+            seconds += clock() - since
             watch(stage, step + 1, seconds)
-            since = time.perf_counter()
+            since = clock()
     return stage
 
 
@@ -1229,7 +1231,7 @@ def sample(cfg: Sample) -> None:
         rng = torch.Generator().manual_seed(cfg.seed)
         noise = lambda like: torch.randn(like.shape[1:], generator=rng).to(like).expand_as(like)
         with run.autocast():
-            return restore(nets, trained, lq, noise, cfg.num_inference_steps, decode)
+            return restore(nets, trained, lq, noise, cfg.num_inference_steps or trained.num_inference_steps, decode)
 
     restore_folder(cfg, restore_batch, trained.image_size, run.device)
 

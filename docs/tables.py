@@ -46,11 +46,12 @@ HEADS = {"attribute_accuracy_toy": "asked attribute right", "unguided_accuracy_t
          "reconstruction_psnr": "autoencoder PSNR dB", "seconds": "s"}
 
 
-def number(name: str, values: list) -> str:
+def number(name: str, values: list, extra: int = 0) -> str:
+    """Mean ± sample deviation, with `extra` more digits than a table has."""
     if not values:
         return ""
-    digits = DIGITS.get(name, 3)
-    spread = f" ± {statistics.pstdev(values):.{digits}f}" if len(values) > 1 else ""
+    digits = DIGITS.get(name, 3) + extra
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
@@ -75,10 +76,13 @@ def table(name: str, columns: list) -> str:
         lines = {ROWS.get(row, row): [number(c, [s[c]] if c in s else []) for c in columns]
                  for row, s in content["rows"].items() if s.keys() & set(columns)}
     else:
-        entries = [e for e in content.values() if group in ("", e["table"]) or not e["table"]]
-        first = f"{len({e['seed'] for e in entries})} seed(s)"
-        rows = dict.fromkeys(e["row"] for e in entries)
-        lines = {row: cells([e for e in entries if e["row"] == row], columns) for row in rows}
+        rows = {}
+        for entry in (e for e in content.values() if group in ("", e["table"]) or not e["table"]):
+            rows.setdefault(entry["row"], []).append(entry)
+        most = max(map(len, rows.values()))
+        first = f"{most} seed(s)"                                  # a row with fewer says so
+        lines = {row if len(of_row) == most else f"{row} ({len(of_row)} seed(s))": cells(of_row, columns)
+                 for row, of_row in rows.items()}
     head = [first, *(HEADS.get(c, c) for c in columns)]
     text = [head, ["---"] * len(head), *([row, *values] for row, values in lines.items())]
     return "".join(f"| {' | '.join(line)} |\n" for line in text)
@@ -106,7 +110,7 @@ def claims(name: str) -> str:
         both = [(scores[row, s], scores[other, s]) for s in seeds]
         differences = [a[score] - b[score] for a, b in both if score in a and score in b]
         sign = 1 if better == "higher" else -1
-        lines.append([where, f"{row} beats {other}", words, f"{score}, {better} is better", number(score, differences),
+        lines.append([where, f"{row} beats {other}", words, f"{score}, {better} is better", number(score, differences, 1),
                       str(len(differences)), verdict([sign * d for d in differences])])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -156,4 +156,4 @@ def test_claims_compare_rows_that_exist_by_the_seeds_they_share(tmp_path, monkey
                [("A", 0, 1.0), ("B", 0, 2.0), ("A", 1, 1.5), ("B", 1, 2.6), ("A", 2, 0.0), ("A", 3, 1.0), ("B", 3, 1.9)]]
     (tmp_path / "results" / "x.json").write_text(json.dumps({str(i): e for i, e in enumerate(entries)}))
     assert tables.claims("x").splitlines()[2] == \
-        "| Table 1 | A beats B | 1 / 2 | fid_toy, lower is better | -1.00 ± 0.08 | 3 | reproduced |"
+        "| Table 1 | A beats B | 1 / 2 | fid_toy, lower is better | -1.000 ± 0.100 | 3 | reproduced |"
