@@ -106,16 +106,22 @@ def ms_ssim(a, b, scales=5, y_channel=True):
     return (torch.stack(factors, 1) ** (weights / weights.sum())).prod(1)
 
 
+def lpips_file(net="alex", backbone="") -> Path:
+    """Where the backbone of `lpips_network` lies. UserError if it is not there."""
+    known = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}[net]
+    path = Path(backbone or Path(torch.hub.get_dir()) / "checkpoints" / known)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; LPIPS ({net}) needs torchvision's {known}")
+    return path
+
+
 def lpips_network(net="alex", backbone=""):
     """lpips.LPIPS v0.1 with its trained heads, frozen; `net` alex (pyiqa's `lpips`) or vgg (the usual loss).
 
     backbone: file of torchvision's alexnet or vgg16; by default torch hub's cache is searched, and nothing is
     ever fetched. Call it with images in [-1, 1] as a loss, or use lpips_distance. UserError without file.
     """
-    known = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}[net]
-    path = Path(backbone or Path(torch.hub.get_dir()) / "checkpoints" / known)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; LPIPS ({net}) needs torchvision's {known}")
+    path = lpips_file(net, backbone)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips 0.1.4 calls torchvision in an outdated way
         network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)  # pnet_rand: do not fetch the backbone

@@ -208,7 +208,8 @@ PAPER = dict(
     image_size=512, batch_size=8, gradient_accumulation_steps=2, degradation="pref_restore", mixed_precision="bf16",
     num_workers=8, optimizer="adamw", ema_decay=0.9999, log_steps=50, checkpointing_steps=2000, bank=0,
     gradient_checkpointing=True,
-    pretrained="BLIP3o/BLIP3o-NEXT-SFT-3B", sana="Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
+    pretrained="BLIP3o/BLIP3o-NEXT-SFT-3B",  # DIFFERS: its Qwen3 is the 1.7B, the paper says 0.6B
+    sana="Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
     context=2048, semantic_steps=50_000, semantic_learning_rate=1e-4, texture_steps=50_000, texture_learning_rate=2e-5,
     joint_steps=50_000, joint_learning_rate=2e-5, min_learning_rate=1e-5, own_answers=0.0,
     preference_steps=300, learning_rate=3e-4, updates_per_epoch=1, rank=32, lora_alpha=64.0, groups=6, group_size=24,
@@ -307,10 +308,12 @@ def prompt_pieces(vocab, source, caption: str, task: str, room: int) -> tuple:
 
 def caption_room(vocab, count: int, context: int) -> int:
     """Words a caption may have beside two images of `count` tokens. Raises UserError if not even the images fit."""
-    fixed = len(vocab.encode(SYSTEM + USER + ASK_CAPTION + END + ASSISTANT + END)) + 3 + 2 * count
-    if fixed > context:
-        raise UserError(f"--context {context}: too short, the prompt and two images of {count} tokens need {fixed}")
-    return context - fixed
+    fixed = len(vocab.encode(SYSTEM + USER + END + ASSISTANT + END)) + 3 + 2 * count
+    ask, side_mission = len(vocab.encode(ASK_CAPTION)), len(vocab.encode(COPY))
+    longest = fixed + max(ask, side_mission)
+    if longest > context:
+        raise UserError(f"--context {context}: too short, the prompt and two images of {count} tokens need {longest}")
+    return context - fixed - ask
 
 
 def build_sequence(vocab, source, captions, answer=None, tasks=None, context=2048, count=None, ce_on_text=True):
@@ -464,10 +467,10 @@ def pick_token(logits, top_k: int = 0, top_p: float = 1.0, temperature: float = 
     if not temperature:
         return logits.argmax(-1)
     values, order = (logits.float() / temperature).sort(-1, descending=True)
+    if top_k:
+        values[:, top_k:] = -math.inf                              # before top_p, which is a share of what is left
     shares = values.softmax(-1)
     out = shares.cumsum(-1) - shares >= top_p                      # mass before a word
-    if top_k:
-        out[:, top_k:] = True
     out[:, 0] = False
     shares = shares.masked_fill(out, 0)
     draw = torch.multinomial(shares.cpu(), 1, generator=generator).to(order.device)
@@ -1055,8 +1058,11 @@ def check_rewards(cfg) -> None:
             where, instead = getattr(cfg, flag), f"or leave it out with --{name}_weight 0"
             if not where:
                 raise UserError(f"reward {name} needs --{flag} (--help names the file); {instead}")
-            if flag in ("arcface", "fan", "hps") and not Path(where).is_file():  # clip and pick may be hub ids
-                raise UserError(f"--{flag} {where}: no such file; {instead}")
+            hub_id = flag in ("clip", "pick") and re.fullmatch(r"[\w.-]+/[\w.-]+", where)
+            if not hub_id and not Path(where).exists():
+                raise UserError(f"--{flag} {where}: no such file or folder; {instead}")
+        if name == "lpips":
+            metrics.lpips_file("vgg", cfg.vgg)
 
 
 def build_rewards(cfg, device, readers: str = "ac") -> dict:
@@ -1069,10 +1075,12 @@ def build_rewards(cfg, device, readers: str = "ac") -> dict:
 
 
 @torch.no_grad()
-def score(rewards: dict, images, reference, captions) -> dict:
-    """{name: (B,) float32}: images, reference (B, 3, S, S) in [-1, 1]."""
-    images = images.float()
-    return {name: reward(images, reference, captions).float() for name, reward in rewards.items()}
+def score(rewards: dict, images, reference, captions, size: int = 32) -> dict:
+    """{name: (B,) float32}: images, reference (B, 3, S, S) in [-1, 1], of which `size` are looked at together."""
+    pieces = [(images[i:i + size].float(), reference[i:i + size], captions[i:i + size])
+              for i in range(0, len(images), size)]
+    found = [{name: reward(*piece).float() for name, reward in rewards.items()} for piece in pieces]
+    return {name: torch.cat([scores[name] for scores in found]) for name in rewards}
 
 
 # ------------------------------------------------------------------------------------------------ sampler: one face
@@ -1306,6 +1314,9 @@ def load_release(where: str, sana: str = "", ta_tok: str = "") -> tuple:
                     f"{where}, vae_connector")
     model.uses = ("semantic", "texture") if texture else ("semantic",)
     vocab = Vocabulary(text_tokenizer(folder), tatok["codes"], config["image_start_tag_id"])
+    if config.get("image_start_token_id", vocab.first_code) != vocab.first_code or llm["vocab_size"] < vocab.size:
+        raise UserError(f"--checkpoint {where}: another layout, its visual words do not start five after "
+                        f"image_start_tag_id or its {llm['vocab_size']} words are fewer than {vocab.size}")
     return model, vocab, finished, sizes
 
 
@@ -1327,9 +1338,12 @@ def qwen_sizes(config: dict) -> dict:
     return {"rope_parameters": rotation} | {k: config[k] for k in QWEN3_06B if k in config}
 
 
-def extend_embedding(table, size: int):
-    """(V, H) -> (size, H): new words start as the mean of the old ones [BLIP3o-NEXT]."""
-    return torch.cat([table[:size], table.mean(0, keepdim=True).expand(max(0, size - len(table)), -1)])
+def extend_embedding(table, first: int, size: int):
+    """(V, H) -> (size, H): words from `first` on start as the mean of those before [BLIP3o-NEXT].
+
+    The table may be longer than the tokenizer: Qwen3's is padded to 151 936 rows, which never stood for a word.
+    """
+    return torch.cat([table[:first], table[:first].mean(0, keepdim=True).expand(size - first, -1)])
 
 
 def build(cfg) -> tuple:
@@ -1358,10 +1372,11 @@ def build(cfg) -> tuple:
     if cfg.llm:
         source = from_folder("AutoModelForCausalLM", cfg.llm, "llm", dtype=torch.float32)
         state = source.model.state_dict()
-        state["embed_tokens.weight"] = extend_embedding(state["embed_tokens.weight"], vocab.size)
+        state["embed_tokens.weight"] = extend_embedding(state["embed_tokens.weight"], vocab.image_start, vocab.size)
         load_strict(model.integrator.llm, state, f"--llm {cfg.llm}")
         if hasattr(model.integrator, "lm_head"):
-            model.integrator.lm_head.weight.data.copy_(extend_embedding(source.lm_head.weight.data, vocab.size))
+            head = extend_embedding(source.lm_head.weight.data, vocab.image_start, vocab.size)
+            model.integrator.lm_head.weight.data.copy_(head)
     return model, vocab, ["tokenizer", "prior"] if cfg.sana else [], sizes  # released networks need no toy stages
 
 
@@ -1652,7 +1667,7 @@ def texture_loss(model, vocab, cfg, batch, ce_weight: float = 0.0):
 
 
 def joint_loss(model, vocab, cfg, batch):
-    """Table IX's joint optimisation: CE + diffusion + latent consistency at once."""
+    """Table IX's joint optimisation: CE + diffusion + latent consistency at once, on the true words alone."""
     return texture_loss(model, vocab, cfg, batch, ce_weight=1.0)
 
 
@@ -1788,8 +1803,10 @@ def train_preference(cfg, run, source, model, vocab) -> list:
     DIFFERS: faces are degraded on the way; the authors' stage 2 reads fixed pairs from a list.
     """
     rewards, weights = build_rewards(cfg, run.device), reward_weights(cfg)
+    reading = dataclasses.replace(cfg, ar="greedy")                # roll-outs of a face differ in their noise alone
     if not policy_layers(model.sana):
         add_policies(model.sana, cfg.rank, cfg.lora_alpha)
+    update_old(model.sana, 0.0)                                    # a second phase begins where the first has ended
     optimizer = torch.optim.AdamW(route(model, "2", cfg), lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=cfg.preference_weight_decay)
     stage = Stage(run, "2", {"model": model}, {"2": optimizer}, min(cfg.preference_steps, cfg.max_train_steps))
@@ -1797,12 +1814,12 @@ def train_preference(cfg, run, source, model, vocab) -> list:
     stage.accumulate = 1                                           # an epoch is one batch, already cut into pieces
     for epoch, batch in stage.steps(batches(cfg, run, source, cfg.groups, mixture=False)):
         with run.autocast():
-            cond = read_face(model, vocab, cfg, batch["lq"], [""] * len(batch["lq"])).float()
+            cond = read_face(model, vocab, reading, batch["lq"], [""] * len(batch["lq"])).float()
         cond, captions = cond.repeat_interleave(K, 0), [c for c in batch["caption"] for _ in range(K)]
         path, log_probs = roll_out(cfg, run, model, cond, "old" if cfg.algorithm == "nft" else "current")
         with torch.no_grad():
             images = torch.cat([model.decode(z) for z in path[-1].split(cfg.rollout_batch)])
-        scores = score(rewards, images, batch["hq"].repeat_interleave(K, 0), captions)
+        scores = score(rewards, images, batch["hq"].repeat_interleave(K, 0), captions, cfg.rollout_batch)
         reward = total_reward(scores, weights)
         # DIFFERS: the key of a group is the face, not its caption as in the authors' code, where equal captions merge.
         group = torch.arange(len(reward), device=reward.device) // K + run.rank * cfg.groups
@@ -1874,6 +1891,9 @@ def start(cfg, wanted: list) -> tuple:
         if cfg.pretrained and not cfg.resume_from_checkpoint:
             print(f"--pretrained {cfg.pretrained} is not read: {cfg.output} holds networks already", flush=True)
     elif cfg.pretrained:
+        if cfg.llm:
+            raise UserError(f"--llm {cfg.llm}: is not read with --pretrained {cfg.pretrained}, which brings its own; "
+                            "leave one of them out (of the paper preset: --pretrained \"\")")
         found = load_networks(cfg.pretrained)[:4] if is_ours(cfg.pretrained) else \
             load_release(cfg.pretrained, cfg.sana, cfg.ta_tok)
     else:
@@ -1908,15 +1928,19 @@ def train(cfg: Train) -> None:
     check_sizes(cfg)
     wanted = plan(cfg) if cfg.stage == "all" else [cfg.stage]
     faces = CaptionedFaces(cfg)
-    if "2" in wanted:
+    if "2" in wanted or cfg.rewards == "toy":                      # the toy rewards measure every stage
         check_rewards(cfg)                                         # a missing network should not come out after days
     if cfg.pretrained and Path(cfg.pretrained).resolve() == Path(cfg.output).resolve():
         raise UserError(f"--pretrained {cfg.pretrained} is --output itself; go on there with --stage NAME")
     run = Run(cfg, fresh=cfg.stage == "all" and not cfg.resume_from_checkpoint)
     torch.manual_seed(cfg.seed)
     model, vocab, finished, sizes = start(cfg, wanted)
-    caption_room(vocab, model.tatok.count, cfg.context)
+    room = caption_room(vocab, model.tatok.count, cfg.context)
     run.start_log()
+    cut = {text for text in faces.captions.values() if len(vocab.encode(" " + text)) > room}
+    if cut:
+        run.say(f"--captions {cfg.captions}: {len(cut)} captions are longer than the {room} words that fit --context "
+                f"{cfg.context}; they are cut")
     model.to(run.device).eval().requires_grad_(False)
     if cfg.gradient_checkpointing:
         model.sana.enable_gradient_checkpointing()
@@ -1968,9 +1992,8 @@ def reward_numbers(cfg, run, images, hq, captions) -> dict:
     """Mean and deviation of the total reward and each reward's mean. The toy's are read by reader_b, not by the ones
     which stage 2 optimises."""
     rewards, toy = build_rewards(cfg, run.device, "b"), "_toy" if cfg.rewards == "toy" else ""
-    scores = [score(rewards, images[i:i + 32].to(run.device), hq[i:i + 32].to(run.device), captions[i:i + 32])
-              for i in range(0, len(hq), 32)]
-    scores = {name: torch.cat([s[name] for s in scores]).cpu() for name in rewards}
+    scores = {name: value.cpu() for name, value in
+              score(rewards, images.to(run.device), hq.to(run.device), captions).items()}
     total = total_reward(scores, reward_weights(cfg))
     numbers = {f"reward{toy}": total.mean().item(), f"reward_std{toy}": total.std(unbiased=False).item()}
     return numbers | {f"reward_{name}{toy}": value.mean().item() for name, value in scores.items()}
@@ -2076,7 +2099,8 @@ def sample(cfg: Sample) -> None:
     captions = read_captions(cfg.captions)
     if not cfg.landmarks:
         match_captions(captions, list_images(cfg.input) if captions else [], cfg.captions)
-    captions |= {Path(name).stem: text for name, text in captions.items()}
+    files = list_images(cfg.input)
+    files = {path.stem: path for path in reversed(files)} | {path.name: path for path in files}  # by the output's name
     run = Run(cfg)
     model, vocab, trained = for_sampling(cfg)
     model.to(run.device).eval().requires_grad_(False)
@@ -2084,7 +2108,7 @@ def sample(cfg: Sample) -> None:
 
     def told(stem):  # a photograph's faces share its caption
         photo = re.sub(r"_\d+$", "", stem) if cfg.landmarks else stem
-        text = captions.get(photo, "") if cfg.captions else cfg.caption
+        text = caption_of(captions, files[photo]) if cfg.captions else cfg.caption
         words = len(vocab.encode(" " + text))
         if words > room:
             print(f"caption of {stem}: {words} words, cut to the first {room}, which fit --context {trained.context}",

@@ -99,6 +99,10 @@ def test_a_caption_longer_than_the_context_is_cut_to_what_fits(whole):
     room = pr.caption_room(vocab, 4, 80)
     long = pr.build_sequence(vocab, words, ["young " * 500], words, context=80)
     assert long.ids.shape[1] == 80 and (long.ids == vocab.tokenizer.ids["young"]).sum() == room
+    copy = len(pr.build_sequence(vocab, words, [""], words, ["copy"]).ids[0])      # the side mission's request is longer
+    assert pr.caption_room(vocab, 4, copy) > 0
+    with pytest.raises(common.UserError, match=f"need {copy}"):
+        pr.caption_room(vocab, 4, copy - 1)
     with pytest.raises(common.UserError, match="--context 20"):
         pr.build_sequence(vocab, words, [""], words, context=20)
 
@@ -212,6 +216,14 @@ def test_pick_token_draws_from_the_nucleus_in_proportion():
     torch.testing.assert_close(share(temperature=1.), torch.tensor([.4, .3, .2, .1]), atol=.03, rtol=0)
     torch.testing.assert_close(share(temperature=1., top_p=.65), torch.tensor([4 / 7, 3 / 7, 0, 0]), atol=.03, rtol=0)
     torch.testing.assert_close(share(temperature=1., top_k=3), torch.tensor([4, 3, 2, 0]) / 9, atol=.03, rtol=0)
+    # top_p counts what top_k has left, as transformers' generate does: .75 of .4 and .3 is in the first two, not three
+    both = share(temperature=1., top_k=2, top_p=.56)
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    warped = logits[:1]
+    for warper in (TemperatureLogitsWarper(1.), TopKLogitsWarper(2), TopPLogitsWarper(.56)):
+        warped = warper(None, warped)
+    torch.testing.assert_close(both, warped[0].softmax(0), atol=.03, rtol=0)
+    assert both[0] == 1
 
 
 # ---------------------------------------------------------------- flow and samplers
@@ -815,7 +827,7 @@ def word_tokenizer(folder, words, pad="<pad>"):
 
 
 def test_real_rewards_from_files_in_the_released_formats(tmp_path, monkeypatch):
-    """CLIPScore, PickScore, HPSv2.1, ArcFace and FAN, tiny or random, through the very flags of a real run."""
+    """All six networks, tiny or random, through the very flags of a real run."""
     from transformers import CLIPConfig, CLIPModel
     for name in ("clip", "pick"):
         CLIPModel(CLIPConfig(**CLIP)).save_pretrained(tmp_path / name)
@@ -823,14 +835,23 @@ def test_real_rewards_from_files_in_the_released_formats(tmp_path, monkeypatch):
     torch.save({"state_dict": OpenClip().state_dict()}, tmp_path / "hps.pt")
     monkeypatch.setattr(pr, "HPS_CLIP", CLIP)
     torch.save(pr.metrics.ArcFaceGray().state_dict(), tmp_path / "arcface.pth")
-    files = dict(clip="clip", pick="pick", hps="hps.pt", arcface="arcface.pth")
+    torch.save(pr.metrics.FAN98().state_dict(), tmp_path / "fan.pth")
+    from torchvision.models import vgg16
+    torch.save({"features." + n: t for n, t in vgg16().features.state_dict().items()}, tmp_path / "vgg.pth")
+    files = dict(clip="clip", pick="pick", hps="hps.pt", arcface="arcface.pth", fan="fan.pth", vgg="vgg.pth")
     files = {name: str(tmp_path / file) for name, file in files.items()}
-    cfg = pr.Train(rewards="real", lpips_weight=0., lmd_weight=0., **files)
+    cfg = pr.Train(rewards="real", **files)
     rewards = pr.build_rewards(cfg, "cpu")
-    x, y = torch.rand(2, 2, 3, 16, 16) * 2 - 1
+    x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
     scores = pr.score(rewards, x, y, ["a face", ""])
-    assert list(scores) == ["hps", "clip", "pick", "identity"] and all(v.shape == (2,) for v in scores.values())
-    assert all(v.isfinite().all() and v.abs().max() <= 1 for v in scores.values())
+    assert list(scores) == list(pr.REWARD_FILES) and all(v.shape == (2,) for v in scores.values())
+    assert all(v.isfinite().all() and v.abs().max() <= 1 for name, v in scores.items() if name != "lpips")
+    assert (scores["lpips"] < 0).all() and (scores["lmd"] > 0).all()
+    same = pr.score(rewards, x, x, ["", ""])
+    assert same["lpips"].abs().max() < 1e-6 and (same["lmd"] == 1).all()
+    one = pr.score(rewards, x, y, ["a face", ""], size=1)          # picture by picture: the same
+    for name in scores:
+        torch.testing.assert_close(one[name], scores[name], rtol=1e-4, atol=1e-5)
     assert rewards["pick"].scale == pytest.approx(rewards["pick"].model.logit_scale.exp().item() / 26)
     torch.testing.assert_close(pr.score(rewards, x, x, ["", ""])["identity"], torch.ones(2))
 
@@ -862,10 +883,11 @@ def test_parameter_counts_of_the_full_size_networks():
 
 
 def test_extended_embedding_starts_new_words_at_the_mean():
-    table = torch.randn(5, 3)
-    longer = pr.extend_embedding(table, 8)
-    assert torch.equal(longer[:5], table)
-    torch.testing.assert_close(longer[5:], table.mean(0).expand(3, -1))
+    table = torch.randn(5, 3)                                      # of which the tokenizer knows four: Qwen3's is padded
+    longer = pr.extend_embedding(table, 4, 8)
+    assert torch.equal(longer[:4], table[:4])
+    torch.testing.assert_close(longer[4:], table[:4].mean(0).expand(4, -1))
+    assert pr.extend_embedding(table, 2, 4).shape == (4, 3)        # no more rows than words
 
 
 RELEASE = pr.Train(**dict(TINY, tokenizer_width=72, image_size=32))
@@ -920,6 +942,18 @@ def test_a_release_loads_by_prefix_with_tied_and_missing_keys(tmp_path):
     assert finished == ["tokenizer", "prior", "1.1", "1.2"] and model.uses == ("semantic", "texture")
     assert words.first_code == vocab.first_code and words.size == vocab.size
     assert model.latent_scale.item() == pytest.approx(.41407)
+
+
+
+def test_a_release_whose_words_lie_elsewhere_is_refused(tmp_path):
+    release(tmp_path / "release")
+    path = tmp_path / "release" / "config.json"
+    config = json.loads(path.read_text())
+    for change in (dict(image_start_token_id=config["image_start_token_id"] - 2), dict(image_start_tag_id=
+                   config["image_start_tag_id"] + 40, image_start_token_id=config["image_start_token_id"] + 40)):
+        path.write_text(json.dumps(config | change))
+        with pytest.raises(common.UserError, match="another layout"):
+            pr.load_release(str(tmp_path / "release"), sana=str(tmp_path / "sana"))
 
 
 def test_a_release_before_stage_1_2_and_one_without_its_tokenizer(tmp_path):

@@ -118,11 +118,13 @@ def test_a_long_caption_is_cut_with_a_line_that_says_so(trained, tmp_path, capsy
 
 
 def test_training_on_a_folder_with_captions(trained, tmp_path, capsys):
-    (tmp_path / "c.json").write_text(json.dumps({"00.png": "a young person", "absent.png": "an older person"}))
+    told = {"00.png": "a young person", "01.png": "young " * 300, "absent.png": "an older person"}
+    (tmp_path / "c.json").write_text(json.dumps(told))
     call("train", *TINY, "-o", tmp_path / "out", "--data", trained / "faces", "--captions", tmp_path / "c.json",
          "--bank", "0")
     said = capsys.readouterr().out
-    assert "1 of its pictures are not in the folder, left out (e.g. absent.png)" in said and "5 of 6 pictures have none" in said
+    assert "1 of its pictures are not in the folder, left out (e.g. absent.png)" in said and "4 of 6 pictures have none" in said
+    assert "1 captions are longer than the" in said
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["faces"] == 1
 
 
@@ -206,9 +208,24 @@ def test_bad_captions(capsys, trained, tmp_path):
     assert "--caption" in go(bad, "--caption", "also")
 
 
+def test_each_face_is_told_its_own_caption(trained, tmp_path, monkeypatch):
+    """Folders and endings tell captions apart, in the prompt itself."""
+    for name in ("bob/1.png", "bob/1.jpg", "anna/1.png"):
+        common.write_image(tmp_path / name, torch.zeros(3, 32, 32))
+    said, real = [], pr.read_face
+    monkeypatch.setattr(pr, "read_face", lambda m, v, c, lq, captions, g: said.extend(captions) or real(m, v, c, lq, captions, g))
+    told = {"bob/1.png": "smiling", "anna/1.png": "young", "1.jpg": "older"}
+    (tmp_path / "told.json").write_text(json.dumps(told))
+    call("sample", "-i", tmp_path / "bob", "-o", tmp_path / "o", "--checkpoint", trained / "out", "--device", "cpu",
+         "--captions", tmp_path / "told.json")
+    assert said == ["older", "smiling"]                            # 1.jpg, then 1.png
+
+
 def test_bad_flags(capsys, trained, tmp_path):
     go = lambda *flags: refused(capsys, "train", *TINY, "-o", tmp_path / "o", *flags)
     assert "--group_size 1" in go("--group_size", "1")
+    assert "--group_size 1" in go("--group_size", "1", "--stage", "tokenizer")      # its rewards are measured with
+    assert "--llm x: is not read" in go("--pretrained", trained / "out", "--llm", "x")
     assert "--decay_kind 7" in go("--decay_kind", "7") and "at most 1" in go("--timestep_fraction", "1.5")
     assert "--consistency_seeds 1" in go("--consistency_seeds", "1")
     assert "--rollout_steps 2" in go("--algorithm", "grpo", "--rollout_steps", "1")
@@ -230,6 +247,10 @@ def test_absent_reward_networks_are_named_before_anything_is_trained(capsys, tmp
     error = go()
     assert "reward hps needs --hps" in error and "--hps_weight 0" in error
     assert "reward clip needs --clip" in go("--hps_weight", "0")
+    looks = [f for name in ("hps", "clip", "pick") for f in (f"--{name}_weight", "0")]
+    assert "--clip /no/clip: no such" in go("--hps_weight", "0", "--clip", "/no/clip")
+    (tmp_path / "arcface").touch()
+    assert "vgg.pth" in go(*looks, "--arcface", tmp_path / "arcface", "--vgg", "/no/vgg.pth")
     assert not (tmp_path / "o" / "model.safetensors").exists()
 
 
