@@ -200,7 +200,7 @@ class Ablate(Train):
     semantic_steps: int = 150              # as tokenizer_steps
     texture_steps: int = 250               # rows that change stage 1.2 take 3 CPU minutes
     joint_steps: int = 350                 # about the time of stages 1.1 and 1.2 together
-    preference_steps: int = 30             # rows that change stage 2 take 4 CPU minutes
+    preference_steps: int = 20             # rows that change stage 2 take 3 CPU minutes
     validation_faces: int = 128            # held-out faces restored and measured per row
 
 
