@@ -2191,13 +2191,14 @@ def ablation_row(cfg, done: dict) -> dict:
     model.to(run.device).eval().requires_grad_(False)
 
     def train_parts():
+        nonlocal bank                                              # drawn only where something is left to train
+        if name != "tokenizer" and cfg.bank:
+            bank = bank or Bank(cfg, run, faces, model)
         reward = run_stage(name, cfg, run, faces, bank, model, vocab)
         return network_parts(model) | ({"curve": {"reward": torch.tensor(reward)}} if reward else {})
 
     stages = plan(cfg)[:plan(cfg).index("2" if cfg.stage == "all" else cfg.stage) + 1]
     for name in (s for s in stages if s not in finished):
-        if name != "tokenizer" and bank is None and cfg.bank:
-            bank = Bank(cfg, run, faces, model)
         parts = shared_parts(cfg, "pref_restore", name, matters(cfg, name), train_parts)
         curve = parts.pop("curve", {}).get("reward", torch.zeros(0)).tolist()
         load_parts(model, parts, cfg, cfg.output)
