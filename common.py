@@ -1969,6 +1969,7 @@ def run_ablation(cfg, table: dict, run_row) -> dict:
                 print(f"{key}: finished before")
                 continue
             print(f"--- {key}", flush=True)
+            done.pop(key, None)                                    # of other settings: no row may build on it
             try:
                 entry = run_row(changed, done)
             except UserError as error:

@@ -22,6 +22,7 @@ Run `python latent_pmrf.py train` (toy world, CPU, minutes) or `train --preset p
 """
 import dataclasses
 import functools
+import json
 import math
 import time
 import typing
@@ -150,7 +151,7 @@ class PixelLayerNorm(nn.LayerNorm):
 
 def vae_norm(kind: str, channels: int) -> nn.Module:
     """"layer", or "group": 32 groups of at least 4 channels, as SD-VAE has them from 128 channels on."""
-    groups = math.gcd(32, max(1, channels // 4))
+    groups = math.gcd(32, max(1, channels // 4), channels)
     return PixelLayerNorm(channels) if kind == "layer" else nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -288,7 +289,12 @@ class SimVAE(nn.Module):
             return self.decoder(z.float())
 
     def decode_tiled(self, z, memory_gb: float):
-        """`decode` in tiles that need about memory_gb. Exact: a tile sees all the latents that can reach its pixels."""
+        """`decode` in tiles that need about memory_gb. Exact: a tile sees all the latents that can reach its pixels.
+
+        UserError with GroupNorm, whose statistics are of the whole picture, and where memory_gb is too little.
+        """
+        if any(isinstance(layer, nn.GroupNorm) for layer in self.modules()):
+            raise UserError("--vae_memory_gb: GroupNorm sees the whole picture, tiles would change it; leave it out")
         halo = math.ceil(self.reach())
         # The widest moment: about five activations of widths[0] channels at full resolution.
         per_pixel = 5 * self.widths[0] * z.element_size() * len(z) / 2 ** 30
@@ -355,7 +361,7 @@ class SwinLayer(nn.Module):
 
     def __init__(self, dim, heads, window, shift, mlp_ratio, tokens, drop):
         super().__init__()
-        self.window, self.shift, self.drop = window, shift, drop
+        self.window, self.shift, self.drop, self.tokens = window, shift, drop, tokens
         self.norm1, self.attn, self.norm2 = nn.LayerNorm(dim), WindowAttention(dim, window, heads), nn.LayerNorm(dim)
         hidden = int(dim * mlp_ratio)
         self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, hidden), fc2=nn.Linear(hidden, dim)))
@@ -375,7 +381,7 @@ class SwinLayer(nn.Module):
         if self.shift:
             h = h.roll((-self.shift, -self.shift), (1, 2))
             mask = self.attn_mask
-            if len(mask) != height * width // w ** 2:
+            if (height, width) != (self.tokens, self.tokens):
                 mask = shifted_window_mask(height, width, w, self.shift).to(x.device)
         h = h.unflatten(2, (-1, w)).unflatten(1, (-1, w)).transpose(2, 3)                    # (B, H/w, W/w, w, w, C)
         shape = h.shape
@@ -404,7 +410,9 @@ class SwinGroup(nn.Module):
 
 
 class SwinIR(nn.Module):
-    """The posterior-mean predictor: (B, 3, H, W) in [0, 1] -> the same, not clipped; any size.
+    """The posterior-mean predictor: (B, 3, H, W) in [0, 1] -> the same, not clipped.
+
+    Any size that is more than half of a window (8 x unshuffle pixels).
 
     Default: DifFace's SwinIR-L (15,792,587 parameters, its names). PMRF's "swinir_M": dim=120, depths=(6,) * 5.
     `latent_channels` > 0 predicts latents at 1 / unshuffle of the resolution instead (option 1 of sec. 3.2). `residual`
@@ -460,6 +468,7 @@ class SwinIR(nn.Module):
 
 
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)  # one call inside inference mode must not spoil a training that follows
 def neighborhood_tiles(height: int, width: int, kernel: int, device: torch.device, tile: int = 8):
     """Which keys a tile of queries needs: query index (n, t^2), key index (n, r^2), mask (n, t^2, r^2), place (H W,).
 
@@ -953,11 +962,8 @@ def load_networks(cfg: Sample) -> tuple:
     """(nets, Train configuration) for `sample`: a training run, PMRF's release, or a run with released parts put in."""
     path = find_checkpoint(cfg.checkpoint)
     config = path / "config.json" if path.is_dir() else path.with_name("config.json")
-    ours = config.exists() and '"method"' in config.read_text(errors="replace")
-    if ours:
-        config, parts = load_model(cfg.checkpoint, "latent_pmrf")
-        known = {f.name for f in dataclasses.fields(Train)}
-        trained = Train(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["train"].items() if k in known})
+    if config.exists() and '"method"' in config.read_text(errors="replace"):
+        parts, trained = load_model(cfg.checkpoint, "latent_pmrf")[1], read_train(config)
     else:
         if cfg.vae or cfg.mmse:
             raise UserError(f"--vae, --mmse: {cfg.checkpoint} is PMRF's release, which brings its own networks")
@@ -980,6 +986,8 @@ def load_networks(cfg: Sample) -> tuple:
 def load_part(cfg, part: str, where: str) -> nn.Module:
     """A released Sim-VAE or SwinIR in place of one of our own."""
     if part == "vae":
+        if (cfg.vae_norm, cfg.vae_resizer, cfg.vae_block) != ("layer", "sim", "sim"):
+            raise UserError(f"--vae {where}: goes not together with --vae_norm, --vae_resizer, --vae_block")
         vae = load_sim_vae(where)
         channels = vae.decoder.conv_in.in_channels
         if (channels, vae.widths) != (cfg.latent_channels, tuple(cfg.vae_widths)):
@@ -987,12 +995,41 @@ def load_part(cfg, part: str, where: str) -> nn.Module:
                             f"{' '.join(map(str, vae.widths))}, which it has")
         return vae
     mmse = build(cfg, "mmse")
-    load_strict(mmse, read_weights(where), f"--mmse {where}")
+    state = {name.removeprefix("model."): t for name, t in read_weights(where).items()}
+    masks = {name: t for name, t in mmse.state_dict().items() if name.endswith("attn_mask")}  # of this size, not theirs
+    load_strict(mmse, state | {name: t for name, t in masks.items() if name in state}, f"--mmse {where}")
     return mmse
 
 
 def parts_of(cfg) -> list:
     return ["mmse", "flow"] if cfg.space == "pixel" else ["vae", "mmse", "flow"]
+
+
+def stands_on(cfg, part: str) -> list:
+    """The parts that must be trained before `part`: the posterior mean needs the autoencoder only for latents."""
+    if part == "flow":
+        return parts_of(cfg)[:-1]
+    return ["vae"] if part == "mmse" and cfg.source == "latent_mean" else []
+
+
+def same_switches(cfg) -> None:
+    """Fields that change what finished networks in --output mean, but not their shapes. UserError if one differs."""
+    path = Path(cfg.output) / "config.json"
+    before = read_train(path) if path.exists() else cfg
+    for name in ("space", "source", "vae_norm", "vae_resizer", "vae_block", "mmse_residual", "neighborhood",
+                 "head_dim"):
+        if getattr(before, name) != getattr(cfg, name):
+            raise UserError(f"--{name} {getattr(cfg, name)}: {cfg.output} was trained with {getattr(before, name)}; "
+                            "repeat that, or choose another --output")
+
+
+def read_train(path: Path) -> Train:
+    """The Train configuration in a run's config.json. UserError if it holds none."""
+    try:
+        saved, known = json.loads(path.read_text())["train"], {f.name for f in dataclasses.fields(Train)}
+        return Train(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: lacks what a training run writes; train again") from None
 
 
 # ------------------------------------------------------------------------------------------------ training stages
@@ -1101,6 +1138,8 @@ def train(cfg: Train) -> None:
     nets, weights = {part: build(cfg, part) for part in parts_of(cfg)}, {}
     reuse = [part for part in parts_of(cfg) if part not in wanted or cfg.resume_from_checkpoint]
     saved = finished_parts(cfg, "latent_pmrf") if reuse else {}
+    if saved:
+        same_switches(cfg)
     for part in nets:
         given = getattr(cfg, part, "")
         if given:
@@ -1109,7 +1148,7 @@ def train(cfg: Train) -> None:
         elif part in reuse and part in saved:
             load_strict(nets[part], saved[part], f"{cfg.output}, {part}")
             weights[part] = saved[part]
-        elif part not in wanted and parts_of(cfg).index(part) < parts_of(cfg).index(cfg.stage):
+        elif part not in wanted and part in stands_on(cfg, cfg.stage):
             raise UserError(f"--stage {cfg.stage} needs {part}: train it first (--stage {part}), or give --{part}")
     run.start_log()
     nets = {part: net.to(run.device).eval() for part, net in nets.items()}
@@ -1122,8 +1161,8 @@ def train(cfg: Train) -> None:
         nets[part].load_state_dict(stage.ema[part])
         nets[part].eval().requires_grad_(False)
         weights[part] = nets[part].state_dict()
-        for later in parts_of(cfg)[parts_of(cfg).index(part) + 1:] if cfg.stage != "all" else ():
-            if weights.pop(later, None):                           # it was trained on what has just been replaced
+        for later in parts_of(cfg) if cfg.stage != "all" else ():
+            if part in stands_on(cfg, later) and weights.pop(later, None):  # trained on what has just been replaced
                 run.say(f"stage {later} was trained on the former {part} and is dropped; train it again")
         if run.main:
             config = dict(method="latent_pmrf", train=dataclasses.asdict(cfg), finished=list(weights))
@@ -1143,6 +1182,8 @@ def check_sizes(cfg) -> None:
     if cfg.mapping_width % 2:
         raise UserError(f"--mapping_width {cfg.mapping_width}: must be even")
     shrink = 2 ** (len(cfg.vae_widths) - 1)
+    if cfg.space == "pixel" and cfg.source == "latent_mean":
+        raise UserError("--source latent_mean: the flow on pixels (--space pixel) has no latents; leave it out")
     if cfg.space == "pixel" and cfg.vae:
         raise UserError("--vae: the flow on pixels (--space pixel) has no autoencoder; leave it out")
     if cfg.space == "latent" and min(cfg.vae_crop, cfg.image_size) % shrink:
@@ -1175,7 +1216,8 @@ def restore_held_out(cfg, run, nets, batch, steps: int) -> dict:
     lq = degrade(batch["hq"], DEGRADATIONS[cfg.degradation], batch["seeds"])
     rng, found = torch.Generator().manual_seed(cfg.seed), {"lq": [lq]}
     noise = lambda like: torch.randn(like.shape, generator=rng).to(like)
-    for x, hq in zip(lq.split(32), batch["hq"].split(32)):
+    size = max(1, min(32, 32 * 128 ** 2 // cfg.image_size ** 2))    # 32 toy faces, 2 of 512 px: decoding takes memory
+    for x, hq in zip(lq.split(size), batch["hq"].split(size)):
         result = restore(nets, cfg, x.to(run.device), noise, steps)
         if "vae" in nets:
             with torch.no_grad():
@@ -1239,15 +1281,17 @@ def sample(cfg: Sample) -> None:
 # ------------------------------------------------------------------------------------------------ ablations
 
 # name -> (table, changed fields, what the paper reports on CelebA-Test at 512 px: comparable in order, not in size).
+# `ablate` fills in the channels.
 ABLATIONS = {
     "Latent-PMRF": ("", {}, "PSNR 26.39, FID 10.94; reaches the pixel flow's FID 5.79x sooner"),
     "pixel flow (PMRF)": ("space", dict(space="pixel"), "PSNR 26.33, FID 10.72, fully trained"),
     "group norm": ("vae", dict(vae_norm="group"), "Table 2"),
     "SD resizers": ("vae", dict(vae_resizer="sd"), "Table 2"),
     "SD block": ("vae", dict(vae_block="sd"), "Table 2"),
-    "SD-VAE style": ("vae", dict(vae_norm="group", vae_resizer="sd", vae_block="sd"), "Table 1: 32.40 (SDXL's)"),
-    "half the channels": ("vae", dict(latent_channels=8), "Table 3: 37.90 (c = 16), 42.71 at 32"),
-    "twice the channels": ("vae", dict(latent_channels=32), "Table 3: 45.06 (c = 48), 42.71 at 32"),
+    "SD-VAE style": ("vae", dict(vae_norm="group", vae_resizer="sd", vae_block="sd"),  # without SDXL's attention
+                     "Table 1: 32.40 (SDXL's)"),
+    "half the channels": ("vae", dict(latent_channels=0), "Table 3: 37.90 (c = 16), 42.71 at 32"),
+    "twice the channels": ("vae", dict(latent_channels=0), "Table 3: 45.06 (c = 48), 42.71 at 32"),
     "option 1, posterior mean of latents": ("source", dict(source="latent_mean"), "worse distortion, sec. 3.2"),
 }
 
@@ -1257,7 +1301,12 @@ def ablate(cfg: Ablate) -> None:
     check_sizes(cfg)
     if cfg.vae or cfg.mmse:
         raise UserError("--vae, --mmse: ablate trains its own; leave them out")
-    done = run_ablation(cfg, ABLATIONS, ablation_row)
+    rows = dict(ABLATIONS)
+    for name, factor in (("half the channels", 0.5), ("twice the channels", 2)):
+        rows[name] = (rows[name][0], dict(latent_channels=int(factor * cfg.latent_channels)), rows[name][2])
+    for name in cfg.rows or rows:
+        check_sizes(dataclasses.replace(cfg, **(rows[name][1] if name in rows else {})))
+    done = run_ablation(cfg, rows, ablation_row)
     print_ablation(done, ABLATIONS, ("psnr", "fid_toy", "deg_toy", "lmd_toy", "reconstruction_psnr"))
     for pixel in (entry for entry in done.values() if entry["row"] == "pixel flow (PMRF)"):
         seed = pixel["config"]["seed"]
@@ -1274,6 +1323,7 @@ def ablation_row(cfg, done: dict) -> dict:
     The two flows whose speed is compared are also measured on the way, off the clock.
     """
     latent_row = done.get(f"Latent-PMRF, seed {cfg.seed}")
+    twin = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(cfg, space="latent"))))
     run, faces = Run(cfg), Faces(cfg.data, cfg.image_size, cfg.validation_data)
     held, reader = faces.held_out(cfg.validation_faces), metrics.load_reader("b", cfg.readers)
     torch.manual_seed(cfg.seed)
@@ -1282,7 +1332,7 @@ def ablation_row(cfg, done: dict) -> dict:
         nets[part] = build(cfg, part).to(run.device).eval()
         if part != "flow":
             shared_network(cfg, run, faces, nets, part)
-    if cfg.space == "pixel" and latent_row:
+    if cfg.space == "pixel" and latent_row and latent_row["config"] == twin:
         steps = round(latent_row["seconds"] / seconds_per_step(cfg, run, faces, nets))
         cfg = dataclasses.replace(cfg, flow_steps=max(1, steps))
     last = min(cfg.flow_steps, cfg.max_train_steps)

@@ -111,12 +111,23 @@ def shrink(value, name=""):
 
 
 def slow_hdit(w, x, t):
-    """k-diffusion's hourglass transformer from its state dict: 7 x 7 neighbourhoods, global attention in the middle."""
+    """k-diffusion's hourglass transformer from its state dict: 7 x 7 neighbourhoods, global attention in the middle.
+
+    Where the weights hold depth-wise convolutions they follow the projections to q, k, v and to value and gate.
+    """
     rms = lambda v: v * (v.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
     fourier = lambda name, v: (lambda f: torch.cat([f.cos(), f.sin()], -1))(2 * math.pi * v @ w[f"{name}.weight"].T)
 
+    def neighbours(name, v):                                             # (B, H, W, C): nine shifted copies, summed
+        if f"{name}.dwconv.weight" not in w:
+            return v
+        h, wd, padded = v.shape[1], v.shape[2], F.pad(v, (0, 0, 1, 1, 1, 1))
+        kernel = w[f"{name}.dwconv.weight"][:, 0]
+        shifted = [padded[:, i:i + h, j:j + wd] * kernel[:, i, j] for i in range(3) for j in range(3)]
+        return sum(shifted) + w[f"{name}.dwconv.bias"]
+
     def geglu(name, v):
-        value, gate = (v @ w[f"{name}.up_proj.weight"].T).chunk(2, -1)
+        value, gate = neighbours(name, v @ w[f"{name}.up_proj.weight"].T).chunk(2, -1)
         return (value * F.gelu(gate)) @ w[f"{name}.down_proj.weight"].T
 
     def merge(v, p):                                                     # (B, H, W, C) -> (B, H/p, W/p, p p C)
@@ -134,8 +145,8 @@ def slow_hdit(w, x, t):
         b, h, wd, c = v.shape
         norm = lambda part: rms(v) * (1 + cond @ w[f"{name}.{part}.norm.linear.weight"].T)[:, None, None]
         heads = len(w[f"{name}.self_attn.scale"])
-        qkv = (norm("self_attn") @ w[f"{name}.self_attn.qkv_proj.weight"].T).view(b, h * wd, 3, heads, c // heads)
-        q, k, value = qkv.permute(2, 0, 3, 1, 4)
+        qkv = neighbours(f"{name}.self_attn", norm("self_attn") @ w[f"{name}.self_attn.qkv_proj.weight"].T)
+        q, k, value = qkv.view(b, h * wd, 3, heads, c // heads).permute(2, 0, 3, 1, 4)
         freqs = w[f"{name}.self_attn.pos_emb.freqs"][:, None]                                   # (heads, 1, d / 8)
         theta = torch.cat([pos[:, :1] * freqs, pos[:, 1:] * freqs], -1)
         d = theta.shape[-1]
@@ -191,10 +202,10 @@ def test_hdit_starts_as_the_zero_field(hdit):
     assert torch.equal(hdit(torch.randn(2, 3, 64, 64), torch.rand(2)), torch.zeros(2, 3, 64, 64))
 
 
-@pytest.mark.parametrize("height, width", [(64, 64), (64, 96)])
-def test_hdit_equals_a_functional_reimplementation(hdit, height, width):
+@pytest.mark.parametrize("depthwise, height, width", [(False, 64, 64), (False, 64, 96), (True, 64, 96)])
+def test_hdit_equals_a_functional_reimplementation(depthwise, height, width):
     """With all parameters random, velocity(x, t) equals matmuls written from k-diffusion's equations."""
-    model = randomised(hdit, seed=width)
+    model = randomised(lp.HDiT(**dict(shrink(lp.HDIT_PMRF), depthwise=depthwise)), seed=width)
     x, t = torch.randn(2, 3, height, width), torch.tensor([.1, .8])
     with torch.no_grad():
         torch.testing.assert_close(model(x, t), slow_hdit(model.state_dict(), x, t), rtol=2e-4, atol=2e-4)

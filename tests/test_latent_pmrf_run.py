@@ -152,8 +152,46 @@ def test_a_stage_trained_anew_drops_what_stood_on_it(trained, tmp_path, capsys):
     shutil.copytree(trained / "out", tmp_path / "out")
     call("train", *TINY, "-o", tmp_path / "out", "--stage", "vae", "--seed", "5")
     assert "stage flow was trained on the former vae" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["finished"] == ["vae"]
-    assert {name.split(".")[0] for name in weights(tmp_path / "out")} == {"vae"}
+    assert set(json.loads((tmp_path / "out" / "config.json").read_text())["finished"]) == {"vae", "mmse"}
+    assert {name.split(".")[0] for name in weights(tmp_path / "out")} == {"vae", "mmse"}   # which never saw the vae
+    call("train", *TINY, "-o", tmp_path / "alone", "--stage", "mmse")                      # nor waits for one
+    assert {name.split(".")[0] for name in weights(tmp_path / "alone")} == {"mmse"}
+
+
+def test_switches_that_change_no_shape_cannot_change_under_finished_networks(capsys, trained, tmp_path):
+    shutil.copytree(trained / "out", tmp_path / "out")
+    go = lambda *flags: refused(capsys, "train", *TINY, "-o", tmp_path / "out", "--stage", "flow", *flags)
+    assert "--vae_norm group" in go("--vae_norm", "group") and "--neighborhood 3" in go("--neighborhood", "3")
+    assert "--mmse_residual False" in go("--no-mmse_residual")
+    assert same(weights(trained / "out"), weights(tmp_path / "out"))
+
+
+def test_a_released_swinir_of_another_size_and_prefix_loads(tmp_path):
+    sizes = dict(mmse_dim=8, mmse_depths=(2,), mmse_heads=2, mmse_features=8, mmse_unshuffle=2, mmse_residual=False)
+    theirs = lp.build(lp.Train(image_size=32, **sizes), "mmse")
+    torch.save({"state_dict": {f"model.{n}": t for n, t in theirs.state_dict().items()}}, tmp_path / "swinir.pth")
+    ours = lp.load_part(lp.Train(image_size=64, **sizes), "mmse", str(tmp_path / "swinir.pth"))
+    x = torch.rand(1, 3, 48, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_swinir_masks_a_grid_that_only_counts_as_many_windows():
+    small = dict(dim=8, depths=(2,), heads=2, features=8, unshuffle=1)
+    square, other = lp.SwinIR(tokens=16, **small).eval(), lp.SwinIR(tokens=24, **small).eval()   # 4 windows, 9
+    other.load_state_dict({n: t for n, t in square.state_dict().items() if "attn_mask" not in n}, strict=False)
+    x = torch.rand(1, 3, 8, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(square(x), other(x))
+
+
+def test_a_look_in_inference_mode_does_not_spoil_training():
+    q = torch.randn(1, 1, 81, 8)
+    with torch.inference_mode():
+        lp.neighborhood_attention(q, q, q, 9, 9, 3)
+    q.requires_grad_(True)
+    lp.neighborhood_attention(q, q, q, 9, 9, 3).sum().backward()
+    assert q.grad.isfinite().all()
 
 
 def test_group_norm_never_has_one_channel_a_group():
@@ -161,6 +199,10 @@ def test_group_norm_never_has_one_channel_a_group():
     for channels in (8, 16, 32, 64, 128, 512):
         norm = lp.vae_norm("group", channels)
         assert channels // norm.num_groups >= 4 and norm.num_groups == min(32, channels // 4)
+    assert lp.vae_norm("group", 34)(torch.zeros(1, 34, 2, 2)).shape == (1, 34, 2, 2)
+    vae = lp.SimVAE(4, (8, 8), norm="group")
+    with pytest.raises(common.UserError, match="GroupNorm"):
+        vae.decode_tiled(torch.zeros(1, 4, 8, 8), 1.0)
 
 
 def test_pmrf_release_loads_by_prefix(tmp_path, monkeypatch):
@@ -237,6 +279,13 @@ def test_bad_flags(capsys, tmp_path):
     for flag, value in (("--mmse_unshuffle", "3"), ("--mapping_width", "15"), ("--head_dim", "0"), ("--vae_crop", "31")):
         assert f"{flag} {value}" in refused(capsys, "train", *TINY, "-o", tmp_path, flag, value)
     assert "--rows" in refused(capsys, "ablate", "-o", tmp_path, "--rows", "nonsense")
+    assert "--source" in refused(capsys, "train", *TINY, "-o", tmp_path, "--space", "pixel", "--source", "latent_mean")
+    assert "--vae_norm" in refused(capsys, "train", *TINY, "-o", tmp_path, "--vae", tmp_path, "--vae_norm", "group")
+    (tmp_path / "bare").mkdir()
+    safetensors.torch.save_file({"vae.x": torch.zeros(1)}, tmp_path / "bare" / "model.safetensors")
+    (tmp_path / "bare" / "config.json").write_text('{"method": "latent_pmrf"}')
+    assert "lacks what" in refused(capsys, "sample", "-i", tmp_path, "-o", tmp_path / "o", "--checkpoint",
+                                   tmp_path / "bare")
 
 
 def test_resume_from_a_run_with_other_sizes(capsys, tmp_path):
@@ -279,3 +328,7 @@ def test_ablation_rows_are_kept_and_shared(tmp_path, capsys):
     before = (tmp_path / "rows.json").read_text()
     call("ablate", *flags)
     assert capsys.readouterr().out.count("finished before") == 2 and (tmp_path / "rows.json").read_text() == before
+    call("ablate", *flags, "--flow_steps", "5")                    # a repeated row has its whole curve again
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [len(rows[f"{row}, seed 0"]["curve"]) > 1 for row in ("Latent-PMRF", "pixel flow (PMRF)")] == [True, True]
+    assert rows["Latent-PMRF, seed 0"]["steps"] == 5
