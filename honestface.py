@@ -358,8 +358,8 @@ class VREncoder(nn.Module):
 class VQAutoencoder(VREncoder):
     """VREncoder with its decoder: what stage `vre` trains, one for clean and one for degraded faces."""
 
-    def __init__(self, width, multiples, dim, codes):
-        super().__init__(width, multiples, dim, codes)
+    def __init__(self, width, multiples, dim, codes, double_normalise=False):
+        super().__init__(width, multiples, dim, codes, double_normalise)
         self.post_quant_conv, self.decoder = nn.Conv2d(dim, dim, 1), VQDecoder(width, multiples, dim)
 
     def decode(self, z):
@@ -599,12 +599,13 @@ def read_references(eyes_on, lq_landmarks, references, present) -> Reference:
     flat = references.flatten(0, 1)
     embeddings = eyes_on.recogniser(flat).float().unflatten(0, (batch, count))
     landmarks = eyes_on.detector.landmarks(flat).float().unflatten(0, (batch, count))
+    points, wanted = landmarks.cpu(), lq_landmarks.cpu()           # the fit is in float64, which not every device has
     chosen = torch.zeros(batch, dtype=torch.long, device=flat.device)
     frame = list(metrics.EYES_AND_BROWS)                          # UNSTATED: which points; only eyes are taken from it
     for i, row in enumerate(present.cpu()):
         places = row.nonzero().flatten()
         if len(places):
-            chosen[i] = places[select_reference(landmarks[i, places][:, frame], lq_landmarks[i, frame])]
+            chosen[i] = places[select_reference(points[i, places][:, frame], wanted[i, frame])]
     rows = torch.arange(batch, device=flat.device)
     return Reference(embeddings, present, references[rows, chosen], landmarks[rows, chosen])
 
@@ -922,6 +923,13 @@ def album(faces: Faces) -> dict:
     return people
 
 
+def check_people(cfg, faces: Faces) -> None:
+    """UserError where references are wanted and the training faces all lie in one folder, as if of one person."""
+    if cfg.data and cfg.ide != "none" and len({path.parent for path in faces.files}) == 1:
+        raise UserError(f"--data {cfg.data}: has no sub-folders, one per person, so nobody has references; "
+                        "sort the pictures by person, or give --ide none")
+
+
 def draw_references(faces: Faces, people: dict, batch: dict, count: int) -> tuple:
     """Other photographs of the persons of a batch: (B, count, 3, S, S), present (B, count). Never the face itself."""
     if not faces.files:
@@ -979,7 +987,7 @@ def train_vae(cfg, run, faces, nets, eyes_on) -> dict:
         with run.autocast(), not_half(hq):
             posterior = vae.encode(hq).latent_dist
             restored = vae.decode(posterior.sample()).sample.float()
-            perceptual = eyes_on.lpips(restored, hq).mean()
+        perceptual = eyes_on.lpips(restored, hq).mean()            # in float32
         l1, kl = F.l1_loss(restored, hq), posterior.kl().float().mean()
         stage.update(l1 + 0.1 * perceptual + cfg.kl_weight * kl, l1=l1, perceptual=perceptual, kl=kl)
     vae.load_state_dict(stage.ema["vae"])
@@ -1019,7 +1027,7 @@ def train_vre(cfg, run, faces, nets, eyes_on) -> dict:
 
     DIFFERS: one run instead of OSDFace's three schedules (clean, degraded, degraded with association); no PatchGAN.
     """
-    sizes = (cfg.vre_width, cfg.vre_multiples, cfg.vre_dim, cfg.vre_codes)
+    sizes = (cfg.vre_width, cfg.vre_multiples, cfg.vre_dim, cfg.vre_codes, cfg.vre_double_normalise)
     clean, degraded = (VQAutoencoder(*sizes).to(run.device) for _ in range(2))
     scale = nn.ParameterList([torch.tensor([math.log(1 / 0.07)])]).to(run.device)
     modules = dict(clean=clean, degraded=degraded, scale=scale)
@@ -1030,14 +1038,14 @@ def train_vre(cfg, run, faces, nets, eyes_on) -> dict:
     likeness = 0.1 if cfg.face_networks == "reader" else 1.0      # LPIPS' stand-in sums five stages: it drowns the L1
     for step, batch in stage.steps(batches(cfg, run, faces, "pair")):
         losses, features = dict(l1=0, perceptual=0, quantise=0), []
-        with run.autocast():
-            for net, x in ((clean, batch["hq"]), (degraded, batch["lq"])):
+        for net, x in ((clean, batch["hq"]), (degraded, batch["lq"])):
+            with run.autocast():
                 features.append(net(x).float())
                 quantised, quantise, _ = vector_quantize(features[-1], net.codebook)
                 copied = net.decode(quantised).float()
-                losses["l1"] += F.l1_loss(copied, x)
-                losses["perceptual"] += likeness * eyes_on.lpips(copied, x).mean()
-                losses["quantise"] += quantise
+            losses["l1"] += F.l1_loss(copied, x)
+            losses["perceptual"] += likeness * eyes_on.lpips(copied, x).mean()
+            losses["quantise"] += quantise
         weight = cfg.association_weight * (2 * step >= steps)
         losses["association"] = association_loss(*features, scale[0]) if weight else quantise.new_zeros(())
         stage.update(sum(losses.values()) + (weight - 1) * losses["association"], **losses)
@@ -1046,7 +1054,10 @@ def train_vre(cfg, run, faces, nets, eyes_on) -> dict:
 
 
 def restorer_losses(cfg, eyes_on, restored, hq, mask) -> dict:
-    """MSE, EA-DISTS, identity and masked face alignment of images in [-1, 1], each a scalar, not weighted."""
+    """MSE, EA-DISTS, identity and masked face alignment of images in [-1, 1], each a scalar, not weighted.
+
+    UNSTATED: the MSE, which is OSDFace's; the paper's own list has the others.
+    """
     unit = lambda x: x * 0.5 + 0.5
     losses = dict(mse=F.mse_loss(restored, hq))
     if cfg.perceptual_weight:
@@ -1116,6 +1127,7 @@ def train_onestep(cfg, run, faces, nets, eyes_on) -> dict:
 
 STAGES = {"vae": (("vae",), train_vae), "prior": (("unet", "words"), train_prior), "vre": (("vre",), train_vre),
           "onestep": (("lora", "prompt"), train_onestep)}
+STANDS_ON = {"vae": (), "prior": ("vae",), "vre": (), "onestep": ("vae", "prior", "vre")}
 
 
 def stages_of(cfg) -> list:
@@ -1131,36 +1143,37 @@ def train(cfg: Train) -> None:
     wanted = names if cfg.stage == "all" else [cfg.stage]
     check_sizes(cfg)
     faces = Faces(cfg.data, cfg.image_size, cfg.validation_data)
-    if "onestep" in wanted and cfg.data and cfg.ide != "none" and len(album(faces)) == 1:
-        raise UserError(f"--data {cfg.data}: has no sub-folders, one per person, so nobody has references; "
-                        "sort the pictures by person, or give --ide none")
+    if "onestep" in wanted:
+        check_people(cfg, faces)
     run = Run(cfg, fresh=cfg.stage == "all" and not cfg.resume_from_checkpoint)
     eyes_on = face_networks(cfg, run.device)
-    nets, weights = prepare(cfg, eyes_on, run.device), {}
+    nets = prepare(cfg, eyes_on, run.device)
+    weights = {"vre": nets["vre"].state_dict()} if cfg.vre else {}  # `sample` must not need the file again
     saved = finished_parts(cfg, "honestface") if cfg.resume_from_checkpoint or cfg.stage != "all" else {}
     run.start_log()
-    for name in names:
-        parts, train_stage = STAGES[name]
-        if name not in wanted and names.index(name) > names.index(wanted[-1]) and not cfg.resume_from_checkpoint:
-            if all(part in saved for part in parts):
-                run.say(f"stage {name} was trained on the former {wanted[-1]} and is dropped; train it again")
+    for name in names:                                            # what earlier runs have left
+        parts = STAGES[name][0]
+        there = all(part in saved for part in parts)
+        if name in wanted and not (there and cfg.resume_from_checkpoint):
             continue
-        finished = all(part in saved for part in parts) and (cfg.resume_from_checkpoint or name not in wanted)
-        if finished:
+        if name not in wanted and wanted[-1] in STANDS_ON[name] and not cfg.resume_from_checkpoint:
+            if there:
+                run.say(f"stage {name} was trained on the former {wanted[-1]} and is dropped; train it again")
+        elif there:
             for part in parts:
                 put(nets, part, saved[part], cfg, cfg.output)
                 weights[part] = saved[part]
             run.say(f"stage {name}: finished before, taken as it is")
-        elif name in wanted:
-            torch.manual_seed(mix(name, cfg.seed))                # stages one by one give what all at once gives
-            trained = train_stage(cfg, run, faces, nets, eyes_on)
-            finish(nets, trained, cfg)
-            weights |= trained
-            if run.main:
-                config = dict(method="honestface", train=dataclasses.asdict(cfg), finished=list(weights))
-                save_model(cfg.output, weights, config)
-        elif names.index(name) < names.index(cfg.stage):
+        elif name in STANDS_ON.get(cfg.stage, ()):
             raise UserError(f"--stage {cfg.stage} needs {name}: train it first (--stage {name})")
+    for name in (n for n in wanted if STAGES[n][0][0] not in weights):
+        torch.manual_seed(mix(name, cfg.seed))                    # stages one by one give what all at once gives
+        trained = STAGES[name][1](cfg, run, faces, nets, eyes_on)
+        finish(nets, trained, cfg)
+        weights |= trained
+        if run.main:
+            save_model(cfg.output, weights, dict(method="honestface", train=dataclasses.asdict(cfg),
+                                                 finished=list(weights)))
     if run.main and "prompt" in weights:
         report(cfg, run, faces, nets, eyes_on)
 
@@ -1171,8 +1184,11 @@ def prepare(cfg, eyes_on, device) -> dict:
     nets = build(cfg, eyes_on, device)
     for net in (nets[name] for name in nets if name != "prompt"):
         net.requires_grad_(False)
-    if not any(f".{name}".endswith(f".{end}") for name, _ in nets["unet"].named_modules() for end in cfg.lora_layers):
-        raise UserError(f"--lora_layers {' '.join(cfg.lora_layers)}: the UNet has no layer whose name ends so")
+    half = ("conv_in", "time_embedding", "down_blocks", "mid_block")
+    if not any(isinstance(layer, (nn.Linear, nn.Conv2d)) and name.startswith(half) and f".{name}".endswith(f".{end}")
+               for name, layer in nets["unet"].named_modules() for end in cfg.lora_layers):
+        raise UserError(f"--lora_layers {' '.join(cfg.lora_layers)}: the UNet has no layer whose name ends so in its "
+                        "first half, which is also the discriminator's")
     if cfg.vre:
         load_vre(nets["vre"], cfg.vre)
     if cfg.adapter:
@@ -1293,7 +1309,8 @@ def load_networks(cfg: Sample, device) -> tuple:
     trained = Train(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["train"].items() if k in known})
     given = {name: getattr(cfg, name) for name in ("pretrained_model_name_or_path", "readers", "arcface",
                                                    "adaface", "fan", "vgg")}
-    trained = dataclasses.replace(trained, **{name: value for name, value in given.items() if value})
+    trained = dataclasses.replace(trained, adapter="", vre="",     # both are in the checkpoint
+                                  **{name: value for name, value in given.items() if value})
     eyes_on = face_networks(trained, device, losses=False)
     nets = prepare(trained, eyes_on, device)
     for name in stages_of(trained):
@@ -1340,14 +1357,17 @@ def find_references(cfg: Sample, eyes_on, size: int, device):
             if eyes_on.detector.heatmaps(image).amax((2, 3)).mean() < LEAST_PEAK:
                 print(f"reference skipped: no face found in {path}", flush=True)
                 continue
+            if len(kept) == cfg.max_references:
+                print(f"{folder}: only the first {len(kept)} references are used (--max_references)", flush=True)
+                break
             kept.append(image)
-        if len(kept) > cfg.max_references:
-            print(f"{folder}: the first {cfg.max_references} of {len(kept)} references are used "
-                  "(--max_references)", flush=True)
-        print(f"{folder}: {min(len(kept), cfg.max_references)} references", flush=True)
-        return torch.cat(kept[:cfg.max_references]) if kept else torch.zeros(0, 3, size, size, device=device)
+        print(f"{folder}: {len(kept)} references", flush=True)
+        return torch.cat(kept) if kept else torch.zeros(0, 3, size, size, device=device)
 
-    return lambda stem: read(root / stem if (root / stem).is_dir() else root)
+    def of_input(stem):
+        names = [stem] + [re.sub(r"_\d+$", "", stem)] * bool(cfg.landmarks)  # the faces of a photograph end in _00, _01
+        return read(next((root / name for name in names if (root / name).is_dir()), root))
+    return of_input
 
 
 def sample(cfg: Sample) -> None:
@@ -1401,6 +1421,7 @@ def ablate(cfg: Ablate) -> None:
 def ablation_row(cfg, done: dict) -> dict:
     check_sizes(cfg)
     run, faces = Run(cfg), Faces(cfg.data, cfg.image_size, cfg.validation_data)
+    check_people(cfg, faces)
     eyes_on = face_networks(cfg, run.device)
     nets, begun = prepare(cfg, eyes_on, run.device), time.time()
     fields = ("seed", "image_size", "data", "validation_data", "batch_size", "gradient_acc", "optimizer", "lr_",
@@ -1410,6 +1431,7 @@ def ablation_row(cfg, done: dict) -> dict:
         matters = fields + {"vae": ("vae", "kl"), "prior": ("vae", "kl", "unet", "prior"), "vre": ("vre",)}[name]
         train_stage = functools.partial(STAGES[name][1], cfg, run, faces, nets, eyes_on)
         finish(nets, shared_parts(cfg, "honestface", name, matters, train_stage), cfg)
+    torch.manual_seed(mix("onestep", cfg.seed))                    # whatever was trained or found before
     finish(nets, train_onestep(cfg, run, faces, nets, eyes_on), cfg)
     batch, lq, references, present = held_out(cfg, faces)
     restored = restore_held_out(cfg, run, nets, eyes_on, batch, lq, references, present)

@@ -1,5 +1,6 @@
 """HonestFace's mathematics and modules: closed forms, slow loops, invariances, gradient routing, sizes."""
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,6 +94,20 @@ def test_eq3_one_step_from_the_degraded_latent_reaches_any_target():
     got = hf.predict_clean(z_l, oracle, bar)
     assert got.dtype == torch.float32
     close(got, z_h, 1e-6)
+
+
+def test_eq4_one_pass_at_the_timestep_adds_no_noise():
+    """A network that knows the noise hidden in z_L gives z_H back: t, z and p reach it as they are."""
+    seen, bars = [], hf.alpha_bars()
+    clean, noise, prompt = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.randn(2, 5, 6)
+    z_l = bars[399].sqrt() * clean + (1 - bars[399]).sqrt() * noise
+
+    def unet(z, t, encoder_hidden_states):
+        seen.append((z, t, encoder_hidden_states))
+        return SimpleNamespace(sample=noise)
+    torch.testing.assert_close(hf.restore_latent(unet, z_l.float(), prompt, 399), clean, rtol=1e-3, atol=1e-3)
+    (z, t, p), = seen
+    assert torch.equal(z, z_l.float()) and int(t) == 399 and p is prompt
 
 
 def test_eq4_the_step_is_a_gain_of_1_532_and_feels_the_network_by_minus_1_161():

@@ -279,6 +279,22 @@ def test_a_paper_step_on_stable_diffusions_layout(tiny_sd, tmp_path):
     assert pictures(tmp_path / "res")["a.png"].shape == (3, 64, 64)
 
 
+def test_given_encoder_and_adapter_are_kept_in_the_checkpoint(trained, tmp_path):
+    """`sample` must not need the files of --vre and --adapter again; both are fed as the flag says."""
+    cfg = tiny_config(vre_double_normalise=True)
+    nets = hf.prepare(cfg, hf.face_networks(cfg, "cpu"), "cpu")
+    torch.save({"state_dict": {f"vqvae_LQ.{n}": t for n, t in nets["vre"].state_dict().items()}}, tmp_path / "vre.ckpt")
+    torch.save(nets["prompt"].adapter.state_dict(), tmp_path / "adapter.pth")
+    call("train", *TINY, "-o", tmp_path / "out", "--vre", tmp_path / "vre.ckpt", "--adapter", tmp_path / "adapter.pth",
+         "--vre_double_normalise")
+    for name in ("vre.ckpt", "adapter.pth"):
+        (tmp_path / name).unlink()
+    loaded = hf.load_networks(hf.Sample(input="x", checkpoint=str(tmp_path / "out")), "cpu")[0]
+    assert same(loaded["vre"].state_dict(), nets["vre"].state_dict()) and loaded["vre"].double_normalise
+    assert hf.VQAutoencoder(8, (1, 2), 8, 96, True).double_normalise
+    call("sample", "-i", trained / "lq", "-o", tmp_path / "res", "--checkpoint", tmp_path / "out", "--device", "cpu")
+
+
 def test_osdface_release_loads_and_restores(tiny_sd, tmp_path):
     """associate_2.ckpt, embedding_change and a LoRA file, in their names: merged, loaded strictly, one face restored."""
     torch.manual_seed(1)
@@ -343,7 +359,13 @@ def test_bad_references_are_named_and_left_out(trained, tmp_path, capsys):
     for i in range(6):
         common.write_image(album / f"same{i}.png", face)          # all identical, more than fit
     call(*arguments, "--reference", album, "--max_references", "4")
-    assert "first 4 of 6" in capsys.readouterr().out
+    assert "only the first 4 references are used" in capsys.readouterr().out
+    for i in range(2):
+        common.write_image(album / "photo" / f"{i}.png", face)
+    cfg = hf.Sample(input="x", reference=str(album), landmarks="points.json")
+    found = hf.find_references(cfg, hf.face_networks(tiny_config(), "cpu", losses=False), 64, "cpu")
+    assert len(found("photo_00")) == 2  # the faces of photo.png share its album
+    assert len(found("stranger_00")) == cfg.max_references        # the pictures of the folder itself
 
 
 def test_collinear_landmarks_give_a_box_and_a_choice():
@@ -358,7 +380,8 @@ def test_collinear_landmarks_give_a_box_and_a_choice():
     (["--timestep", "1000"], "--timestep"), (["--max_references", "0"], "--max_references"),
     (["--face_networks", "released"], "--fan"), (["--vre", "nothing.ckpt"], "nothing.ckpt"),
     (["--pretrained_model_name_or_path", "/nowhere/sd"], "--pretrained_model_name_or_path"),
-    (["--stage", "onestep"], "needs vae"), (["--lora_layers", "nothing"], "nothing")])
+    (["--stage", "onestep"], "needs vae"), (["--lora_layers", "nothing"], "nothing"),
+    (["--lora_layers", "conv_out"], "conv_out"), (["--lora_layers", "norm1"], "norm1")])
 def test_wrong_flags(capsys, tmp_path, flags, word):
     assert word in refused(capsys, "train", *TINY, "-o", tmp_path / "out", *flags)
 
@@ -380,6 +403,9 @@ def test_checkpoints_of_another_kind(trained, tmp_path, capsys):
 def test_people_without_folders_and_models_without_references(trained, tmp_path, capsys):
     flat = [*TINY, "-o", tmp_path / "o", "--data", trained / "lq"]
     assert "no sub-folders, one per person" in refused(capsys, "train", *flat) and not (tmp_path / "o").exists()
+    flat += ["--validation_data", trained / "people"]             # held-out people are no references either
+    assert "no sub-folders, one per person" in refused(capsys, "train", *flat)
+    assert "no sub-folders" in refused(capsys, "ablate", *flat, "--rows", "HonestFace")
     call("train", *TINY, "-o", tmp_path / "none", "--ide", "none")
     said = refused(capsys, "sample", "-i", trained / "lq", "-o", tmp_path / "s", "--checkpoint", tmp_path / "none",
                    "--reference", trained / "people")
@@ -393,6 +419,9 @@ def test_a_stage_trained_anew_drops_what_stood_on_it(trained, tmp_path, capsys):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["finished"] == ["vae", "unet", "words", "vre"]
     assert {name.split(".")[0] for name in weights(tmp_path / "out")} == set(config["finished"])
+    call("train", *TINY, "-o", tmp_path / "out", "--stage", "prior", "--seed", "1")
+    before, after = weights(trained / "out"), weights(tmp_path / "out")   # the encoder never saw the prior
+    assert any(n.startswith("vre.") for n in after) and after.keys() <= before.keys()
 
 
 def test_ablation_rows_share_the_frozen_networks(tmp_path, capsys):
