@@ -1031,7 +1031,7 @@ def row_fault(row: dict, folder: Path, text=None) -> tuple:
     for key in ("source", "target"):
         try:
             with Image.open(folder / row[key]) as picture:
-                picture.verify()
+                picture.load()                                     # verify() does not see a JPEG that is cut off
         except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError):
             return "with a missing or unreadable file", str(row[key])[:80]
     try:
@@ -1069,6 +1069,8 @@ class FilePairs:
                   + f", such as {example}" * bool(example), flush=True)
         held = {row["source"] for row in rows if mix("held out", row["source"]) % 10 == 0}
         held = held or {row["source"] for row in rows[-1:]}
+        if len(held) > 1 and all(row["source"] in held for row in rows):
+            held = {rows[-1]["source"]}                            # few faces can all fall on one side
         self.rows, self.held = ([r for r in rows if (r["source"] in held) == side] for side in (False, True))
         if not self.rows:
             raise UserError(f"--pairs {path}: no accepted pair to train on; build more with python a2bfr.py pairs")
@@ -1123,6 +1125,11 @@ class Singles:
 
 def pair_source(cfg, encoder, text):
     """Where the LoRA's faces come from."""
+    if cfg.pretrained_model_name_or_path and not (cfg.pairs or cfg.data):
+        print("no --pairs: FLUX learns from drawn toy faces; python a2bfr.py pairs builds pairs of photographs",
+              flush=True)
+    if (cfg.pairs or cfg.data) and not (cfg.farl or cfg.readers):
+        print("no --farl: attributes are read by a network that only knows toy faces", flush=True)
     if cfg.pairs:
         return FilePairs(cfg.pairs, cfg.image_size, text)
     if not cfg.data:
@@ -1331,8 +1338,13 @@ def check_sizes(cfg) -> None:
         raise UserError("--vae_widths: must be multiples of 8, the groups of a norm")
     if not cfg.lora_alpha:
         raise UserError("--lora_alpha 0: the LoRA would do nothing; give the rank for a scale of 1")
-    if cfg.mixed_precision == "fp16" and cfg.pretrained_model_name_or_path:
-        raise UserError("--mixed_precision fp16: FLUX overflows in it; use bf16")
+    refuse_fp16(cfg, cfg.pretrained_model_name_or_path)
+
+
+def refuse_fp16(cfg, where: str) -> None:
+    """UserError for released networks in fp16."""
+    if cfg.mixed_precision == "fp16" and where:
+        raise UserError("--mixed_precision fp16: FLUX and the autoencoders overflow in it; use bf16")
 
 
 def networks(cfg, run) -> tuple:
@@ -1412,7 +1424,7 @@ def train(cfg: Train) -> None:
         else:
             TOY_TRAINERS[name](cfg, run, nets, encoder)
         finished = [s for s in finished if stages.index(s) < stages.index(name)] + [name]
-        save_run(cfg, run, nets, finished)
+        save_run(cfg, run, nets, ["vae", "prior"] * bool(cfg.prior) + finished)
     if run.main and source and "lora" in finished:
         report(cfg, run, nets, source)
 
@@ -1565,6 +1577,7 @@ def load_restorer(cfg: Sample, run) -> tuple:
         if "lora" not in finished and not cfg.lora:
             raise UserError(f"--checkpoint {cfg.checkpoint}: its stage lora is not finished; train it, or give --lora")
     where, kind = cfg.pretrained_model_name_or_path or trained.pretrained_model_name_or_path, weight_type(run)
+    refuse_fp16(cfg, where)
     if where:  # the prompts first: T5 is gone before the transformer comes
         words = FluxText(where, trained.text_length, run.device, kind)
         words.check(cfg.prompt)
@@ -1676,6 +1689,7 @@ def sd3_editor(where: str, size: int, steps: int, device, dtype) -> Editor:
 def load_editor(cfg: Pairs, run) -> Editor:
     """SD3, FLUX.1-dev, or the toy prior of --checkpoint."""
     where, kind = cfg.pretrained_model_name_or_path, weight_type(run)
+    refuse_fp16(cfg, where)
     if cfg.editor == "sd3":
         if not where:
             raise UserError("--editor sd3 needs --pretrained_model_name_or_path: a folder or hub id of SD3 or SD3.5")

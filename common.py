@@ -822,7 +822,8 @@ DEGRADATIONS = {
     "pref_restore": Degradation("Pref-Restore training script", (1, 15), (1, 30), (0, 20), (30, 90)),
     "vqfr2": Degradation("VQFR v2", (1, 15), (1, 30), (0, 20), (30, 90)),
     "vqfr1": Degradation("VQFR v1: GFPGAN without colour changes", (0.1, 10), (0.8, 8), (0, 20), (60, 100)),
-    "a2bfr": Degradation("A2BFR release, condition helper", (3, 15), (16, 16), (0, 25.5), (35, 90),
+    # DIFFERS: the release resizes by a random interpolation and half of its noise is grey; here as everywhere.
+    "a2bfr": Degradation("A2BFR release, condition helper", (3, 15), (16, 16), (0, 25.5), (35, 90), isotropic=1.0,
                          kinds=("gaussian", "average", "median", "motion"),
                          blur_share=0.5, noise_share=0.2, jpeg_share=0.7),
     # So little is left of a face that a reference can say who it is, or a prompt what it looks like, without
@@ -1560,7 +1561,8 @@ class Stage:
         if state["stage"] != self.name:
             return
         if (set(state["optimizers"]) != set(self.optimizers)
-                or state.get("config", {}).get("optimizer") != getattr(self.run.cfg, "optimizer", None)):
+                or any(state.get("config", {}).get(name) != getattr(self.run.cfg, name, None)
+                       for name in ("optimizer", "lora_optimizer"))):
             raise UserError(f"{path}: made with other optimisers; resume with the flags of that run")
         for key, tensors in self.trained.items():
             saved = state["modules"].get(key, {})
@@ -1807,8 +1809,15 @@ def save_lora(module: nn.Module, path, prefix: str = "transformer.") -> None:
 
 
 def load_lora(module: nn.Module, path, prefix: str = "transformer.") -> None:
-    """The inverse of `save_lora`, into the LoRA layers of `module`. UserError on another rank or other layers."""
+    """The inverse of `save_lora`, into the LoRA layers of `module`. UserError on another rank or other layers.
+
+    Without `.alpha` tensors the scale is 1, as diffusers writes it; with them alpha / rank goes into B.
+    """
     state, layers = read_weights(path), lora_layers(module)
+    for name in [name for name in state if name.endswith(".alpha")]:
+        alpha, up = state.pop(name), f"{name.removesuffix('.alpha')}.lora_B.weight"
+        if up in state:
+            state[up] = state[up] * (alpha.item() / state[up].shape[1])
     wanted = {f"{prefix}{name}.lora_{part}.weight" for name in layers for part in "AB"}
     if wanted != set(state):
         example = sorted(wanted ^ set(state))[0]
@@ -2118,7 +2127,7 @@ def check_numbers(cfg) -> None:
                 if field.name == "seed" and number >= 2 ** 63:
                     raise UserError(f"--seed {number}: must be below 2 ** 63")
                 counts = (r"_size|(?<!warmup_)steps$|^seeds$|widths?$|channels|rank$|faces|_crop$|_codes$|_dim$"
-                          r"|_layers$|multiples|^max_references$")
+                          r"|_layers$|multiples|heads$|_length$|^(max_references|tries|n_avg|n_max|count|time_shift)$")
                 if number == 0 and field.default != 0 and re.search(counts, field.name):
                     raise UserError(f"--{field.name} 0: must be at least 1")
 

@@ -611,6 +611,7 @@ def test_overfitting_two_pairs_separates_the_scores_in_the_right_order():
         history.append((loss.item(), parts["dual"].item()))
     first, last = (torch.tensor(h).mean(0) for h in (history[:4], history[-4:]))
     assert (last < .8 * first).all(), (first, last)
+    assert last[1] < cfg.dual_margin                                    # max(0, m - s (A_tar - A_src)) < m: the right sign
 
 
 def test_degraded_image_is_shared_and_comes_from_the_chosen_face():

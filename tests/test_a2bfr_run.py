@@ -82,6 +82,7 @@ def test_only_the_lora_learns_in_the_last_stage(trained, tmp_path):
     assert a.keys() == b.keys()
     assert all(torch.equal(a[n], b[n]) for n in a if "lora" not in n)
     assert any(t.any() for n, t in b.items() if "lora_B" in n)
+    call("train", *TINY, "-o", tmp_path / "next", "--prior", tmp_path, "--lora_steps", "1")  # it holds the prior too
 
 
 def test_stage_by_stage_equals_all_at_once(trained, tmp_path):
@@ -213,6 +214,9 @@ def test_broken_rows_are_counted_and_left_out(trained, tmp_path, capsys):
                  "unknown attribute, such as Horns", "neither 1 nor -1",
                  "4 rows left out, with a prompt that cannot be used", "1 row left out, not JSON", "2 rows left out, without all fields"):
         assert part in said, part
+    Image.open(folder / good[0]["source"]).convert("RGB").save(folder / "cut.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:400])
+    assert "unreadable" in ab.row_fault(dict(good[0], source="cut.jpg"), folder)[0]
     (folder / "pairs.jsonl").write_text(text)
     assert "no accepted pair" in refused(capsys, "train", *TINY, "--prior", trained / "out", "-o", tmp_path / "o",
                                          "--pairs", folder / "pairs.jsonl")

@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 
 import common
 from common import ATTRIBUTES, DEGRADATIONS, TOY_SPLITS, Degradation, UserError, degrade, toy_faces
@@ -524,6 +525,12 @@ def test_lora_starts_as_the_base_and_merges_exactly(tmp_path):
     common.add_lora(fresh, ("to_q", "ff"), rank=2, alpha=8)
     common.load_lora(fresh, tmp_path / "lora.safetensors")
     assert torch.allclose(fresh.attn.to_q(x), after, atol=1e-6) and not torch.allclose(after, before)
+    state = common.read_weights(tmp_path / "lora.safetensors")     # kohya's form: alpha beside unscaled matrices
+    state = {n: t / 4 if "lora_B" in n else t for n, t in state.items()}
+    state |= {n.replace(".lora_B.weight", ".alpha"): torch.tensor(8.) for n in list(state) if "lora_B" in n}
+    save_file(state, tmp_path / "alpha.safetensors")
+    common.load_lora(fresh, tmp_path / "alpha.safetensors")
+    assert torch.allclose(fresh.attn.to_q(x), after, atol=1e-6)
     common.merge_lora(model)
     assert isinstance(model.attn.to_q, nn.Linear) and torch.allclose(model.attn.to_q(x), after, atol=1e-5)
 
