@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import metrics
 from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, command_line, degrade,
@@ -90,6 +91,7 @@ class Train(TrainFlags):
     mapping_width: int = 128               # width of the time embedding; paper 768
     source_noise: float = 0.1              # sigma_s: noise on the source, in units of the space the flow runs in
     source_sample: bool = True             # source is a sample of the posterior q(z | x_hat), not its mean
+    gradient_checkpointing: bool = False   # recompute the flow's layers in the backward pass: less memory, more time
     flow_steps: int = 600                  # paper 400 000
     learning_rate: float = 2e-3            # of the flow; paper 5e-4, constant
     num_inference_steps: int = 4           # Euler steps of the faces restored at the end; paper 25
@@ -727,7 +729,7 @@ class HDiT(nn.Module):
     def __init__(self, in_channels=3, widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64,
                  mapping_width=768, mapping_depth=2, kernel=7, depthwise=False):
         super().__init__()
-        self.patch = patch
+        self.patch, self.gradient_checkpointing = patch, False
         self.patch_in = Merge(in_channels, widths[0], patch)
         self.time_emb = FourierFeatures(1, mapping_width)
         self.time_in_proj = nn.Linear(mapping_width, mapping_width, bias=False)
@@ -771,8 +773,10 @@ class HDiT(nn.Module):
 
     def run_level(self, level, x, c, grid):
         positions = axial_positions(*grid, device=x.device)       # cell centres: the mean of the 2 x 2 finer ones
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in level:
-            x = layer(x, c, positions, grid)
+            x = checkpoint(layer, x, c, positions, grid, use_reentrant=False) if recompute else \
+                layer(x, c, positions, grid)
         return x
 
 
@@ -1100,6 +1104,7 @@ def train_flow(cfg, run, faces, nets, watch=None):
     CPU these are seconds of this process' threads, so that other programs do not change what is compared.
     """
     flow, vae = nets["flow"], nets.get("vae")
+    flow.gradient_checkpointing = cfg.gradient_checkpointing
     steps = min(cfg.flow_steps, cfg.max_train_steps)
     optimizer = make_optimizer(cfg, flow.parameters(), cfg.learning_rate)
     stage = Stage(run, "flow", {"flow": flow}, {"flow": optimizer}, steps, lr_schedule(cfg, steps))

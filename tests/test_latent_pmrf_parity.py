@@ -197,6 +197,17 @@ def hdit():
     return lp.HDiT(**shrink(lp.HDIT_PMRF))
 
 
+def test_hdit_recomputes_to_the_same_gradients():
+    model, x, t = randomised(lp.HDiT(**shrink(lp.HDIT_PMRF))), torch.randn(1, 3, 64, 64), torch.tensor([.3])
+    gradients = []
+    for model.gradient_checkpointing in (False, True):
+        model.zero_grad()
+        model(x, t).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_hdit_starts_as_the_zero_field(hdit):
     """patch_out is zero-initialised: before training the velocity is exactly zero."""
     assert torch.equal(hdit(torch.randn(2, 3, 64, 64), torch.rand(2)), torch.zeros(2, 3, 64, 64))
