@@ -520,3 +520,18 @@ def test_program_refuses_in_one_line(folders, capsys):
     (folders / "restored" / "1.png").unlink()
     (folders / "restored" / "2.png").write_text("no picture")
     assert "2.png" in refused(capsys, *ask)
+
+
+def test_farl_canvas_is_the_fit_of_facers_five_points_and_moves_pixels_there():
+    """Facer's points in its 224 px canvas; a bright spot of the 512 px picture lands where the matrix says."""
+    facer = [(93.108, 106.525), (130.392, 105.879), (111.809, 129.472), (95.288, 146.362), (129.609, 145.767)]
+    wanted = torch.tensor(metrics.FaRLAttributes.AFFINE, dtype=torch.float64)
+    torch.testing.assert_close(common.similarity(common.FFHQ_512, facer), wanted, rtol=1e-3, atol=1e-3)
+    picture = torch.full((1, 3, 512, 512), -1.)
+    y, x = torch.meshgrid(torch.arange(512) + .5, torch.arange(512) + .5, indexing="ij")
+    picture += 2 * (-((x - 318.9) ** 2 + (y - 240.2) ** 2) / (2 * 12 ** 2)).exp()        # on the right eye, wide enough
+    canvas = metrics.FaRLAttributes.canvas(metrics.FaRLAttributes, picture)[0, 0]
+    cells = torch.arange(224) + .5
+    place = torch.stack([(canvas.sum(0) * cells).sum(), (canvas.sum(1) * cells).sum()]) / canvas.sum()
+    torch.testing.assert_close(place.double(), wanted[:, :2] @ torch.tensor([318.9, 240.2], dtype=torch.float64)
+                               + wanted[:, 2], rtol=0, atol=.1)
