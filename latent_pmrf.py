@@ -1309,8 +1309,9 @@ def ablate(cfg: Ablate) -> None:
     rows = dict(ABLATIONS)
     for name, factor in (("half the channels", 0.5), ("twice the channels", 2)):
         rows[name] = (rows[name][0], dict(latent_channels=int(factor * cfg.latent_channels)), rows[name][2])
-    for name in cfg.rows or rows:
-        check_sizes(dataclasses.replace(cfg, **(rows[name][1] if name in rows else {})))
+    for name, (group, changes, _) in rows.items():                 # only of the rows that will run
+        if name in cfg.rows if cfg.rows else cfg.table in ("all", group):
+            check_sizes(dataclasses.replace(cfg, **changes))
     done = run_ablation(cfg, rows, ablation_row)
     print_ablation(done, ABLATIONS, ("psnr", "fid_toy", "deg_toy", "lmd_toy", "reconstruction_psnr"))
     for pixel in (entry for entry in done.values() if entry["row"] == "pixel flow (PMRF)"):

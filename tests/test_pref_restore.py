@@ -216,7 +216,7 @@ def test_pick_token_draws_from_the_nucleus_in_proportion():
     torch.testing.assert_close(share(temperature=1.), torch.tensor([.4, .3, .2, .1]), atol=.03, rtol=0)
     torch.testing.assert_close(share(temperature=1., top_p=.65), torch.tensor([4 / 7, 3 / 7, 0, 0]), atol=.03, rtol=0)
     torch.testing.assert_close(share(temperature=1., top_k=3), torch.tensor([4, 3, 2, 0]) / 9, atol=.03, rtol=0)
-    # top_p counts what top_k has left, as transformers' generate does: .75 of .4 and .3 is in the first two, not three
+    # top_p is a share of what top_k has left, as in transformers' generate: of .4 and .3 the first is 4/7 > .56 alone
     both = share(temperature=1., top_k=2, top_p=.56)
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
     warped = logits[:1]
