@@ -186,7 +186,8 @@ class Pairs:
     llm: str = ""                          # folder or hub id of a chat model of transformers
     readers: str = ""                      # folder of reader_a (default: weights/, made for toy faces)
     farl: str = ""                         # face_attribute.farl.celeba.pt, to score attributes
-    arcface: str = ""                      # IResNet-50 weights, to score identity
+    arcface: str = ""                      # ArcFace weights (IR-50, IR-SE-50, IR-101), to score identity
+    fan: str = ""                          # alignment_WFLW_4HG.pth, to measure how landmarks shift
     batch_size: int = 16                   # faces edited at a time
     seed: int = 0                          # of the noise and of the choice of attributes
     device: str = "auto"                   # auto, cpu, cuda, cuda:1, mps
@@ -1724,9 +1725,11 @@ class Judge:
     def __init__(self, cfg: Pairs, device):
         self.encoder, self.device = load_encoder(cfg, device), device
         self.reader = metrics.load_reader("a", cfg.readers or None).to(device)
-        self.identity = self.reader
+        self.identity = self.detector = self.reader
         if cfg.arcface:
-            self.identity = metrics.load_weights(metrics.IResNet(), cfg.arcface).requires_grad_(False).to(device)
+            self.identity = metrics.load_iresnet(cfg.arcface).requires_grad_(False).to(device)
+        if cfg.fan:
+            self.detector = metrics.load_weights(metrics.FAN98(), cfg.fan).requires_grad_(False).to(device)
 
     @torch.no_grad()
     def attributes(self, faces) -> list:
@@ -1738,7 +1741,7 @@ class Judge:
         """[identity, structure, shift] per row of two batches (B, 3, S, S) in [-1, 1]."""
         a, b = source.to(self.device), target.to(self.device)
         likeness = (self.identity.embed(a) * self.identity.embed(b)).sum(1)
-        points_a, points_b = self.reader.landmarks(a), self.reader.landmarks(b)
+        points_a, points_b = self.detector.landmarks(a), self.detector.landmarks(b)
         eyes = (points_a[:, 96] - points_a[:, 97]).norm(dim=-1).clamp(min=1e-3)   # WFLW's two pupils
         shift = (points_a - points_b).norm(dim=-1).mean(1) / eyes
         return torch.stack([likeness, metrics.ssim(a / 2 + 0.5, b / 2 + 0.5), shift], 1).tolist()
@@ -1878,8 +1881,10 @@ def pairs(cfg: Pairs) -> None:
     editor, judge = load_editor(cfg, run), Judge(cfg, run.device)
     caption = LLMVerbaliser(cfg.llm, run.device) if cfg.verbaliser == "llm" else verbalise
     if cfg.data and not cfg.readers:
-        what = "landmarks are" if cfg.farl else "attributes and landmarks are"
-        print(f"--data without --readers: {what} read by a network that only knows toy faces (--max_shift 0.1 or more)")
+        reads = dict(farl="attributes", arcface="identity", fan="landmarks (--max_shift 0.1 or more)")
+        for flag, what in reads.items():
+            if not getattr(cfg, flag):
+                print(f"no --{flag}: a network that only knows toy faces reads {what}", flush=True)
     write_json(run.folder / "made_with.json", sources)
     done, ladder = done_before(run.folder / "pairs.jsonl"), [blend for blend in cfg.blends for _ in range(cfg.tries)]
     faces, counts = source_faces(cfg), Counter()

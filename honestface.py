@@ -71,8 +71,8 @@ class Train(TrainFlags):
     gradient_checkpointing: bool = False   # recompute UNet and decoder in the backward pass: less memory, more time
     # networks that look at faces
     face_networks: typing.Literal["reader", "released"] = "reader"  # face readers (--readers), or the files below
-    arcface: str = ""                      # IR-50 ArcFace weights: identity loss, and the FIE's recogniser X_FR
-    adaface: str = ""                      # IR-50 AdaFace weights: identity loss
+    arcface: str = ""                      # ArcFace weights (IR-50, IR-SE-50, IR-101): identity loss, FIE's X_FR
+    adaface: str = ""                      # AdaFace weights (IR-18 to IR-101): identity loss
     fan: str = ""                          # AWing-FAN weights (alignment_WFLW_4HG.pth): landmarks and heatmaps
     vgg: str = ""                          # torchvision's vgg16-397923af.pth: LPIPS, DISTS and the FFE
     dists: str = ""                        # DISTS' trained alpha and beta (weights.pt)
@@ -769,10 +769,10 @@ def face_networks(cfg, device, losses: bool = True) -> SimpleNamespace:
     missing = [f for f in wanted if not getattr(cfg, f)]
     if missing:
         raise UserError(f"--{missing[0]}: wants a file of released weights (see README), or use --face_networks reader")
-    load = lambda net, path: metrics.load_weights(net, path).requires_grad_(False).to(device)
-    recognisers = {f: load(metrics.IResNet(50, bgr=f == "adaface"), getattr(cfg, f)) for f in wanted[2:]}
+    load = lambda net: net.requires_grad_(False).to(device)
+    recognisers = {f: load(metrics.load_iresnet(getattr(cfg, f), bgr=f == "adaface")) for f in wanted[2:]}
     networks = SimpleNamespace(recogniser=recognisers[cfg.fie_network].embed, id_dim=512, eyes=VGGEyes(cfg.vgg),
-                               detector=load(metrics.FAN98(), cfg.fan),
+                               detector=load(metrics.load_weights(metrics.FAN98(), cfg.fan)),
                                recognisers=[net.embed for net in recognisers.values()])
     if losses:
         networks.lpips = metrics.lpips_network("vgg", cfg.vgg).to(device)

@@ -423,16 +423,28 @@ class ArcFaceGray(nn.Module):
         return F.normalize(self(resized(gray, 128)))
 
 
-class IRBlock(nn.Module):
-    """x -> shortcut(x) + BN conv(stride) PReLU BN conv BN(x), no activation after."""
+class SqueezeExcite(nn.Module):
+    """x scaled per channel by a gate that sees the means of all channels."""
 
-    def __init__(self, width, out, stride):
+    def __init__(self, width):
+        super().__init__()
+        self.fc1, self.fc2 = (nn.Conv2d(i, o, 1, bias=False) for i, o in ((width, width // 16), (width // 16, width)))
+
+    def forward(self, x):
+        return x * self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+
+
+class IRBlock(nn.Module):
+    """x -> shortcut(x) + BN conv BN PReLU conv(stride) BN(x), no activation after. se: gated, no BN in the middle."""
+
+    def __init__(self, width, out, stride, se=False):
         super().__init__()
         self.shortcut_layer = nn.MaxPool2d(1, stride) if width == out else nn.Sequential(
             nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out))
         self.res_layer = nn.Sequential(
-            nn.BatchNorm2d(width), nn.Conv2d(width, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out),
-            nn.PReLU(out), nn.Conv2d(out, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out))
+            nn.BatchNorm2d(width), nn.Conv2d(width, out, 3, 1, 1, bias=False), *([] if se else [nn.BatchNorm2d(out)]),
+            nn.PReLU(out), nn.Conv2d(out, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out),
+            *([SqueezeExcite(out)] if se else []))
 
     def forward(self, x):
         return self.res_layer(x) + self.shortcut_layer(x)
@@ -442,11 +454,12 @@ class IResNet(nn.Module):
     """IR-18/34/50/101 of AdaFace and TFace: (B, 3, 112, 112) in [-1, 1] -> (B, 512), not normalised.
 
     AdaFace's pair (unit vector, norm) is `embed_with_norm`. bgr: AdaFace's weights expect BGR, ArcFace's RGB;
-    the wrong order costs accuracy without any error, so it is an argument. ValueError for another depth.
+    the wrong order costs accuracy without any error, so it is an argument. se: IR-SE-50 of InsightFace_Pytorch, which
+    facexlib has (recognition_arcface_ir_se50.pth). ValueError for another depth.
     """
     UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 101: (3, 13, 30, 3)}
 
-    def __init__(self, depth=50, bgr=False):
+    def __init__(self, depth=50, bgr=False, se=False):
         super().__init__()
         if depth not in self.UNITS:
             raise ValueError(f"IResNet depth must be one of {sorted(self.UNITS)}, got {depth}")
@@ -456,11 +469,11 @@ class IResNet(nn.Module):
         blocks, width = [], 64
         for out, units in zip((64, 128, 256, 512), self.UNITS[depth]):
             for k in range(units):  # the first unit of every stage halves the resolution, even of the first
-                blocks.append(IRBlock(width, out, 2 if k == 0 else 1))
+                blocks.append(IRBlock(width, out, 2 if k == 0 else 1, se))
                 width = out
         self.body = nn.Sequential(*blocks)
         self.output_layer = nn.Sequential(nn.BatchNorm2d(512), nn.Dropout(0.4), nn.Flatten(),
-                                          nn.Linear(512 * 7 * 7, 512), nn.BatchNorm1d(512, affine=False))
+                                          nn.Linear(512 * 7 * 7, 512), nn.BatchNorm1d(512, affine=se))
 
     def forward(self, x):
         return self.output_layer(self.body(self.input_layer(x)))
@@ -474,6 +487,14 @@ class IResNet(nn.Module):
     def embed(self, x):
         """(B, 3, S, S) FFHQ-aligned faces in [-1, 1] -> (B, 512) unit vectors."""
         return self.embed_with_norm(x)[0]
+
+
+def load_iresnet(path, bgr=False):
+    """An `IResNet` with the depth its file has. UserError as `load_weights`."""
+    state = read_weights(path)
+    units = {name.partition("body.")[2].split(".")[0] for name in state if "body." in name}
+    depth = {sum(units): depth for depth, units in IResNet.UNITS.items()}.get(len(units), 50)
+    return load_weights(IResNet(depth, bgr, se=any(name.endswith("res_layer.5.fc1.weight") for name in state)), path)
 
 
 CROP_112 = (65, 61, 448, 445)  # left, top, right, bottom of ArcFace's 112 px template in FFHQ's 512 px one
@@ -1221,8 +1242,7 @@ def gray_numbers(names, paths, device):
 
 
 def identity_numbers(names, paths, device):
-    net = IResNet(int(names[0].removeprefix("ids_ir")), bgr="ada" in paths[0].name.lower())
-    net = load_weights(net, paths[0]).to(device)
+    net = load_iresnet(paths[0], bgr="ada" in paths[0].name.lower()).to(device)
     return lambda x, y: {names[0]: identity_similarity(net.embed(x), net.embed(y))}
 
 
@@ -1275,7 +1295,7 @@ PAIR_NETWORKS = (
     (["resnet18_110*.pth|arcface_resnet18*.pth"], "resnet18_110.pth (VQFR) or arcface_resnet18.pth (GFPGAN)",
      {"deg": "degrees, ArcFace ResNet-18, whole face grey at 128 px, pairs below 1 left out",
       "ids": "cosine, ArcFace ResNet-18, whole face grey at 128 px"}, gray_numbers),
-    (["*ir50*|*ir_50*"], "adaface_ir50*.ckpt or arcface_ir50*.pth",
+    (["*ir50*|*ir_50*|*ir_se50*"], "adaface_ir50*.ckpt, arcface_ir50*.pth, ..._ir_se50.pth",
      {"ids_ir50": "cosine, IR-50 at 112 px, fixed crop, BGR if AdaFace's, else RGB"}, identity_numbers),
     (["*ir101*|*ir_101*"], "adaface_ir101*.ckpt or arcface_ir101*.pth",
      {"ids_ir101": "cosine, IR-101 at 112 px, fixed crop, BGR if AdaFace's, else RGB"}, identity_numbers),

@@ -1,4 +1,5 @@
 """Latent-PMRF's mathematics and modules: closed forms, short loops, parameter names."""
+import dataclasses
 import math
 
 import pytest
@@ -145,6 +146,55 @@ def test_kl_divergence_sums_over_the_latent_and_averages_over_the_batch():
     want = torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(0., 1.)).sum() / 3
     assert lp.kl_divergence(mean, logvar).item() == pytest.approx(want.item())
     assert lp.kl_divergence(mean * 0, logvar * 0).item() == 0
+
+
+def test_vae_loss_is_l1_perceptual_and_kl_by_their_weights():
+    a, b, mean, logvar = torch.rand(4, 2, 3, 8, 8, dtype=f64)
+    total, parts = lp.vae_loss(a, b, mean, logvar, lambda x, y: (x - y).square().mean(), .7, 1e-6)
+    want = [(a - b).abs().mean(), (a - b).square().mean(), lp.kl_divergence(mean, logvar)]
+    assert [parts[name].item() for name in ("l1", "perceptual", "kl")] == pytest.approx([w.item() for w in want])
+    assert total.item() == pytest.approx((want[0] + .7 * want[1] + 1e-6 * want[2]).item())
+
+
+def test_vgg_loss_compares_features_before_their_relu():
+    """VGG19 by hand: 2, 2, 4, 4, 4 convolutions of 3 x 3, halved between; read after conv1_2, 2_2, 3_4, 4_4, 5_4."""
+    loss, (a, b) = lp.VGGLoss(pretrained=False), torch.rand(2, 1, 3, 32, 32) * 2 - 1
+    convs = [m for m in loss.features if isinstance(m, torch.nn.Conv2d)]
+
+    def stages(x):
+        x, left = (x / 2 + .5 - torch.tensor([.485, .456, .406]).view(3, 1, 1)), iter(convs)
+        x = x / torch.tensor([.229, .224, .225]).view(3, 1, 1)
+        for k, depth in enumerate((2, 2, 4, 4, 4)):
+            x = F.max_pool2d(x.relu(), 2) if k else x
+            for j in range(depth):
+                conv = next(left)
+                x = F.conv2d(x.relu() if j else x, conv.weight, conv.bias, padding=1)
+            yield x
+
+    want = sum(w * (x - y).abs().mean() for w, x, y in zip((.1, .1, 1, 1, 1), stages(a), stages(b)))
+    a.requires_grad_(True)
+    got = loss(a, b)
+    got.backward()
+    assert want > 0 and got.item() == pytest.approx(want.item(), rel=1e-4) and a.grad.abs().sum() > 0
+    assert loss(a, a).item() == 0 and not any(p.requires_grad for p in loss.parameters())
+
+
+def test_eq4_eq5_the_flow_starts_where_its_option_says():
+    """Option 2 encodes the clipped estimate; option 1 takes the network's latents; PMRF stays in pixels of [0, 1]."""
+    vae = randomised(lp.SimVAE(latent_channels=3, widths=(8, 12, 16, 20)))
+    nets, lq = dict(vae=vae, mmse=lambda y: 3 * y - .5), torch.rand(2, 3, 16, 16) * 2 - 1
+    start = lambda **changes: lp.flow_source(nets, dataclasses.replace(lp.Train(), **changes), lq, torch.ones_like)
+    estimate = (3 * (lq / 2 + .5) - .5).clamp(0, 1)
+    with torch.no_grad():
+        mean, logvar = vae.encode(estimate * 2 - 1)
+        for sample, want in ((False, mean), (True, mean + (logvar / 2).exp())):          # a draw whose noise is 1
+            z0, shown = start(source_sample=sample)
+            torch.testing.assert_close((z0, shown), (want, estimate * 2 - 1))
+        z0, shown = start(space="pixel")
+        torch.testing.assert_close((z0, shown), (estimate, estimate * 2 - 1))
+        nets["mmse"] = lambda y: F.avg_pool2d(y, 8) + 2                                  # latents may leave [0, 1]
+        z0, shown = start(source="latent_mean")
+        torch.testing.assert_close((z0, shown), (F.avg_pool2d(lq / 2 + .5, 8) + 2, vae.decode(z0)))
 
 
 def test_posterior_mean_is_what_squared_error_finds():

@@ -349,6 +349,37 @@ def test_iresnet_equals_a_functional_reimplementation():
     torch.testing.assert_close(F.normalize(got), F.normalize(want), rtol=1e-3, atol=1e-5)
 
 
+def test_ir_se_50_equals_a_functional_reimplementation():
+    """InsightFace_Pytorch's names: BN conv PReLU conv(stride) BN, a gate per channel; the last norm has weights."""
+    net = redraw(metrics.IResNet(50, se=True))
+    w, x = net.state_dict(), torch.rand(1, 3, 112, 112) * 2 - 1
+    bn = lambda name, v: F.batch_norm(v, *[w[f"{name}.{p}"] for p in ("running_mean", "running_var", "weight", "bias")])
+    with torch.no_grad():
+        got = net(x)
+        x = F.prelu(bn("input_layer.1", F.conv2d(x, w["input_layer.0.weight"], padding=1)), w["input_layer.2.weight"])
+        strides = [s for units in (3, 4, 14, 3) for s in [2] + [1] * (units - 1)]
+        for i, stride in enumerate(strides):
+            name, short = f"body.{i}.res_layer", f"body.{i}.shortcut_layer"
+            h = F.prelu(F.conv2d(bn(f"{name}.0", x), w[f"{name}.1.weight"], padding=1), w[f"{name}.2.weight"])
+            h = bn(f"{name}.4", F.conv2d(h, w[f"{name}.3.weight"], stride=stride, padding=1))
+            squeezed = (h.mean((2, 3)) @ w[f"{name}.5.fc1.weight"][:, :, 0, 0].T).relu()
+            h = h * (squeezed @ w[f"{name}.5.fc2.weight"][:, :, 0, 0].T).sigmoid()[:, :, None, None]
+            x = x[..., ::stride, ::stride]
+            x = h + (bn(f"{short}.1", F.conv2d(x, w[f"{short}.0.weight"])) if f"{short}.0.weight" in w else x)
+        want = bn("output_layer.4", F.linear(bn("output_layer.0", x).flatten(1), w["output_layer.3.weight"],
+                                             w["output_layer.3.bias"]))
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("depth, se", [(18, False), (50, True)])
+def test_a_recogniser_has_the_depth_of_its_file(tmp_path, depth, se):
+    net = metrics.IResNet(depth, se=se).eval()
+    torch.save({"state_dict": {f"model.{name}": v for name, v in net.state_dict().items()}}, tmp_path / "net.ckpt")
+    loaded, x = metrics.load_iresnet(tmp_path / "net.ckpt"), torch.rand(1, 3, 112, 112)
+    with torch.no_grad():
+        assert len(loaded.body) == len(net.body) and torch.equal(loaded(x), net(x))
+
+
 def test_arcface_gray_equals_a_functional_reimplementation():
     """ResNet-18 of IR blocks on 1 x 128 x 128 with GFPGAN's names (one PReLU per block, used twice)."""
     net = redraw(metrics.ArcFaceGray())
@@ -499,6 +530,14 @@ def test_program_with_weights(folders, capsys):
     assert found["lpips"] > 0 and found["protocol"]["N"]["lpips"] == 3
     assert found["fid_gt"] > 0 and "one picture" in found["skipped"]["fid_real"]
     assert "pt_inception" in found["protocol"]["fid_gt"]
+    nets = {"resnet18_110.pth": metrics.ArcFaceGray(), "adaface_ir50_ms1mv2.ckpt": metrics.IResNet(50),
+            "alignment_WFLW_4HG.pth": metrics.FAN98(), "face_attribute.farl.celeba.pt": metrics.FaRLAttributes()}
+    for name, net in nets.items():
+        torch.save(redraw(net).state_dict(), weights / name)
+    found = measured(capsys, folders / "restored", "--reference", folders / "clean", "--weights", weights)
+    assert 1 <= found["deg"] <= 180 and found["protocol"]["N"]["deg"] == 2      # the untouched pair is left out
+    assert found["lmd"] > 0 and found["ald_e"] > 0 and found["ald_m"] > 0
+    assert all(0 <= found[name] <= 1 for name in ("ids", "ids_ir50", "attr"))
     small = common.toy_faces([1], [1], size=20).image[0]
     common.write_image(folders / "small" / "a.png", small)
     found = measured(capsys, folders / "small", "--reference", folders / "small", "--weights", weights)
