@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 import common
 import honestface as hf
+import metrics
 from program import caller, kill_in_stage, same, weights
 
 SMALL = ["--vre_width", "8", "--vre_multiples", "1", "2", "--vre_dim", "8", "--vre_codes", "96", "--eye_crop", "8",
@@ -277,6 +279,36 @@ def test_a_paper_step_on_stable_diffusions_layout(tiny_sd, tmp_path):
     common.write_image(tmp_path / "in" / "a.png", torch.zeros(3, 64, 64))
     call("sample", "-i", tmp_path / "in", "-o", tmp_path / "res", "--checkpoint", tmp_path, "--device", "cpu")
     assert pictures(tmp_path / "res")["a.png"].shape == (3, 64, 64)
+
+
+def test_a_paper_step_with_every_released_network(tiny_sd, tmp_path):
+    """Recognisers of two depths, landmark net, VGG16 and DISTS from files: each sees faces, one step trains on them."""
+    torch.manual_seed(0)
+    nets = {"arcface": metrics.IResNet(50, se=True), "adaface": metrics.IResNet(18), "fan": metrics.FAN98(),
+            "vgg": torch.nn.ModuleDict(dict(features=torchvision.models.vgg16(weights=None).features))}
+    files = {name: str(tmp_path / f"{name}.pth") for name in nets}
+    for name, net in nets.items():
+        torch.save(net.state_dict(), files[name])
+    dists = metrics.DISTS()
+    files["dists"] = str(tmp_path / "dists.pt")
+    torch.save(dict(alpha=dists.alpha, beta=dists.beta), files["dists"])
+    eyes = hf.face_networks(tiny_config(face_networks="released", fie_network="adaface", **files), "cpu")
+    a, b = common.toy_faces([1, 2], [1, 2], size=64).image[:, None]
+    with torch.no_grad():
+        for net, embed in zip((nets["arcface"].eval(), nets["adaface"].eval()), eyes.recognisers):
+            crop = metrics.crop_112(a if net is nets["arcface"] else a.flip(1))                  # AdaFace looks at BGR
+            torch.testing.assert_close(embed(a), torch.nn.functional.normalize(net(crop)))
+        assert torch.equal(eyes.recogniser(a), eyes.recognisers[1](a)) and eyes.recogniser(a).shape == (1, eyes.id_dim)
+        assert eyes.lpips(a, b) > 0 and eyes.lpips(a, a) == 0 and eyes.dists(a / 2 + .5, b / 2 + .5) > .001
+        points = eyes.detector.landmarks(a)
+        assert points.shape == (1, 98, 2) and 0 <= points.min() and points.max() <= 64
+    call("train", "--preset", "paper", *SMALL, "--prompt_dim", "1024", "--image_size", "64", "--max_train_steps", "1",
+         "--pretrained_model_name_or_path", tiny_sd, "--num_workers", "0", "-o", tmp_path / "out", "--validation_faces",
+         "2", "--batch_size", "1", "--fie_network", "adaface",
+         *[part for name, path in files.items() for part in (f"--{name}", path)])
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    last = [row for row in log if row.get("stage") == "onestep"][-1]
+    assert all(0 < last[name] < 10 for name in ("mse", "perceptual", "identity", "mfa", "gan"))
 
 
 def test_given_encoder_and_adapter_are_kept_in_the_checkpoint(trained, tmp_path):
