@@ -1521,7 +1521,8 @@ def report(cfg, run, nets, source) -> dict:
     parameters = {n: sum(p.numel() for p in net.parameters()) for n, net in nets.items() if isinstance(net, nn.Module)}
     extra = dict(faces=count, seconds=round(time.time() - run.started, 1),
                  peak_memory_gb=round(run.peak_memory_gb(), 2), parameters=parameters)
-    protocol = metrics.toy_protocol(cfg.data or cfg.pairs, cfg.degradation, count, cfg.readers)
+    protocol = metrics.toy_protocol(cfg.pairs or cfg.validation_data or cfg.data, cfg.degradation, count,
+                                    cfg.readers)
     write_json(folder / "metrics.json", dict(rows=rows, per_attribute=per_attribute, **extra, protocol=protocol,
                                              **versions(run.device)))
     write_grid(folder / "samples.png", images)

@@ -57,6 +57,13 @@ class UserError(ValueError):
     """Something the user can mend: the message is one line that names the file or flag and the remedy."""
 
 
+def refuse_unread(cfg, flags, switch: str) -> None:
+    """UserError where a file is given that no one reads unless `switch` is on, rather than silence."""
+    for flag in flags:
+        if getattr(cfg, flag):
+            raise UserError(f"--{flag}: only read with --{switch}; add that, or leave the file out")
+
+
 def mix(*numbers) -> int:
     """One 48-bit seed from any integers and strings: the same numbers give the same seed on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=6).digest(), "big")

@@ -47,9 +47,9 @@ import metrics
 from common import (DEGRADATION_NAMES, DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError,
                     WordTokenizer, add_lora, command_line, degrade, degrade_pair, finished_parts, list_images,
                     load_model, load_strict, lr_schedule, make_optimizer, merge_lora, mix, not_half, print_ablation,
-                    print_table, random_crop, read_curves, read_image, read_weights, restore_folder, run_ablation,
-                    save_model, shared_parts, toy_faces, trained_tensors, verbalise, versions, write_curve, write_grid,
-                    write_json)
+                    print_table, random_crop, read_curves, read_image, read_weights, refuse_unread, restore_folder,
+                    run_ablation, save_model, shared_parts, toy_faces, trained_tensors, verbalise, versions,
+                    write_curve, write_grid, write_json)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -759,6 +759,7 @@ def face_networks(cfg, device, losses: bool = True) -> SimpleNamespace:
     the FFE; and for `losses` recognisers (of the identity loss), lpips (a, b) on [-1, 1], dists (a, b) on [0, 1].
     """
     if cfg.face_networks == "reader":
+        refuse_unread(cfg, ("arcface", "adaface", "fan", "vgg", "dists"), "face_networks released")
         load = lambda name: metrics.load_reader(name, cfg.readers).to(device)
         a = load("a")
         c = load("c") if losses or cfg.fie_network == "adaface" else a
@@ -1280,7 +1281,8 @@ def report(cfg, run, faces, nets, eyes_on) -> dict:
     parameters = {part: sum(p.numel() for p in net.parameters()) for part, net in nets.items()}
     extra = dict(faces=len(hq), seconds=round(time.time() - run.started, 1), seconds_per_face=per_face,
                  peak_memory_gb=round(run.peak_memory_gb(), 2), parameters=parameters)
-    folder, protocol = Path(cfg.output), metrics.toy_protocol(cfg.data, cfg.degradation, len(hq), cfg.readers)
+    folder, held = Path(cfg.output), cfg.validation_data or cfg.data
+    protocol = metrics.toy_protocol(held, cfg.degradation, len(hq), cfg.readers)
     write_json(folder / "metrics.json", dict(rows=rows, **extra, protocol=protocol, **versions(run.device)))
     columns = {"lq": lq, "no reference": images.get("no reference"), "restored": images["restored_faces"],
                "reference": references[:, 0], "hq": hq}

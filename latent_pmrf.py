@@ -38,8 +38,8 @@ import metrics
 from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, command_line, degrade,
                     degrade_pair, find_checkpoint, finished_parts, load_model, load_strict, lr_schedule,
                     make_optimizer, not_half, print_ablation, print_table, random_crop, read_curves, read_torch,
-                    read_weights, restore_folder, run_ablation, save_model, shared_parts, versions, warmup_cosine,
-                    write_curve, write_grid, write_json)
+                    read_weights, refuse_unread, restore_folder, run_ablation, save_model, shared_parts, versions,
+                    warmup_cosine, write_curve, write_grid, write_json)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -1182,6 +1182,8 @@ def check_sizes(cfg) -> None:
                  "mapping_width", "vae_crop", "vae_learning_rate"):
         if getattr(cfg, name) <= 0:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be more than 0")
+    if cfg.perceptual != "vgg19":
+        refuse_unread(cfg, ("vgg",), "perceptual vgg19")
     if cfg.mmse_unshuffle & (cfg.mmse_unshuffle - 1):
         raise UserError(f"--mmse_unshuffle {cfg.mmse_unshuffle}: must be a power of two")
     if cfg.mapping_width % 2:
@@ -1247,7 +1249,7 @@ def report(cfg, run, faces, nets) -> dict:
     if "vae" in nets:  # [Eq. 5]: how far option 2 can be from the posterior mean
         extra["bound_psnr"] = mean_psnr(found["bound"], found["posterior_mean"])
     folder = Path(cfg.output)
-    protocol = metrics.toy_protocol(cfg.data, cfg.degradation, len(hq), cfg.readers)
+    protocol = metrics.toy_protocol(cfg.validation_data or cfg.data, cfg.degradation, len(hq), cfg.readers)
     write_json(folder / "metrics.json", dict(rows=rows, **extra, protocol=protocol, **versions(run.device)))
     columns = {name: found[name] for name in ("lq", "posterior_mean", "restored_faces")}
     write_grid(folder / "samples.png", dict(columns, hq=hq))

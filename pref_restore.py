@@ -55,8 +55,8 @@ import metrics
 from common import (ATTRIBUTES, DEGRADATION_NAMES, DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError,
                     WordTokenizer, command_line, degrade, find_checkpoint, list_images, load_model, load_strict,
                     make_optimizer, mix, not_half, print_ablation, print_table, read_curves, read_weights,
-                    restore_folder, run_ablation, save_model, shared_parts, verbalise, versions, warmup_cosine,
-                    whole_file, write_curve, write_grid, write_json)
+                    refuse_unread, restore_folder, run_ablation, save_model, shared_parts, verbalise, versions,
+                    warmup_cosine, whole_file, write_curve, write_grid, write_json)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -1852,6 +1852,8 @@ def plan(cfg) -> list:
 
 def check_sizes(cfg) -> None:
     """Sizes that cannot work together, in words, before anything is built. Raises UserError."""
+    if cfg.rewards == "toy":
+        refuse_unread(cfg, ("hps", "clip", "pick", "arcface", "fan", "vgg"), "rewards real")
     factor, widths, stages = 2 ** (len(cfg.vae_widths) - 1), cfg.vae_widths, plan(cfg)
     wrong = {
         f"--image_size {cfg.image_size}: must be a multiple of {factor}, the autoencoder's factor":
@@ -2054,7 +2056,8 @@ def report(cfg, run, faces, model, vocab, name: str) -> dict:
     parameters = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
     extra = dict(faces=len(found["hq"]), seconds=round(time.time() - run.started, 1), parameters=parameters,
                  peak_memory_gb=round(run.peak_memory_gb(), 2))
-    protocol = metrics.toy_protocol(cfg.data, cfg.degradation, len(found["hq"]), cfg.readers) | dict(
+    protocol = metrics.toy_protocol(
+        cfg.validation_data or cfg.data, cfg.degradation, len(found["hq"]), cfg.readers) | dict(
         text=f"captions in the prompt: {cfg.text}; rewards see the true one", words=f"chosen by --ar {cfg.ar}",
         rewards="read by FaceReader weights/reader_b.safetensors; stage 2 optimises reader_a's and reader_c's",
         std_toy=f"deviation over {cfg.consistency_seeds} seeds per face, mean over {cfg.consistency_faces} faces")

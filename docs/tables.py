@@ -37,13 +37,13 @@ ROWS = {"lq": "degraded", "posterior_mean": "posterior mean", "restored_faces": 
 DIGITS = {"psnr": 2, "psnr_gain": 2, "source_psnr_gain": 2, "ssim": 3, "fid_toy": 2, "deg_toy": 1, "lmd_toy": 2, "ald_e_toy": 2,
           "lpips_toy": 2,
           "ald_m_toy": 2, "attr_toy": 3, "quality_toy": 2, "reconstruction_psnr": 2, "seconds": 0, "steps": 0,
-          "ms_per_face": 0, "generator_calls": 0, "million_parameters": 1, "training_seconds": 0,
+          "ms_per_face": 0, "generator_calls": 0, "million_parameters": 1,
           "hps_std_toy": 4, "pick_std_toy": 4, "clip_std_toy": 4}
 HEADS = {"attribute_accuracy_toy": "asked attribute right", "unguided_accuracy_toy": "without text guidance",
          "source_psnr_gain": "PSNR gain dB", "template_attr_toy": "attr_toy, template", "leakage_toy": "leakage",
          "cross_prompt_identity_toy": "cross-prompt identity", "identity_toy": "identity", "psnr": "PSNR dB",
          "psnr_gain": "PSNR gain dB", "ssim": "SSIM", "lmd_toy": "lmd_toy px", "ms_per_face": "ms per face",
-         "generator_calls": "network calls", "million_parameters": "parameters, M", "training_seconds": "training s",
+         "generator_calls": "network calls", "million_parameters": "parameters, M",
          "reconstruction_psnr": "autoencoder PSNR dB", "seconds": "s"}
 
 

@@ -6,9 +6,12 @@ are timed in turn, so that other work on the machine touches both; the median of
 Sim-VAE c32 on its 256 px crops. Both in floating-point operations per second, and as a share of the card's peak.
 With --toy: how long the toy presets (random weights) take to restore a face, in turn as well.
 With --train: a training step of every stage of the toy presets, and the share of it that waits for faces.
+With --costs: the three operators every stage of the toy presets spends most time in, by torch's profiler.
 With --cache: FLUX at full width with few blocks, the condition's keys and values kept between steps or not.
 """
 import argparse
+import contextlib
+import io
 import json
 import statistics
 import subprocess
@@ -113,6 +116,32 @@ def bench_training(device, steps: int) -> None:
         print(f"{method}: {memory} GB at most", flush=True)
 
 
+def bench_costs(device, steps: int) -> None:
+    """`train` of each toy preset with a few steps a stage; the profiler looks at all but a stage's first two."""
+    plain = common.Stage.steps
+
+    def steps_with_profile(stage, batch_at):
+        with torch.profiler.profile() as profile:
+            for step, batch in plain(stage, batch_at):
+                if step == 2:
+                    profile.stop()
+                    profile.start()
+                yield step, batch
+        found = [row for row in profile.key_averages() if row.key.startswith(("aten::", "enumerate(DataLoader)"))]
+        cost = lambda row: row.self_device_time_total if device.type == "cuda" else row.self_cpu_time_total
+        found.sort(key=cost, reverse=True)
+        names = (f"{row.key.removeprefix('aten::')} {cost(row) / sum(map(cost, found)):.0%}" for row in found[:3])
+        print(f"{stage.run.folder.name} {stage.name}: {', '.join(names)}", flush=True)
+
+    common.Stage.steps = steps_with_profile
+    with tempfile.TemporaryDirectory() as folder:
+        for method in (lp, hf, a2, pr):
+            argv = ["train", "-o", f"{folder}/{method.__name__}", "--max_train_steps", str(steps), "--validation_faces",
+                    "8", "--device", str(device), "--log_steps", "1000"]
+            with contextlib.redirect_stderr(io.StringIO()):
+                common.command_line(method.__doc__, method.VERBS, argv)
+
+
 def toy_restorers(device) -> dict:
     """name -> function that restores 32 toy faces with the networks of a toy preset, as `sample` does."""
     faces = common.Faces("", 64, "")
@@ -182,6 +211,7 @@ def main():
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--train", action="store_true")
+    parser.add_argument("--costs", action="store_true")
     parser.add_argument("--cache", action="store_true")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -191,6 +221,9 @@ def main():
     if args.train:
         print(f"torch {torch.__version__}, {where}, 20 steps a stage")
         return bench_training(device, 20)
+    if args.costs:
+        print(f"torch {torch.__version__}, {where}, self time of operators")
+        return bench_costs(device, 10)
     if args.toy or args.cache:
         print(f"torch {torch.__version__}, {where}, fp32, median of {args.repeat}")
         restorers, faces = (flux_with_cache(device, 4), 1) if args.cache else (toy_restorers(device), 32)

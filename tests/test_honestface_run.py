@@ -411,6 +411,7 @@ def test_collinear_landmarks_give_a_box_and_a_choice():
     (["--unet_widths", "33", "32"], "--unet_widths"), (["--image_size", "30"], "--image_size"),
     (["--timestep", "1000"], "--timestep"), (["--max_references", "0"], "--max_references"),
     (["--face_networks", "released"], "--fan"), (["--vre", "nothing.ckpt"], "nothing.ckpt"),
+    (["--fan", "fan.pth"], "--fan: only read with --face_networks released"),
     (["--pretrained_model_name_or_path", "/nowhere/sd"], "--pretrained_model_name_or_path"),
     (["--stage", "onestep"], "needs vae"), (["--lora_layers", "nothing"], "nothing"),
     (["--lora_layers", "conv_out"], "conv_out"), (["--lora_layers", "norm1"], "norm1")])

@@ -278,6 +278,7 @@ def test_bad_flags(capsys, tmp_path):
     assert "--device" in refused(capsys, "train", *TINY, "-o", tmp_path, "--device", "toaster")
     for flag, value in (("--mmse_unshuffle", "3"), ("--mapping_width", "15"), ("--head_dim", "0"), ("--vae_crop", "31")):
         assert f"{flag} {value}" in refused(capsys, "train", *TINY, "-o", tmp_path, flag, value)
+    assert "--vgg: only read with --perceptual vgg19" in refused(capsys, "train", *TINY, "-o", tmp_path, "--vgg", "x")
     assert "--rows" in refused(capsys, "ablate", "-o", tmp_path, "--rows", "nonsense")
     assert "--source" in refused(capsys, "train", *TINY, "-o", tmp_path, "--space", "pixel", "--source", "latent_mean")
     assert "--vae_norm" in refused(capsys, "train", *TINY, "-o", tmp_path, "--vae", tmp_path, "--vae_norm", "group")

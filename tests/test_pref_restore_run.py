@@ -232,6 +232,7 @@ def test_bad_flags(capsys, trained, tmp_path):
     assert "itself" in go("--pretrained", tmp_path / "o") and not (tmp_path / "o.1").exists()
     assert "--token_side 3" in go("--token_side", "3") and "--nft_beta 0" in go("--nft_beta", "0")
     assert "--groups 0" in go("--groups", "0")
+    assert "--hps: only read with --rewards real" in go("--hps", "hps.pt")
     assert "--vae_widths" in go("--vae_widths", "16", "16", "40")
     assert "--context 30" in go("--context", "30")
     assert "every reward weight is 0" in go(*[f for n in pr.REWARD_FILES for f in (f"--{n}_weight", "0")])
