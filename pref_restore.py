@@ -31,6 +31,7 @@ Left out: the making of captions (Qwen2.5-VL), BLIP3o-NEXT's own pre-training (t
 import copy
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import pickle
@@ -514,9 +515,11 @@ class SemanticIntegrator(nn.Module):
         cache, ids, mask, states, tokens = DynamicCache(), sequence.ids, sequence.mask.long(), [], []
         place = (mask.cumsum(1) - 1).clamp(min=0)
         words = self.head[vocab.first_code:vocab.first_code + vocab.codes]
+        # renamed by transformers 5; old releases know the old name alone, 5.40 will know the new one alone
+        name = "cache" if "cache" in inspect.signature(self.llm.forward).parameters else "past_key_values"
         for i in range(count + 1):
-            hidden = self.llm(input_ids=ids, attention_mask=mask, position_ids=place, past_key_values=cache,
-                              use_cache=True).last_hidden_state[:, -1]
+            hidden = self.llm(input_ids=ids, attention_mask=mask, position_ids=place, use_cache=True,
+                              **{name: cache}).last_hidden_state[:, -1]
             states.append(hidden)
             if i < count:
                 tokens.append(pick_token(F.linear(hidden, words.to(hidden.dtype)), **choice))
