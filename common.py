@@ -822,6 +822,8 @@ class Degradation:
 
 
 DEGRADATIONS = {
+    # DIFFERS: q is drawn with its upper end, which int(uniform) of DifFace and Pref-Restore never reaches; 8 bits are
+    # rounded, Pref-Restore truncates; GFPGAN also changes colours by a random matrix, here it shifts them only.
     "codeformer": Degradation("CodeFormer stage 2 training file"),
     "gfpgan": Degradation("GFPGAN v1 training file; made CelebA-Test", (0.1, 10), (0.8, 8), (0, 20), (60, 100),
                           jitter=0.3, grey=0.01),
@@ -934,7 +936,8 @@ def from_pil(picture: Image.Image) -> torch.Tensor:
     """A picture of any mode -> (3, H, W) float32 in [-1, 1]."""
     if picture.mode.startswith("I") or picture.mode == "F":       # 16-bit and float grey: Pillow would clip at 255
         grey = np.asarray(picture, dtype=np.float32)
-        top = 65535 if picture.mode != "F" else 1 if np.nanmax(grey) <= 1 else 255
+        tops = {"F": (1, 255, 65535), "I": (255, 65535, 2 ** 32 - 1)}.get(picture.mode, (65535,))
+        top = next((top for top in tops if np.nanmax(grey) <= top), tops[-1])
         picture = Image.fromarray((np.nan_to_num(grey) / top * 255).clip(0, 255).round().astype(np.uint8))
     if picture.mode == "P":                                       # a palette may hold transparency
         picture = picture.convert("RGBA")
@@ -948,7 +951,10 @@ def list_images(path, recursive: bool = False) -> list:
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
-    known, seen, found = Image.registered_extensions(), set(), []
+    # what Pillow can only write, or only recognise
+    never = {"PDF", "PALM", "MPEG", "HDF5", "BUFR", "GRIB", "EPS", "WMF", "FITS"}
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - never}
+    seen, found = set(), []
     for folder, inside, files in os.walk(path, followlinks=True):
         if (real := os.path.realpath(folder)) in seen or not recursive and seen:  # a link to a folder above, or below
             inside.clear()
@@ -984,17 +990,18 @@ def resize(image: torch.Tensor, size: int) -> torch.Tensor:
 def whole_file(path):
     """Write to a temporary neighbour, flush, rename: `path` holds the old content or the new one, never half of it."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.name}.*.tmp"):      # of a process that was killed while writing
-            left.unlink(missing_ok=True)
+        if path.suffix in (".pt", ".safetensors"):                # left by a process that was killed while writing
+            for left in path.parent.glob(f".{path.name[:60]}.*.tmp"):
+                left.unlink(missing_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:     # torch and safetensors word a full disk differently
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: cannot be written ({reason}); what was there is unchanged. "
                         "Free space or choose another --output") from None
     finally:
@@ -1132,8 +1139,8 @@ class Faces:
             raise UserError(f"--data {data}: is a file; give a folder of aligned faces")
         held = min(200, max(1, len(self.files) // 10))
         self.held_out_files = list_images(validation, recursive=True) if validation else self.files[-held:]
-        if data and not validation:
-            self.files = self.files[:-held]
+        kept = {path.resolve() for path in self.held_out_files}     # also where they lie inside of --data
+        self.files = [path for path in self.files if path.resolve() not in kept]
         if data and not self.files:
             raise UserError(f"--data {data}: one picture cannot be split into training and held-out faces; "
                             "add pictures or give --validation_data")
@@ -1243,7 +1250,7 @@ def pick_device(name: str) -> torch.device:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from None
     return device
 
@@ -1265,6 +1272,11 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bf16" if able else "no"
 
 
+RUN_FILES = ("model.safetensors", "state.pt", "log.jsonl")
+# Flags that change no number of a run.
+IDLE_FLAGS = ("output", "resume_from_checkpoint", "device", "num_workers", "log_steps", "checkpointing_steps")
+
+
 class Run:
     """One process of a run: where it computes, in which precision, with which seed, and where it writes.
 
@@ -1273,7 +1285,7 @@ class Run:
     """
 
     def __init__(self, cfg, fresh: bool = False):
-        self.cfg, self.folder, self.started = cfg, Path(cfg.output), time.time()
+        self.cfg, self.folder, self.started, self.resumed = cfg, Path(cfg.output), time.time(), False
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(cfg.device)
         self.precision = pick_precision(cfg.mixed_precision, self.device)
@@ -1285,7 +1297,7 @@ class Run:
         torch.manual_seed(cfg.seed)                               # the same initial weights in every process
         torch.set_float32_matmul_precision("high")                # TF32 on GPUs that have it; nothing changes on a CPU
         try:
-            if fresh and self.main and any((self.folder / name).exists() for name in ("model.safetensors", "state.pt")):
+            if fresh and self.main and any((self.folder / name).exists() for name in RUN_FILES):
                 number = next(n for n in range(1, 10 ** 6) if not Path(f"{self.folder}.{n}").exists())
                 self.folder.rename(f"{self.folder}.{number}")
                 self.say(f"{self.folder} held an earlier run: moved to {self.folder}.{number}")
@@ -1360,16 +1372,20 @@ class Muon(torch.optim.Optimizer):
                 if p.ndim < 2 or not group["matrices"]:
                     adam_update(p, state, group["lr"], group["betas"])
                     continue
-                momentum = state.setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 direction = orthogonalised(p.grad.lerp(momentum, group["momentum"]).flatten(1))       # Nesterov
                 p.add_(direction.view_as(p), alpha=-0.2 * max(direction.shape) ** 0.5 * group["lr"])
 
 
 def adam_update(p, state: dict, lr: float, betas: tuple, eps: float = 1e-8) -> None:
     """One step of Adam on p, in place; `state` keeps t, m and v."""
-    state["t"] = state.get("t", 0) + 1
-    m = state.setdefault("m", torch.zeros_like(p)).lerp_(p.grad, 1 - betas[0])
-    v = state.setdefault("v", torch.zeros_like(p)).lerp_(p.grad.square(), 1 - betas[1])
+    if not state:
+        state.update(t=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
+    state["t"] += 1
+    m = state["m"].lerp_(p.grad, 1 - betas[0])
+    v = state["v"].lerp_(p.grad.square(), 1 - betas[1])
     p.addcdiv_(m / (1 - betas[0] ** state["t"]), (v / (1 - betas[1] ** state["t"])).sqrt() + eps, value=-lr)
 
 
@@ -1470,7 +1486,11 @@ class Stage:
                     yield self.step, batch
                 self.step += 1
                 bar.update(1)
-                if self.step % cfg.log_steps == 0 or self.step == self.last:
+                at_log = self.step % cfg.log_steps == 0 or self.step == self.last
+                at_save = self.step % cfg.checkpointing_steps == 0
+                # several processes ask each other only at steps where all of them do
+                stop = agree(self.stop, run) if run.world == 1 or at_log or at_save else False
+                if at_log:
                     losses = self.check()
                     rate = (time.time() - begun) / (self.step - first)
                     run.log(stage=self.name, step=self.step, **losses, seconds_per_step=round(rate, 5),
@@ -1481,13 +1501,13 @@ class Stage:
                         run.say(f"{self.name} {self.step}/{self.last}  {text}  {rate:.3f} s/step, "
                                 f"{rate * (self.last - self.step):.0f} s left")
                         logged = time.time()
-                    self.stop = agree(self.stop, run)
-                if (self.step % cfg.checkpointing_steps == 0
-                        or (self.stop and (run.world == 1 or self.step % cfg.log_steps == 0))):
+                if at_save or stop:
                     self.check()
                     self.save()
-                    if self.stop:
+                    if stop:
                         bar.close()
+                        if run.world > 1:                         # torchrun ends all when one ends: save first
+                            dist.barrier()
                         raise UserError(f"stopped at step {self.step} of stage {self.name}, saved; "
                                         "go on with --resume_from_checkpoint latest")
         bar.close()
@@ -1509,9 +1529,9 @@ class Stage:
         norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm or math.inf)
         self.history[-1][1]["grad_norm"] = norm.detach()          # also without clipping: a NaN must not be saved
         self.scaler.step(chosen)
-        self.scaler.update()
         chosen.zero_grad(set_to_none=True)
         if key == list(self.optimizers)[-1]:
+            self.scaler.update()
             self.update_ema()
 
     @torch.no_grad()
@@ -1566,6 +1586,9 @@ class Stage:
             raise UserError(f"{path}: not a training state of this project; "
                             "--resume_from_checkpoint wants a state.pt or its folder")
         if state["stage"] != self.name:
+            if path.parent.resolve() != self.run.folder.resolve() and not self.run.resumed:
+                raise UserError(f"{path}: is at stage {state['stage']}, whose earlier stages are in its folder; "
+                                f"go on there with --output {path.parent}")
             return
         if (set(state["optimizers"]) != set(self.optimizers)
                 or any(state.get("config", {}).get(name) != getattr(self.run.cfg, name, None)
@@ -1585,13 +1608,19 @@ class Stage:
         for key, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][key])
         self.scaler.load_state_dict(state["scaler"]) if state["scaler"] else None
-        self.step = state["step"]
+        self.step, self.run.resumed = state["step"], True
+        now = json.loads(json.dumps(dataclasses.asdict(self.run.cfg)))
+        other = [name for name, value in state.get("config", {}).items()
+                 if name in now and now[name] != value and name not in (*IDLE_FLAGS, "max_train_steps", "stage")]
+        if other:
+            self.run.say(f"{path}: was made with other {', '.join(f'--{name}' for name in other)}; the run goes on "
+                         "with the new ones, but for those of its optimiser other than the learning rate")
         self.run.say(f"resumed stage {self.name} at step {self.step} from {path}")
 
 
 def trained_tensors(module: nn.Module) -> dict:
     """{name: tensor} of trainable parameters and of buffers: what a checkpoint holds (not a frozen backbone again)."""
-    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
     return {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if name not in frozen}
 
 
@@ -1616,6 +1645,8 @@ def agree(flag: bool, run: Run) -> bool:
 def caught_signals(stage: Stage):
     """The first Ctrl-C (or SIGTERM) asks the loop to finish its step and save; the second one ends at once."""
     def ask(number, frame):
+        if stage.stop and stage.run.world > 1:                    # torchrun passes on what the terminal also sent
+            return
         if stage.stop:
             raise KeyboardInterrupt
         stage.stop = True
@@ -1644,8 +1675,7 @@ def read_torch(path):
             raise UserError(f"{path}: refused, it holds Python objects beside tensors and reading it could run code; "
                             "convert it to safetensors") from None
         raise UserError(f"{path}: damaged or not a checkpoint; download or train it again") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, UnicodeDecodeError,
-            TypeError) as error:
+    except Exception as error:                                    # a damaged file fails in a dozen ways
         raise UserError(f"{path}: damaged or not a checkpoint ({type(error).__name__}); "
                         "download or train it again") from None
 
@@ -1665,7 +1695,8 @@ def read_weights(path) -> dict:
     for key in ("params_ema", "params", "ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
+    if not isinstance(state, dict) or not state or not all(
+            isinstance(name, str) and torch.is_tensor(v) for name, v in state.items()):
         raise UserError(f"{path}: holds no dictionary of weights; give a file of model weights")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
@@ -1697,6 +1728,8 @@ def save_model(folder, weights: dict, config: dict) -> None:
 def load_model(where: str, method: str) -> tuple:
     """(config, {part: {name: tensor}}) from a `save_model` folder, its model.safetensors or a hub id; or UserError."""
     folder = find_checkpoint(where)
+    if folder.is_file() and folder.name != "model.safetensors":
+        raise UserError(f"--checkpoint {where}: give the folder of a run, or the model.safetensors in it")
     folder = folder.parent if folder.is_file() else folder
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -1818,9 +1851,15 @@ def save_lora(module: nn.Module, path, prefix: str = "transformer.") -> None:
 def load_lora(module: nn.Module, path, prefix: str = "transformer.") -> None:
     """The inverse of `save_lora`, into the LoRA layers of `module`. UserError on another rank or other layers.
 
-    Without `.alpha` tensors the scale is 1, as diffusers writes it; with them alpha / rank goes into B.
+    The scale is 1 unless the file has `.alpha` tensors or diffusers' adapter settings: then alpha / rank goes into B.
     """
     state, layers = read_weights(path), lora_layers(module)
+    if Path(path).suffix == ".safetensors":
+        with safetensors.safe_open(path, "pt") as file:
+            noted = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        if f"{prefix}lora_alpha" in noted:
+            scale = noted[f"{prefix}lora_alpha"] / noted[f"{prefix}r"]
+            state = {name: scale * v if name.endswith("lora_B.weight") else v for name, v in state.items()}
     for name in [name for name in state if name.endswith(".alpha")]:
         alpha, up = state.pop(name), f"{name.removesuffix('.alpha')}.lora_B.weight"
         if up in state:
@@ -1855,7 +1894,9 @@ def restore_folder(cfg, restore, size: int, device, shown=None) -> int:
     out, faces, done = Path(cfg.output), [], 0
     points = read_landmarks(cfg.landmarks) if cfg.landmarks else None
     references = {p.stem: p for p in list_images(cfg.reference)} if cfg.reference and not shown else {}
-    if Path(cfg.input).resolve() == (out / "restored_faces").resolve():
+    source = Path(cfg.input).resolve()
+    source = source.parent if source.is_file() else source
+    if source in [(out / name).resolve() for name in ("restored_faces", "restored_photos", "posterior_mean", "cmp")]:
         raise UserError(f"--input {cfg.input}: would be overwritten by the results; choose another --output")
     stems: set = set()
     files = list_images(cfg.input)
@@ -1894,7 +1935,10 @@ def read_landmarks(path) -> dict:
     """{file name: [[five (x, y) points], ...]} from JSON. Raises UserError."""
     try:
         content = json.loads(Path(path).read_text())
-        return {name: torch.tensor(faces, dtype=torch.float64).view(-1, 5, 2) for name, faces in content.items()}
+        points = {name: torch.tensor(faces, dtype=torch.float64) for name, faces in content.items()}
+        if any(faces.numel() and faces.shape[1:] != (5, 2) for faces in points.values()):
+            raise ValueError
+        return points
     except FileNotFoundError:
         raise UserError(f"--landmarks {path}: no such file") from None
     except (ValueError, TypeError, AttributeError, RuntimeError, OSError):
@@ -1961,6 +2005,11 @@ def finished_parts(cfg, method: str) -> dict:
     return {part: tensors for part, tensors in parts.items() if part in config.get("finished", [])}
 
 
+def matters(config: dict) -> dict:
+    """The fields of a row's configuration that decide its numbers."""
+    return {name: value for name, value in config.items() if name not in IDLE_FLAGS}
+
+
 def run_ablation(cfg, table: dict, run_row) -> dict:
     """Run the chosen rows for every seed; returns {"row, seed n": entry}, also what an earlier call finished.
 
@@ -1976,12 +2025,20 @@ def run_ablation(cfg, table: dict, run_row) -> dict:
         raise UserError(f"--rows {unknown[0]}: no such row; there are: {', '.join(table)}")
     chosen = cfg.rows or [row for row, (group, _, _) in table.items() if cfg.table in ("all", group) or not group]
     path = Path(cfg.output) / "rows.json"
-    done = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        before = lambda: json.loads(path.read_text()) if path.exists() else {}
+        done = before()
+    except ValueError:
+        raise UserError(f"{path}: damaged; move it away, or choose another --output") from None
+
+    def settings(row: str, seed: int) -> tuple:
+        changed = dataclasses.replace(cfg, seed=seed, table="all", rows=(), seeds=1, **table[row][1])
+        return changed, json.loads(json.dumps(dataclasses.asdict(changed)))
+
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for row in chosen:
-            changed = dataclasses.replace(cfg, seed=seed, table="all", rows=(), seeds=1, **table[row][1])
-            key, config = f"{row}, seed {seed}", json.loads(json.dumps(dataclasses.asdict(changed)))
-            if key in done and done[key]["config"] == config:
+            key, (changed, config) = f"{row}, seed {seed}", settings(row, seed)
+            if key in done and matters(done[key]["config"]) == matters(config):
                 print(f"{key}: finished before")
                 continue
             print(f"--- {key}", flush=True)
@@ -1994,8 +2051,9 @@ def run_ablation(cfg, table: dict, run_row) -> dict:
                 raise UserError("stopped; the same command goes on with this row") from None
             done[key] = dict(entry, row=row, table=table[row][0], paper=table[row][2], seed=seed,
                              argv=sys.argv, config=config, **versions("cpu"))
-            write_json(path, done)
-    return {key: entry for key, entry in done.items() if entry["row"] in chosen}
+            write_json(path, before() | {key: done[key]})          # another process may work on other rows
+    return {key: entry for key, entry in done.items() if entry["row"] in chosen
+            and matters(entry["config"]) == matters(settings(entry["row"], entry["seed"])[1])}
 
 
 def print_ablation(done: dict, table: dict, names: tuple) -> None:
@@ -2008,7 +2066,8 @@ def print_ablation(done: dict, table: dict, names: tuple) -> None:
             for name in names:
                 values = [s[name] for s in scores if name in s]
                 if values:
-                    cells.append(f"{name} {statistics.mean(values):.3g} ({statistics.pstdev(values):.2g})")
+                    spread = f" ({statistics.stdev(values):.2g})" if len(values) > 1 else ""
+                    cells.append(f"{name} {statistics.mean(values):.3g}{spread}")
             print(f"{row:>36}  {'  '.join(cells)}   paper: {table[row][2]}")
 
 

@@ -424,9 +424,9 @@ def select_reference(reference_landmarks, lq_landmarks, weights=None) -> int:
     degraded face, so that they can be compared. A tie, or landmarks that are not finite, give the first candidate.
     """
     found = reference_landmarks.isfinite().all((-1, -2))
-    points = torch.where(found[:, None, None], reference_landmarks, 0).double()
-    distance = metrics.affine_landmark_distance(points, lq_landmarks.double().expand_as(points), weights)
-    return int(torch.where(found, distance, math.inf).nan_to_num(math.inf).argmin())
+    points = metrics.double(torch.where(found[:, None, None], reference_landmarks, 0))
+    distance = metrics.affine_landmark_distance(points, metrics.double(lq_landmarks).expand_as(points), weights)
+    return int(torch.where(found.to(distance.device), distance, math.inf).nan_to_num(math.inf).argmin())
 
 
 def eye_boxes(landmarks, size: int):

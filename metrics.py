@@ -203,6 +203,11 @@ class DISTS(nn.Module):
 # ------------------------------------------------------------------------ distributions
 
 
+def double(x):
+    """float64, on the CPU where the device (mps) has none."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def frechet_distance(x, y):
     """|mu_x - mu_y|^2 + tr(Sx + Sy - 2 (Sx Sy)^(1/2)), FID's formula: features (N, D), (M, D) -> scalar.
 
@@ -212,7 +217,7 @@ def frechet_distance(x, y):
     """
     if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
         raise ValueError(f"wants (N, D) and (M, D), N, M >= 2, got {tuple(x.shape)} and {tuple(y.shape)}")
-    x, y = x.double(), y.double()
+    x, y = double(x), double(y)
     rx, ry = [torch.linalg.qr((v - v.mean(0)) / (len(v) - 1) ** 0.5, mode="r")[1] for v in (x, y)]
     spread = rx.square().sum() + ry.square().sum() - 2 * torch.linalg.svdvals(rx @ ry.T).sum()
     return ((x.mean(0) - y.mean(0)).square().sum() + spread).clamp(min=0)
@@ -224,7 +229,7 @@ def mmd_rbf(x, y, sigma=10.0, scale=1000.0):
     k(a, b) = exp(-|a - b|^2 / (2 sigma^2)). Biased V-statistic (the diagonals count), float64, 1024 rows
     at a time. The defaults are CMMD's [Jayasumana et al. 2024]; Latent-PMRF applies them to DINOv2 features.
     """
-    x, y = x.double(), y.double()
+    x, y = double(x), double(y)
 
     def kernel(a, b):
         sums = [torch.exp(-torch.cdist(rows, b).square() / (2 * sigma**2)).sum() for rows in a.split(1024)]
@@ -282,15 +287,17 @@ def affine_solution(L, H, weights):
     with points centred and scaled it has about 25. The pseudo-inverse serves where A is not unique.
     """
     same_points(L, H)
+    tolerance = 1e-9 if L.dtype == torch.float64 else 1e-5  # below: rounding of L
+    L, H = double(L), double(H)
     w = torch.ones(()) if weights is None else torch.as_tensor(weights)
-    w = w.to(L.device, torch.float64).expand(L.shape[:-1])
+    w = double(w).to(L.device).expand(L.shape[:-1])
     if (w < 0).any():
         raise ValueError("weights of landmarks must not be negative")
     total = w.sum(-1)[..., None, None].clamp(min=1e-300)
-    centre_l, centre_h = [(w[..., None] * p.double()).sum(-2, keepdim=True) / total for p in (L, H)]
-    l, h = L.double() - centre_l, H.double() - centre_h
+    centre_l, centre_h = [(w[..., None] * p).sum(-2, keepdim=True) / total for p in (L, H)]
+    l, h = L - centre_l, H - centre_h
     size = ((w[..., None] * l.square()).sum((-2, -1), keepdim=True) / total).sqrt().detach().clamp(min=1e-12)
-    root, tolerance = w.sqrt()[..., None], 1e-9 if L.dtype == torch.float64 else 1e-5  # below: rounding of L
+    root = w.sqrt()[..., None]
     matrix = (torch.linalg.pinv(root * l / size, rtol=tolerance) @ (root * h)).mT / size
     return matrix, centre_l, centre_h, w, l @ matrix.mT - h
 
@@ -303,7 +310,7 @@ def affine_fit(L, H, weights=None):
     smallest minimiser is returned.
     """
     matrix, centre_l, centre_h, *_ = affine_solution(L, H, weights)
-    return torch.cat([matrix, centre_h.mT - matrix @ centre_l.mT], -1).to(L.dtype)
+    return torch.cat([matrix, centre_h.mT - matrix @ centre_l.mT], -1).to(L)
 
 
 def affine_landmark_distance(L, H, weights=None):
@@ -313,7 +320,7 @@ def affine_landmark_distance(L, H, weights=None):
     Defined for points on a line, differentiable where they are not. Tables show its root (EYES_AND_BROWS).
     """
     *_, w, residual = affine_solution(L, H, weights)
-    return (w * residual.square().sum(-1)).sum(-1).to(L.dtype)
+    return (w * residual.square().sum(-1)).sum(-1).to(L)
 
 
 def ind_rmse(restored, estimate):
@@ -323,12 +330,6 @@ def ind_rmse(restored, estimate):
     """
     same_images(restored, estimate)
     return (restored - estimate).square().flatten(1).mean(1).sqrt()
-
-
-def five_points(landmarks98):
-    """WFLW points (..., 98, 2) -> (..., 5, 2): left eye, right eye, nose tip, left and right mouth corner."""
-    eyes = [landmarks98[..., list(eye), :].mean(-2) for eye in (LEFT_EYE, RIGHT_EYE)]
-    return torch.stack([*eyes, *landmarks98[..., [54, 76, 82], :].unbind(-2)], -2)
 
 
 def decode_heatmaps(heatmaps, size):
@@ -834,7 +835,7 @@ def load_reader(name="b", folder=None):
 class TrainReader(TrainFlags):
     """Train the face readers on toy faces, or on a folder of faces with what labels it has; measure them."""
     output: str = "runs/reader"            # folder for checkpoints and log
-    readers: str = "weights"               # folder that receives reader_a.safetensors, reader_b and reader_c
+    readers: str = ""                      # folder that receives the readers (default without --data: weights/)
     which: typing.Literal["all", "a", "b", "c"] = "all"  # a: for losses, b: for measuring, c: a second one for losses
     width_a: int = 12                      # channels of reader a at 64 px
     width_b: int = 16                      # channels of reader b
@@ -842,7 +843,7 @@ class TrainReader(TrainFlags):
     optimizer: typing.Literal["muon", "adamw"] = "adamw"  # muon for c: half the steps
     lr_warmup_steps: int = 100             # steps in which the learning rate rises from 0
     steps: int = 1000                      # optimiser steps of each reader
-    learning_rate: float = 3e-3            # of AdamW, cosine to zero after 100 steps of warm-up
+    learning_rate: float = 3e-3            # of AdamW
     weight_decay: float = 0.02             # of AdamW
     identities: int = 2000                 # toy people to tell apart
     margin: float = 0.2                    # ArcFace's additive angle, radians
@@ -948,7 +949,7 @@ class FolderLabels:
                 small = resized(image[None], FaceReader.SIDE, antialias=True)[0]
                 images.append((small.clamp(-1, 1) * 127.5 + 127.5).round().byte())
                 people.append(persons.get(path.parent, -1))
-        except (ValueError, RuntimeError) as error:  # an unreadable picture, text where a number should be
+        except (ValueError, RuntimeError, csv.Error) as error:  # an unreadable picture, text where a number should be
             raise UserError(f"--data {cfg.data}: {str(error).splitlines()[0]}; mend or remove it") from None
         if len(images) < 20:
             raise UserError(f"--data {cfg.data}: {len(images)} pictures; a reader needs 20 at the very least")
@@ -1023,11 +1024,17 @@ def reader_losses(reader, classes, batch, cfg):
 
 def train_reader(cfg):
     """Train the readers that cfg.which names, store them, and measure what was stored."""
+    if cfg.data and not cfg.readers:
+        raise UserError("--data wants --readers FOLDER for what it trains: weights/ holds the readers of the toy world")
+    cfg = replace(cfg, readers=cfg.readers or str(Path(__file__).parent / "weights"))
     for number, name in enumerate("abc"):
         if cfg.which not in ("all", name):
             continue
         one = replace(cfg, which=name, output=str(Path(cfg.output) / name), seed=cfg.seed + number)
-        run, data = Run(one), FolderLabels(one) if cfg.data else ToyLabels(one)
+        run = Run(one)
+        if run.world > 1:
+            raise UserError("train-reader runs in one process; start it without torchrun")
+        data = FolderLabels(one) if cfg.data else ToyLabels(one)
         reader = FaceReader(getattr(one, f"width_{name}"))
         reader = reader.to(run.device, memory_format=torch.channels_last)
         classes = nn.ParameterList([0.05 * torch.randn(max(1, data.classes), 128)]).to(run.device)
@@ -1242,7 +1249,7 @@ def gray_numbers(names, paths, device):
 
 
 def identity_numbers(names, paths, device):
-    net = load_iresnet(paths[0], bgr="ada" in paths[0].name.lower()).to(device)
+    net = load_iresnet(paths[0], bgr="adaface" in paths[0].name.lower()).to(device)
     return lambda x, y: {names[0]: identity_similarity(net.embed(x), net.embed(y))}
 
 
@@ -1366,7 +1373,7 @@ def pair_functions(cfg, device, skipped):
             found.append((build(list(protocol), paths, device), protocol))
         else:
             skipped[", ".join(protocol)] = f"put {known} in --weights"
-    for name in filter(None, cfg.iqa.split(",")):
+    for name in filter(None, map(str.strip, cfg.iqa.split(","))):
         try:
             import pyiqa
 
@@ -1382,18 +1389,23 @@ def pair_functions(cfg, device, skipped):
     return found
 
 
-def set_rows(cfg, device, files, real, skipped):
+def set_networks(cfg, device):
+    """{name: (features of pictures, their file)} of what --weights holds, opened before any long work."""
+    found = {name: find_files(cfg.weights, patterns) for name, patterns, *_ in SET_NETWORKS}
+    return {name: (build(found[name], device), found[name][0]) for name, *_, build in SET_NETWORKS if found[name]}
+
+
+def set_rows(cfg, device, networks, files, real, skipped):
     """FID and its relatives of whole folders: [(name, value, N, protocol)]. real: the pictures of --real_set."""
     rows, sets = [], {"gt": (cfg.reference, [y for _, _, y in files])}
     if real:
         sets["real"] = (cfg.real_set, real)
-    for name, patterns, known, protocol, build in SET_NETWORKS:
-        paths = find_files(cfg.weights, patterns)
-        if not paths or len(files) < 2:
-            reason = f"put {known} in --weights" if not paths else "needs two pairs at least"
+    for name, _, known, protocol, _ in SET_NETWORKS:
+        if name not in networks or len(files) < 2:
+            reason = "needs two pairs at least" if name in networks else f"put {known} in --weights"
             skipped.update({f"{name}_{kind}": reason for kind in sets})
             continue
-        network = build(paths, device)
+        network, weights = networks[name]
         read = lambda path: network(read_image(path)[None].to(device)).cpu()
         restored = torch.cat([read(path) for _, path, _ in tqdm(files, disable=None)])
         for kind, (folder, chosen) in sets.items():
@@ -1401,7 +1413,7 @@ def set_rows(cfg, device, files, real, skipped):
                 skipped[f"{name}_{kind}"] = f"{folder} has one picture, a distance of sets needs two"
                 continue
             others = torch.cat([read(path) for path in tqdm(chosen, disable=None)])
-            text = f"{protocol} ({paths[0].name}); against {len(chosen)} files of {folder}"
+            text = f"{protocol} ({weights.name}); against {len(chosen)} files of {folder}"
             rows.append((f"{name}_{kind}", frechet_distance(restored, others).item(), len(files), text))
             if name == "fid_dino":
                 mmd = mmd_rbf(restored, others).item()
@@ -1431,6 +1443,7 @@ def measure(cfg):
     real = list_images(cfg.real_set, recursive=True) if cfg.real_set else []
     estimates = {path.stem: path for path in list_images(cfg.posterior_mean)} if cfg.posterior_mean else {}
     functions, values, small = pair_functions(cfg, device, skipped), defaultdict(list), []
+    networks = set_networks(cfg, device)
     protocol = {name: text for _, texts in functions for name, text in texts.items()}
     protocol["indrmse"] = f"RMSE to {cfg.posterior_mean}, RGB in [0, 1], mean over images"
     for stem, restored, reference in tqdm(files, disable=None):
@@ -1451,7 +1464,7 @@ def measure(cfg):
         kept = finite or [value for value in column if not math.isnan(value)]
         text = protocol.get(name, f"luma, product of {name[8:9]} scales: the images are too small for 5")
         rows.append((name, sum(kept) / len(kept) if kept else math.nan, len(kept), text))
-    rows += set_rows(cfg, device, files, real, skipped)
+    rows += set_rows(cfg, device, networks, files, real, skipped)
     if len(small) == len(files):
         rows += toy_rows(cfg, device, small, skipped)
     print_rows(cfg, rows, skipped)

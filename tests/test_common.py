@@ -4,6 +4,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import common
 from common import ATTRIBUTES, DEGRADATIONS, TOY_SPLITS, Degradation, UserError, degrade, toy_faces
@@ -249,8 +250,32 @@ def test_exif_rotation_is_applied(tmp_path):
     assert common.read_image(tmp_path / "x.jpg").shape == (3, 20, 10)
 
 
+@pytest.mark.parametrize("top, kind", [(255, np.int32), (65535, np.int32), (1, np.float32), (255, np.float32),
+                                       (65535, np.float32), (65535, np.uint16)])
+def test_deep_grey_pictures_keep_their_range(tmp_path, top, kind):
+    Image.fromarray((np.linspace(0, top, 256).reshape(16, 16)).astype(kind)).save(tmp_path / "x.tiff")
+    image = common.read_image(tmp_path / "x.tiff")
+    assert torch.allclose(image[0].flatten(), torch.linspace(-1, 1, 256), atol=2 / 255)
+
+
+def test_held_out_faces_inside_the_training_folder_are_not_trained_on(tmp_path):
+    for i in range(4):
+        common.write_image(tmp_path / ("val" if i < 2 else "train") / f"{i}.png", torch.zeros(3, 16, 16))
+    faces = common.Faces(str(tmp_path), 16, str(tmp_path / "val"))
+    assert [p.name for p in faces.files] == ["2.png", "3.png"] and len(faces.held_out_files) == 2
+
+
+def test_landmarks_of_ten_points_are_not_two_faces(tmp_path):
+    (tmp_path / "points.json").write_text(json.dumps({"a.png": [[[0, 0]] * 10], "b.png": []}))
+    with pytest.raises(UserError, match="five points"):
+        common.read_landmarks(tmp_path / "points.json")
+    (tmp_path / "points.json").write_text(json.dumps({"a.png": [[[0, 0]] * 5] * 2, "b.png": []}))
+    assert [len(v) for v in common.read_landmarks(tmp_path / "points.json").values()] == [2, 0]
+
+
 def test_pictures_are_found_behind_links_and_a_loop_of_links_ends(tmp_path):
-    for name in ("faces/b/1.png", "faces/a.jpg", "faces/.hidden.png", "faces/notes.txt", "elsewhere/2.png"):
+    for name in ("faces/b/1.png", "faces/a.jpg", "faces/.hidden.png", "faces/notes.txt", "elsewhere/2.png",
+                 "faces/a.pdf", "faces/film.mpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     faces = tmp_path / "faces"
@@ -336,15 +361,45 @@ os._exit(0)  # libtorch 2.14 aborts now and then while its threads are torn down
 """
 
 
-def test_two_processes_agree_and_resume_bit_exactly(tmp_path):
+STOPPED = """
+import os, signal, sys; sys.path[:0] = ["tests", "."]
+import torch, test_common as t, common
+plain, rank = common.toy_faces, os.environ["RANK"]
+calls = []
+def drawn(*a, **k):                      # the third batch of process 1 comes with a signal for it alone
+    calls.append(1)
+    if rank == "1" and len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return plain(*a, **k)
+common.toy_faces = drawn
+try:
+    t.tiny_run(t.Tiny(output=sys.argv[1] + "/a", batch_size=4, log_steps=100, checkpointing_steps=4))
+except common.UserError as error:
+    assert torch.load(sys.argv[1] + "/a/state.pt", weights_only=True)["step"] == 4   # on disk before any process ends
+    open(sys.argv[1] + f"/said{rank}", "w").write(str(error))
+torch.distributed.barrier()
+os._exit(0)
+"""
+
+
+def in_two_processes(tmp_path, text):
     script = tmp_path / "worker.py"
-    script.write_text(WORKER)
+    script.write_text(text)
     port = 20000 + os.getpid() % 20000
     workers = [subprocess.Popen([sys.executable, str(script), str(tmp_path)], cwd=ROOT, env=dict(
         os.environ, PYTHONPATH=str(ROOT), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)))
         for rank in range(2)]
     assert [w.wait(timeout=240) for w in workers] == [0, 0]
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step_and_saves(tmp_path):
+    in_two_processes(tmp_path, STOPPED)
+    assert all("stopped at step 4" in (tmp_path / f"said{rank}").read_text() for rank in (0, 1))
+
+
+def test_two_processes_agree_and_resume_bit_exactly(tmp_path):
+    in_two_processes(tmp_path, WORKER)
     (straight, resumed), (straight1, resumed1) = (torch.load(tmp_path / f"rank{r}.pt") for r in range(2))
     assert torch.equal(straight, resumed) and torch.equal(straight, straight1) and torch.equal(resumed, resumed1)
     alone = weights_of(tiny_run(Tiny(output=str(tmp_path / "c"), batch_size=4)))
@@ -390,6 +445,30 @@ def test_resume_refuses_other_sizes_and_damaged_files(tmp_path):
     (tmp_path / "state.pt").write_bytes(data[:len(data) // 2])
     with pytest.raises(UserError, match="damaged"):
         tiny_run(dataclasses.replace(cfg, resume_from_checkpoint="latest"))
+
+
+def test_resume_from_another_folder_does_not_retrain_what_came_before(tmp_path):
+    """A state of stage `tiny` elsewhere: that stage goes on here, an earlier one would be trained anew under it."""
+    tiny_run(Tiny(output=str(tmp_path / "old"), batch_size=2), stop_at=4)
+    cfg = Tiny(output=str(tmp_path / "new"), batch_size=2, resume_from_checkpoint=str(tmp_path / "old" / "state.pt"))
+    assert tiny_run(cfg, stop_at=5).step == 5
+    with pytest.raises(UserError, match="--output .*old"):
+        common.Stage(common.Run(cfg), "earlier", {"m": nn.Linear(1, 1)}, {}, 1)
+
+
+def test_resume_says_which_settings_changed(tmp_path, capsys):
+    cfg = Tiny(output=str(tmp_path), batch_size=2)
+    tiny_run(cfg, stop_at=4)
+    tiny_run(dataclasses.replace(cfg, resume_from_checkpoint="latest", seed=7, batch_size=3, log_steps=5))
+    said = capsys.readouterr().out
+    assert "made with other --" in said and "--seed" in said and "--batch_size" in said and "--log_steps" not in said
+
+
+def test_a_run_that_was_killed_early_leaves_no_curve_to_the_next(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "log.jsonl").write_text("{}")
+    common.Run(Tiny(output=str(tmp_path / "a")), fresh=True)
+    assert not (tmp_path / "a" / "log.jsonl").exists() and (tmp_path / "a.1" / "log.jsonl").exists()
 
 
 def test_resume_refuses_another_optimiser(tmp_path):
@@ -540,6 +619,7 @@ def test_results_never_overwrite_their_input(tmp_path):
     cfg = common.SampleFlags(input=str(tmp_path / "restored_faces"), output=str(tmp_path))
     with pytest.raises(UserError, match="overwritten"):
         common.restore_folder(cfg, lambda lq, stems: {"restored_faces": lq + 1}, 16, "cpu")
+        common.restore_folder(dataclasses.replace(cfg, input=str(tmp_path / "restored_faces" / "a.png")), None, 16, "cpu")
     assert (common.read_image(tmp_path / "restored_faces" / "a.png").abs() < .01).all()
 
 
@@ -551,6 +631,66 @@ def test_lora_of_another_rank_is_refused(tmp_path):
     common.add_lora(other, ("to_q",), rank=4, alpha=4)
     with pytest.raises(UserError, match="rank 2"):
         common.load_lora(other, tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "unet."])
+def test_lora_takes_the_alpha_that_diffusers_notes_in_the_header(tmp_path, prefix):
+    model = small_model()
+    common.add_lora(model, ("to_q",), rank=2, alpha=2)
+    common.save_lora(model, tmp_path / "lora.safetensors", prefix)
+    state = {name: torch.ones_like(v) for name, v in load_file(tmp_path / "lora.safetensors").items()}
+    noted = {"lora_adapter_metadata": json.dumps({f"{prefix}lora_alpha": 16, f"{prefix}r": 2})}
+    save_file(state, tmp_path / "lora.safetensors", noted)
+    common.load_lora(model, tmp_path / "lora.safetensors", prefix)
+    layer = next(iter(common.lora_layers(model).values()))
+    assert (layer.scale * layer.lora_B.weight == 8).all() and (layer.lora_A.weight == 1).all()
+
+
+def test_checkpoint_is_the_file_that_was_named(tmp_path):
+    common.save_model(tmp_path, {"net": {"w": torch.zeros(1)}}, dict(method="m"))
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "old.safetensors")
+    assert common.load_model(str(tmp_path / "model.safetensors"), "m")[1]["net"]["w"] == 0
+    with pytest.raises(UserError, match="old.safetensors"):
+        common.load_model(str(tmp_path / "old.safetensors"), "m")
+
+
+# ---------------------------------------------------------------- ablations
+
+@dataclass(frozen=True)
+class Rows(Tiny):
+    """An ablation of two rows."""
+    table: str = "all"
+    rows: tuple = ()
+    seeds: int = 1
+    learning_rate: float = 1.0
+
+
+ROWS = {"a": ("", {}, "first"), "b": ("", dict(learning_rate=2.0), "second")}
+
+
+def test_an_ablation_repeats_rows_of_other_settings_and_no_others(tmp_path, capsys):
+    asked = []
+
+    def row(cfg, done):
+        asked.append((cfg.learning_rate, cfg.seed))
+        return dict(scores=dict(x=cfg.steps * cfg.learning_rate + cfg.seed))
+    cfg = Rows(output=str(tmp_path), seeds=2)
+    assert len(common.run_ablation(cfg, ROWS, row)) == 4 and len(asked) == 4
+    idle = dataclasses.replace(cfg, output=f"{tmp_path}/", num_workers=3, log_steps=1, checkpointing_steps=7)
+    assert len(common.run_ablation(idle, ROWS, row)) == 4 and len(asked) == 4        # these flags change no number
+    found = common.run_ablation(dataclasses.replace(cfg, steps=9, seeds=1), ROWS, row)
+    assert {key: e["scores"]["x"] for key, e in found.items()} == {"a, seed 0": 9, "b, seed 0": 18}  # not seed 1's of old
+    common.print_ablation(found, ROWS, ("x",))
+    assert "x 9   paper" in capsys.readouterr().out                                  # one seed has no spread
+    (tmp_path / "rows.json").write_text("{")
+    with pytest.raises(UserError, match="rows.json: damaged"):
+        common.run_ablation(cfg, ROWS, row)
+
+
+def test_the_spread_of_an_ablation_is_the_sample_deviation(capsys):
+    done = {str(i): dict(row="a", scores=dict(x=float(i))) for i in (1, 2, 3)}
+    common.print_ablation(done, ROWS, ("x",))
+    assert "x 2 (1)" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- command line

@@ -554,6 +554,9 @@ def test_program_refuses_in_one_line(folders, capsys):
     (folders / "w2").mkdir()
     (folders / "w2" / "alexnet-owt-7be5be79.pth").write_bytes(b"no weights")
     assert "alexnet-owt-7be5be79.pth" in refused(capsys, *ask, "--weights", folders / "w2")
+    with pytest.raises(SystemExit):
+        metrics.main(["train-reader", "--data", str(folders / "clean")])
+    assert "--readers FOLDER" in capsys.readouterr().err                       # weights/ is not for photographs
     common.write_image(folders / "restored" / "1.png", torch.zeros(3, 32, 32))
     assert "resize one of the folders" in refused(capsys, *ask)
     (folders / "restored" / "1.png").unlink()
