@@ -1142,8 +1142,8 @@ class Faces:
         kept = {path.resolve() for path in self.held_out_files}     # also where they lie inside of --data
         self.files = [path for path in self.files if path.resolve() not in kept]
         if data and not self.files:
-            raise UserError(f"--data {data}: one picture cannot be split into training and held-out faces; "
-                            "add pictures or give --validation_data")
+            raise UserError(f"--data {data}: no picture is left to train on, all are held out; add pictures, or give "
+                            f"{'another ' if validation else ''}--validation_data")
         names = sorted({str(p.parent) for p in self.files + self.held_out_files})
         self.person = {name: number for number, name in enumerate(names)}
 

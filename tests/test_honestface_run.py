@@ -147,7 +147,8 @@ def test_references_are_the_person_and_never_the_face_itself(tmp_path):
             common.write_image(tmp_path / person / f"{i}.png", torch.full((3, 16, 16), i / 4 + (person == "b") * -1.0))
     common.write_image(tmp_path / "alone" / "0.png", torch.ones(3, 16, 16))
     (tmp_path / "a" / "broken.png").write_text("no picture")
-    faces = common.Faces(str(tmp_path), 16, str(tmp_path))
+    faces = common.Faces(str(tmp_path), 16)
+    faces.held_out_files = [*faces.files, *faces.held_out_files]
     people = hf.album(faces)
     batch = faces.held_out(20)
     images, present = hf.draw_references(faces, {k: sorted(set(v)) for k, v in people.items()}, batch, 4)
