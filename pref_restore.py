@@ -1949,7 +1949,8 @@ def train(cfg: Train) -> None:
     model.to(run.device).eval().requires_grad_(False)
     if cfg.gradient_checkpointing:
         model.sana.enable_gradient_checkpointing()
-        model.integrator.llm.gradient_checkpointing_enable()
+        llm, renamed = model.integrator.llm, "activation_checkpointing_enable"        # in transformers 6
+        llm.activation_checkpointing_enable() if hasattr(llm, renamed) else llm.gradient_checkpointing_enable()
     bank = None
     for name in wanted:
         if name in finished and (cfg.stage == "all" or cfg.resume_from_checkpoint):
