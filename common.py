@@ -1273,7 +1273,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 RUN_FILES = ("model.safetensors", "state.pt", "log.jsonl")
-# Flags that change no number of a run.
+# Flags that say where and how a run is made, not what it makes.
 IDLE_FLAGS = ("output", "resume_from_checkpoint", "device", "num_workers", "log_steps", "checkpointing_steps")
 
 
@@ -2005,7 +2005,7 @@ def finished_parts(cfg, method: str) -> dict:
     return {part: tensors for part, tensors in parts.items() if part in config.get("finished", [])}
 
 
-def matters(config: dict) -> dict:
+def decisive(config: dict) -> dict:
     """The fields of a row's configuration that decide its numbers."""
     return {name: value for name, value in config.items() if name not in IDLE_FLAGS}
 
@@ -2038,7 +2038,7 @@ def run_ablation(cfg, table: dict, run_row) -> dict:
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for row in chosen:
             key, (changed, config) = f"{row}, seed {seed}", settings(row, seed)
-            if key in done and matters(done[key]["config"]) == matters(config):
+            if key in done and decisive(done[key]["config"]) == decisive(config):
                 print(f"{key}: finished before")
                 continue
             print(f"--- {key}", flush=True)
@@ -2053,7 +2053,7 @@ def run_ablation(cfg, table: dict, run_row) -> dict:
                              argv=sys.argv, config=config, **versions("cpu"))
             write_json(path, before() | {key: done[key]})          # another process may work on other rows
     return {key: entry for key, entry in done.items() if entry["row"] in chosen
-            and matters(entry["config"]) == matters(settings(entry["row"], entry["seed"])[1])}
+            and decisive(entry["config"]) == decisive(settings(entry["row"], entry["seed"])[1])}
 
 
 def print_ablation(done: dict, table: dict, names: tuple) -> None:

@@ -35,10 +35,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import metrics
-from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, command_line, degrade,
-                    degrade_pair, find_checkpoint, finished_parts, load_model, load_strict, lr_schedule,
-                    make_optimizer, matters, not_half, print_ablation, print_table, random_crop, read_curves,
-                    read_torch, read_weights, refuse_unread, restore_folder, run_ablation, save_model, shared_parts, versions,
+from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, command_line, decisive,
+                    degrade, degrade_pair, find_checkpoint, finished_parts, load_model, load_strict, lr_schedule,
+                    make_optimizer, not_half, print_ablation, print_table, random_crop, read_curves, read_torch,
+                    read_weights, refuse_unread, restore_folder, run_ablation, save_model, shared_parts, versions,
                     warmup_cosine, write_curve, write_grid, write_json)
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -1340,7 +1340,7 @@ def ablation_row(cfg, done: dict) -> dict:
         nets[part] = build(cfg, part).to(run.device).eval()
         if part != "flow":
             shared_network(cfg, run, faces, nets, part)
-    if cfg.space == "pixel" and latent_row and matters(latent_row["config"]) == matters(twin):
+    if cfg.space == "pixel" and latent_row and decisive(latent_row["config"]) == decisive(twin):
         steps = round(latent_row["seconds"] / seconds_per_step(cfg, run, faces, nets))
         cfg = dataclasses.replace(cfg, flow_steps=max(1, steps))
     last = min(cfg.flow_steps, cfg.max_train_steps)
