@@ -117,15 +117,16 @@ def bench_training(device, steps: int) -> None:
 
 
 def bench_costs(device, steps: int) -> None:
-    """`train` of each toy preset with a few steps a stage; the profiler looks at the third."""
+    """`train` of each toy preset with a few steps a stage; the profiler looks at all but a stage's first two."""
     plain = common.Stage.steps
 
     def steps_with_profile(stage, batch_at):
-        profile = torch.profiler.profile()
-        for step, batch in plain(stage, batch_at):
-            if step in (2, 3):
-                profile.start() if step == 2 else profile.stop()
-            yield step, batch
+        with torch.profiler.profile() as profile:
+            for step, batch in plain(stage, batch_at):
+                if step == 2:
+                    profile.stop()
+                    profile.start()
+                yield step, batch
         found = [row for row in profile.key_averages() if row.key.startswith(("aten::", "enumerate(DataLoader)"))]
         cost = lambda row: row.self_device_time_total if device.type == "cuda" else row.self_cpu_time_total
         found.sort(key=cost, reverse=True)
@@ -222,7 +223,7 @@ def main():
         return bench_training(device, 20)
     if args.costs:
         print(f"torch {torch.__version__}, {where}, self time of operators")
-        return bench_costs(device, 4)
+        return bench_costs(device, 3)
     if args.toy or args.cache:
         print(f"torch {torch.__version__}, {where}, fp32, median of {args.repeat}")
         restorers, faces = (flux_with_cache(device, 4), 1) if args.cache else (toy_restorers(device), 32)
