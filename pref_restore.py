@@ -1949,7 +1949,7 @@ def train(cfg: Train) -> None:
     model.to(run.device).eval().requires_grad_(False)
     if cfg.gradient_checkpointing:
         model.sana.enable_gradient_checkpointing()
-        llm, renamed = model.integrator.llm, "activation_checkpointing_enable"        # in transformers 6
+        llm, renamed = model.integrator.llm, "activation_checkpointing_enable"  # transformers 6 drops the old name
         llm.activation_checkpointing_enable() if hasattr(llm, renamed) else llm.gradient_checkpointing_enable()
     bank = None
     for name in wanted:
