@@ -596,7 +596,7 @@ def attribute_loss(logits, target_probability):
 def attribute_divergence(logits, target_probability):
     """The same without its floor, KL(target || prediction) >= 0: what to look at in the log."""
     q = target_probability.float().clamp(1e-6, 1 - 1e-6)
-    return attribute_loss(logits, q) - F.binary_cross_entropy(q, q)
+    return attribute_loss(logits, q) - attribute_loss(q.logit(), q)
 
 
 def edited_score(logits, edited):

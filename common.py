@@ -17,6 +17,7 @@ the picture at (0, 0), so that the centre of pixel (row i, column j) is (j + 0.5
 of the person at the keyboard (or of their disk): `command_line` prints it as one line and exits with status 2.
 """
 import argparse
+import collections
 import dataclasses
 import difflib
 import functools
@@ -1296,6 +1297,7 @@ class Run:
                                     timeout=timedelta(hours=2))   # the others wait while rank 0 saves and measures
         torch.manual_seed(cfg.seed)                               # the same initial weights in every process
         torch.set_float32_matmul_precision("high")                # TF32 on GPUs that have it; nothing changes on a CPU
+        torch.backends.cuda.enable_cudnn_sdp(False)               # its gradients were NaN for A2BFR's toy (torch 2.11)
         try:
             if fresh and self.main and any((self.folder / name).exists() for name in RUN_FILES):
                 number = next(n for n in range(1, 10 ** 6) if not Path(f"{self.folder}.{n}").exists())
@@ -1365,7 +1367,10 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")             # `orthogonalised` squares rounding errors: no TF32
         for group in self.param_groups:
+            alike = collections.defaultdict(list)                 # matrices of one shape go through it together
             for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -1375,8 +1380,13 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
                 momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                direction = orthogonalised(p.grad.lerp(momentum, group["momentum"]).flatten(1))       # Nesterov
-                p.add_(direction.view_as(p), alpha=-0.2 * max(direction.shape) ** 0.5 * group["lr"])
+                gradient = p.grad.lerp(momentum, group["momentum"]).flatten(1)                        # Nesterov
+                alike[gradient.shape].append((p, gradient))
+            for shape, pairs in alike.items():
+                parameters, gradients = zip(*pairs)
+                for p, direction in zip(parameters, orthogonalised(torch.stack(gradients))):
+                    p.add_(direction.view_as(p), alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
+        torch.set_float32_matmul_precision(precision)
 
 
 def adam_update(p, state: dict, lr: float, betas: tuple, eps: float = 1e-8) -> None:
@@ -1389,14 +1399,23 @@ def adam_update(p, state: dict, lr: float, betas: tuple, eps: float = 1e-8) -> N
     p.addcdiv_(m / (1 - betas[0] ** state["t"]), (v / (1 - betas[1] ** state["t"])).sqrt() + eps, value=-lr)
 
 
-def orthogonalised(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """(m, n) -> about U V^T of its U S V^T: singular values end between 0.7 and 1.2 (Newton-Schulz, quintic)."""
-    x = matrix / (matrix.norm() + 1e-7)
-    x = x.T if matrix.shape[0] > matrix.shape[1] else x
+def orthogonalised(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """(B, m, n) -> about U V^T of each U S V^T: singular values end between 0.7 and 1.2 (Newton-Schulz, quintic).
+
+    A step is X <- p(G) X with G = X X^T. Polynomials of G commute, so the steps need G alone, which is (m, m), and X
+    meets their product at the end: half the time where n > m. It needs full float32, as G has squared singular values.
+    """
+    x = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    gram, product = x @ x.mT, None
     for _ in range(steps):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+        p = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        p.diagonal(dim1=1, dim2=2).add_(3.4445)                   # 3.4445 - 4.7750 G + 2.0315 G^2
+        product = p if product is None else p @ product
+        gram = p @ gram @ p
+    return (product @ x).mT if tall else product @ x
 
 
 def make_optimizer(cfg, params, lr: float, betas: tuple = (0.9, 0.95), weight_decay: float = 0.01, tables=()):

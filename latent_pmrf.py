@@ -148,7 +148,9 @@ class PixelLayerNorm(nn.LayerNorm):
         super().__init__(channels, eps=1e-6)
 
     def forward(self, x):  # (B, C, H, W)
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        with torch.autocast(x.device.type, enabled=False):        # which would write float32; sums are wide anyway
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.layer_norm(x.movedim(1, -1), self.normalized_shape, weight, bias, self.eps).movedim(-1, 1)
 
 
 def vae_norm(kind: str, channels: int) -> nn.Module:
@@ -353,7 +355,8 @@ class WindowAttention(nn.Module):
         # By hand: the fused kernels have no fast gradient for a learned bias.
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.to(q.dtype)
         if mask is not None:
-            logits = (logits.unflatten(0, (-1, len(mask))) + mask[:, None].to(q.dtype)).flatten(0, 1)
+            # Not added: exp(-100) is a denormal number, and slow on some processors.
+            logits = logits.unflatten(0, (-1, len(mask))).masked_fill(mask[:, None] < 0, -math.inf).flatten(0, 1)
         x = logits.softmax(dim=-1) @ v
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -476,11 +479,11 @@ def neighborhood_tiles(height: int, width: int, kernel: int, device: torch.devic
 
     The windows of t x t queries lie inside one region of r x r = (t + kernel - 1)^2 keys, cut off at the border.
     """
-    axes = []
+    axes, count = [], functools.partial(torch.arange, device=device)
     for length in (height, width):
         t, r = min(tile, length), min(tile + kernel - 1, length)
-        queries = (torch.arange(0, length, t)[:, None] + torch.arange(t)).clamp(max=length - 1)          # (tiles, t)
-        keys = (queries[:, :1] - kernel // 2).clamp(0, length - r) + torch.arange(r)                     # (tiles, r)
+        queries = (count(0, length, t)[:, None] + count(t)).clamp(max=length - 1)                        # (tiles, t)
+        keys = (queries[:, :1] - kernel // 2).clamp(0, length - r) + count(r)                            # (tiles, r)
         start = (queries - kernel // 2).clamp(0, length - kernel)  # the window shifts at a border, it never shrinks
         inside = (keys[:, None] >= start[..., None]) & (keys[:, None] < start[..., None] + kernel)       # (tiles, t, r)
         axes.append((queries, keys, inside))
@@ -489,9 +492,9 @@ def neighborhood_tiles(height: int, width: int, kernel: int, device: torch.devic
     mask = (my[:, None, :, None, :, None] & mx[None, :, None, :, None, :]).flatten(4).flatten(2, 3).flatten(0, 1)
     # Where each token's answer stands; tiles that hang over the edge repeat its last queries, which nobody reads.
     ty, (tiles_x, tx) = qy.shape[1], qx.shape
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    y, x = torch.meshgrid(count(height), count(width), indexing="ij")
     place = ((y // ty) * tiles_x + x // tx) * (ty * tx) + (y % ty) * tx + x % tx
-    return flat(qy, qx).to(device), flat(ky, kx).to(device), mask.to(device), place.flatten().to(device)
+    return flat(qy, qx), flat(ky, kx), mask, place.flatten()
 
 
 def neighborhood_attention(q, k, v, height: int, width: int, kernel_size: int = 7, scale: float | None = None):

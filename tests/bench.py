@@ -8,9 +8,12 @@ With --toy: how long the toy presets (random weights) take to restore a face, in
 With --train: a training step of every stage of the toy presets, and the share of it that waits for faces.
 With --costs: the three operators every stage of the toy presets spends most time in, by torch's profiler.
 With --cache: FLUX at full width with few blocks, the condition's keys and values kept between steps or not.
+With --paper METHOD ...: the paper presets at full size with random weights, on one fixed batch: a training step, then
+one face at 512 px restored. For one GPU of 80 GB.
 """
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import statistics
@@ -19,9 +22,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+import torchvision
+from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -29,6 +35,7 @@ import a2bfr as a2
 import common
 import honestface as hf
 import latent_pmrf as lp
+import metrics
 import pref_restore as pr
 
 
@@ -41,7 +48,7 @@ class LowerBound(torch.nn.Module):
     def __init__(self, in_channels, widths, depths, head_dim, dense, **_):
         super().__init__()
         self.widths, self.depths, self.head_dim, self.dense = widths, depths, head_dim, dense
-        make = lambda i, o: torch.nn.Parameter(torch.randn(o, i) * 0.02)
+        make = lambda i, o: torch.nn.Parameter(torch.randn(o, i) * i ** -0.5)
         layer = lambda w: torch.nn.ParameterList([make(w, 3 * w), make(w, w), make(w, 6 * w), make(3 * w, w)])
         self.into, self.out = make(in_channels, widths[0]), make(widths[0], in_channels)
         level = lambda i: torch.nn.ModuleList(layer(widths[i]) for _ in range(depths[i]))
@@ -90,12 +97,20 @@ def seconds(network, x, t, autocast):
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}           # bf16 without sparsity, from the makers' data sheets
 
 
-def rate(network, x, t, autocast, took: float) -> str:
-    """Operations per second of a forward and backward pass that took so many seconds, and their share of the peak."""
+def operations(network, x, t, autocast) -> int:
+    """Floating-point operations of the matrix products and dense convolutions of a forward and a backward pass.
+
+    Of HDiT count the lower bound's: torch takes depth-wise convolutions for dense ones in the backward pass.
+    """
     with FlopCounterMode(display=False) as counter:
         seconds(network, x, t, autocast)
     network.zero_grad()
-    speed = counter.get_total_flops() / took
+    return sum(count for name, count in counter.get_flop_counts()["Global"].items() if "attention" not in str(name))
+
+
+def rate(count: int, x, took: float) -> str:
+    """So many operations in so many seconds, and as a share of the card's peak."""
+    speed = count / took
     name = torch.cuda.get_device_name(x.device) if x.is_cuda else ""
     shares = [f", {speed / peak:.0%} of the card's bf16 peak" for card, peak in PEAKS.items() if card in name]
     return f"{speed / 1e12:.3g} TFLOP/s{''.join(shares)}"
@@ -188,6 +203,124 @@ def flux_with_cache(device, steps: int) -> dict:
     return {f"FLUX's width, {steps} steps": lambda: integrate(None), "with cache": lambda: integrate({})}
 
 
+def paper_run(method, folder, device, steps, **switches) -> tuple:
+    """(configuration, run) of a paper preset that logs each of its few steps."""
+    cfg = method.Train(**method.PAPER | dict(output=folder, device=str(device), max_train_steps=steps, log_steps=1,
+                                             num_workers=0, validation_faces=1) | switches)
+    return cfg, common.Run(cfg)
+
+
+def latent_pmrf_at_full_size(folder, device, steps) -> tuple:
+    cfg, run = paper_run(lp, folder, device, steps)
+    nets = {part: lp.build(cfg, part).to(device).eval() for part in lp.parts_of(cfg)}
+    batch = lp.batches(cfg, run, common.Faces("", cfg.image_size, ""), degraded=True)(0)
+    lp.batches = lambda *_, **__: lambda step: batch
+    lq = batch["lq"][:1].to(device)
+    return (run, {f"flow, {cfg.batch_size} faces": lambda: lp.train_flow(cfg, run, None, nets)},
+            lambda: lp.restore(nets, cfg, lq, torch.randn_like, cfg.num_inference_steps))
+
+
+def honestface_at_full_size(folder, device, steps) -> tuple:
+    nets = dict(arcface=metrics.IResNet(50, se=True), adaface=metrics.IResNet(50), fan=metrics.FAN98(),
+                vgg=torch.nn.ModuleDict(dict(features=torchvision.models.vgg16(weights=None).features)))
+    for name, net in nets.items():
+        torch.save(net.state_dict(), f"{folder}/{name}.pth")
+    files = {name: f"{folder}/{name}.pth" for name in nets}
+    cfg, run = paper_run(hf, f"{folder}/out", device, steps, **files)
+
+    def random_stable_diffusion(where, cfg):
+        with torch.device(device):
+            return dict(vae=AutoencoderKL(**hf.SD21_VAE), unet=UNet2DConditionModel(**hf.SD21_UNET))
+
+    hf.load_stable_diffusion = random_stable_diffusion
+    eyes_on = hf.face_networks(cfg, device)
+    nets = hf.prepare(cfg, eyes_on, device)
+    batch = hf.batches(cfg, run, common.Faces("", cfg.image_size, ""), "references")(0)
+    hf.batches = lambda *_, **__: lambda step: batch
+    given = [batch[name].to(device) for name in ("lq", "references", "present")]
+    return (run, {f"onestep, {cfg.batch_size} face": lambda: hf.train_onestep(cfg, run, None, nets, eyes_on)},
+            lambda: hf.restore(nets, cfg, eyes_on, *given))
+
+
+class RandomText:
+    """Embeddings of FLUX's size, as if read from disk."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def encode(self, prompts):
+        return (torch.randn(len(prompts), 512, 4096, device=self.device),
+                torch.randn(len(prompts), 768, device=self.device))
+
+
+def a2bfr_at_full_size(folder, device, steps) -> tuple:
+    cfg, run = paper_run(a2, folder, device, steps)
+    torch.set_default_dtype(torch.bfloat16)                       # 12 B parameters: 24 GB
+    with torch.device(device):
+        prior, vae = FluxTransformer2DModel(guidance_embeds=True), AutoencoderKL(
+            **hf.SD21_VAE | dict(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False))
+    torch.set_default_dtype(torch.float32)
+    nets = dict(prior=prior.requires_grad_(False), codec=a2.Codec(vae, 0.1159, 0.3611).to(device).requires_grad_(False),
+                text=RandomText(device))
+    farl = metrics.FaRLAttributes().to(device).eval().requires_grad_(False)
+    batch = a2.ToyPairs(cfg.image_size).held_out(cfg.batch_size)
+    lq = a2.degraded(cfg, batch)
+    a2.degraded = lambda cfg, batch: lq
+    source = SimpleNamespace(training=lambda *where: batch)
+    how = a2.Setting(cfg.guidance_scale, cfg.num_inference_steps)
+    noise = nets["codec"].noise(cfg.image_size, [0])
+    return (run, {f"lora, {cfg.batch_size} pair": lambda: a2.train_lora(cfg, run, nets, farl, source)},
+            lambda: a2.restore(nets, cfg, lq.to(device), [a2.TEMPLATE], noise, how))
+
+
+def pref_restore_at_full_size(folder, device, steps) -> tuple:
+    vocab = pr.Vocabulary(pr.ToyTokenizer(), 65_536, first=151_669)
+    sizes = dict(llm=pr.QWEN3_17B, sana=pr.SANA15, vae=pr.DCAE, tatok=dict(siglip=pr.SO400M, codes=65_536, code_dim=1536))
+    cfg, run = paper_run(pr, folder, device, steps, rewards="toy", groups=1, pretrained="", sana="")
+    with torch.device(device):
+        model = pr.PrefRestore(sizes)
+    model.sana.enable_gradient_checkpointing()
+    model.integrator.llm.gradient_checkpointing_enable()
+    faces = pr.CaptionedFaces(dataclasses.replace(cfg, captions=""))
+    batch = pr.batches(cfg, run, faces)(0)
+    pr.batches = lambda cfg, run, source, size=None, **_: lambda step: {k: v[:size] for k, v in batch.items()}
+    train = {f"{name}, {cfg.batch_size} x {cfg.gradient_accumulation_steps} faces":
+             lambda name=name: pr.train_alignment(cfg, run, None, model, vocab, name) for name in ("1.1", "1.2")}
+    train[f"2, {cfg.groups} x {cfg.group_size} roll-outs"] = \
+        lambda: pr.train_preference(dataclasses.replace(cfg, max_train_steps=2), run, None, model, vocab)
+
+    def restore():
+        cond = pr.read_face(model.eval(), vocab, cfg, batch["lq"][:1].to(device), [""])
+        pr.draw_face(model, cfg, cond, pr.noise_like(model, cfg, 1, torch.Generator().manual_seed(0)))
+
+    return run, train, restore
+
+
+def bench_paper(method: str, device, steps: int = 6) -> None:
+    """Seconds of a training step (median, without the first two) and of restoring a face, and the most memory."""
+    gpu = torch.cuda if device.type == "cuda" else None
+    sync, peak = gpu.synchronize if gpu else lambda: None, lambda: f"{run.peak_memory_gb():.1f} GB"
+    with tempfile.TemporaryDirectory() as folder:
+        run, stages, restore = globals()[f"{method}_at_full_size"](folder, device, steps)
+        for name, train in stages.items():
+            train()
+            rows = [json.loads(line) for line in Path(run.folder, "log.jsonl").read_text().splitlines()]
+            rows = [row for row in rows if row["stage"] == name.split(",")[0]]
+            ends = [row["step"] * row["seconds_per_step"] for row in rows]
+            took = [after - before for before, after in zip(ends, ends[1:])]
+            print(f"{method} {name}: {statistics.median(took[1:] or took):.3f} s a step, {peak()}", flush=True)
+        if gpu:
+            gpu.empty_cache(), gpu.reset_peak_memory_stats()
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            with torch.no_grad(), run.autocast():
+                restore()
+            sync()
+            times.append(time.perf_counter() - start)
+        print(f"{method} restores a face: {min(times[1:]):.3f} s, {peak()}", flush=True)
+
+
 def bench_restorers(restorers: dict, device, repeat: int, faces: int) -> None:
     times = {name: [] for name in restorers}
     for i in range(repeat + 1):                                   # the first round warms up
@@ -213,8 +346,10 @@ def main():
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--costs", action="store_true")
     parser.add_argument("--cache", action="store_true")
+    parser.add_argument("--paper", nargs="+", choices=("latent_pmrf", "honestface", "a2bfr", "pref_restore"))
     args = parser.parse_args()
     device = torch.device(args.device)
+    torch.backends.cuda.enable_cudnn_sdp(False)                   # as common.Run
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     cuda = device.type == "cuda"
     where = torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} threads"
@@ -224,6 +359,11 @@ def main():
     if args.costs:
         print(f"torch {torch.__version__}, {where}, self time of operators")
         return bench_costs(device, 3)
+    if args.paper:
+        print(f"torch {torch.__version__}, {where}, {'bf16' if cuda else 'fp32'}, paper presets")
+        for method in args.paper:
+            bench_paper(method, device)
+        return
     if args.toy or args.cache:
         print(f"torch {torch.__version__}, {where}, fp32, median of {args.repeat}")
         restorers, faces = (flux_with_cache(device, 4), 1) if args.cache else (toy_restorers(device), 32)
@@ -237,26 +377,31 @@ def main():
         networks = {"HDiT": lp.HDiT(**config).to(device),
                     "bound, same tiles": LowerBound(**config, dense=False).to(device),
                     "bound, dense attention": LowerBound(**config, dense=True).to(device)}
-        if args.compile:
-            networks["HDiT"].compile()
+        count = operations(networks["bound, same tiles"], x, t, autocast)
+        for layer in networks["HDiT"].modules() if args.compile else ():
+            if isinstance(layer, lp.HDiTLayer):
+                layer.compile(dynamic=False)
         times = {key: [] for key in networks}
-        for i in range(args.repeat + 1):                          # the first round warms up
+        for i in range(-2, args.repeat):                          # the first rounds warm up
             for key, network in networks.items():
                 took = seconds(network, x, t, autocast)
-                if i:
+                if i >= 0:
                     times[key].append(took)
                 network.zero_grad()
         ratio = lambda key: statistics.median(a / b for a, b in zip(times["HDiT"], times[key]))
         print(f"HDiT {name}: {statistics.median(times['HDiT']):.3f} s, "
               f"{ratio('bound, same tiles'):.2f}x the bound with the same tiles, "
               f"{ratio('bound, dense attention'):.2f}x the bound with dense attention; "
-              f"{rate(networks['HDiT'], x, t, autocast, statistics.median(times['HDiT']))}")
-    vae, crop = lp.SimVAE().to(device), torch.rand(args.batch_size, 3, 256, 256, device=device)
+              f"{rate(count, x, statistics.median(times['HDiT']))}; the bound with the same tiles "
+              f"{rate(count, x, statistics.median(times['bound, same tiles']))}", flush=True)
+        del networks
+    vae, crop = lp.SimVAE().to(device, memory_format=torch.channels_last), torch.rand(args.batch_size, 3, 256, 256)
+    crop = crop.to(device, memory_format=torch.channels_last)
     reconstruct = lambda x, t: vae.decode(vae.encode(x)[0])
-    took = statistics.median([seconds(reconstruct, crop, t, autocast) for _ in range(args.repeat + 1)][1:])
-    vae.zero_grad()
     reconstruct.zero_grad = vae.zero_grad
-    print(f"Sim-VAE c32, 256 px: {took:.3f} s, {rate(reconstruct, crop, t, autocast, took)}")
+    count = operations(reconstruct, crop, t, autocast)
+    took = statistics.median([seconds(reconstruct, crop, t, autocast) for _ in range(args.repeat + 2)][2:])
+    print(f"Sim-VAE c32, 256 px: {took:.3f} s, {rate(count, crop, took)}", flush=True)
     if device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
     with torch.no_grad():

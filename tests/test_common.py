@@ -804,6 +804,47 @@ def test_muon_moves_every_direction_of_a_matrix_alike_and_vectors_as_adam():
     assert torch.allclose(ours, theirs, atol=1e-6)
 
 
+def test_muon_orthogonalises_all_matrices_of_a_shape_as_newton_schulz_does_one():
+    """Against the plain iteration on X itself in float64: wide, tall, of low rank, in bf16 and without any gradient."""
+    def newton_schulz(x):
+        x = x.double() / x.double().norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        return x
+
+    torch.manual_seed(0)
+    for m, n in ((12, 40), (40, 12), (16, 16)):
+        stack = torch.stack([torch.randn(m, n), torch.randn(m, 2) @ torch.randn(2, n) * 1e3, torch.zeros(m, n)])
+        found = common.orthogonalised(stack)
+        for row in (0, 1):
+            torch.testing.assert_close(found[row].double(), newton_schulz(stack[row]), rtol=0, atol=2e-3)
+        assert torch.equal(found[2], torch.zeros(m, n))
+        half = common.orthogonalised(stack[:1].bfloat16())[0].double()
+        torch.testing.assert_close(half, newton_schulz(stack[0].bfloat16()), rtol=0, atol=2e-3)
+
+
+def test_muon_steps_alike_for_many_matrices_and_leaves_the_precision_of_products_alone():
+    torch.manual_seed(0)
+    many = [torch.nn.Parameter(torch.randn(6, 4)) for _ in range(3)] + [torch.nn.Parameter(torch.randn(6, 2, 2))]
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in many]
+    for p, q in zip(many, alone):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    before = torch.get_float32_matmul_precision()
+    common.Muon(many, lr=0.1).step()
+    assert torch.get_float32_matmul_precision() == before
+    for p, q in zip(many, alone):
+        common.Muon([q], lr=0.1).step()
+        torch.testing.assert_close(p, q)
+
+
+def test_a_run_leaves_cudnns_attention_out(tmp_path):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    common.Run(SimpleNamespace(output=str(tmp_path / "out"), device="cpu", mixed_precision="no", seed=0))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_learning_rate_schedules():
     cfg = SimpleNamespace(lr_scheduler="cosine", lr_warmup_steps=10)
     at = common.lr_schedule(cfg, 100)
