@@ -1,6 +1,7 @@
 """a2bfr.py as a program: stages, resume, real FLUX folders, pairs, photographs, bad input. Tiny, no download."""
 import dataclasses
 import json
+import math
 import re
 import shlex
 import shutil
@@ -9,11 +10,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from test_a2bfr import tiny_flux_folder
 
 import a2bfr as ab
 import common
+import metrics
 from program import ROOT, caller, kill_in_stage, toy_pictures
 
 TINY = ["--vae_widths", "8", "8", "8", "--latent_channels", "4", "--heads", "1", "--double_layers", "1",
@@ -175,6 +178,26 @@ def test_pairs_leave_a_data_set_that_trains(trained, tmp_path, capsys):
     call("train", *TINY, "--prior", trained / "out", "-o", tmp_path, "--lora_steps", "1",
          "--pairs", trained / "pairs" / "pairs.jsonl")
     assert "not accepted" in capsys.readouterr().out or len(good) == 16
+
+
+def test_released_networks_judge_pairs(tmp_path):
+    """--arcface and --fan read files in the released formats; likeness and shift are theirs, not the toy reader's."""
+    torch.manual_seed(0)
+    nets = dict(arcface=metrics.IResNet(18), fan=metrics.FAN98())
+    for name, net in nets.items():
+        torch.save(net.eval().state_dict(), tmp_path / f"{name}.pth")
+    files = {name: str(tmp_path / f"{name}.pth") for name in nets}
+    a, b = (common.toy_faces([1, 2], [i, i], size=64).image for i in (0, 1))
+    found = torch.tensor(ab.Judge(ab.Pairs(**files), torch.device("cpu")).compare(a, b))
+    with torch.no_grad():
+        ea, eb = (F.normalize(nets["arcface"](metrics.crop_112(x))) for x in (a, b))
+        pa, pb = (nets["fan"].landmarks(x) for x in (a, b))
+    torch.testing.assert_close(found[:, 0], F.cosine_similarity(ea, eb))
+    moved = [sum(math.dist(p, q) for p, q in zip(x.tolist(), y.tolist())) / 98 / max(1e-3, math.dist(x[96], x[97]))
+             for x, y in zip(pa, pb)]
+    torch.testing.assert_close(found[:, 2], torch.tensor(moved), rtol=1e-3, atol=1e-4)
+    toy = torch.tensor(ab.Judge(ab.Pairs(), torch.device("cpu")).compare(a, b))
+    assert (found[:, 0] - toy[:, 0]).abs().min() > 1e-3 and torch.equal(found[:, 1], toy[:, 1])
 
 
 def test_pairs_resume_after_a_kill(trained, tmp_path):
