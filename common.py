@@ -36,6 +36,7 @@ import subprocess
 import sys
 import time
 import typing
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -1273,6 +1274,25 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bf16" if able else "no"
 
 
+@functools.cache
+def cpu_attention_in_float32():
+    """From here on a CPU's autocast runs attention in float32: in bf16 its gradient takes nine times as long.
+
+    Replaces autocast's rule for the operator, so that networks of diffusers and transformers follow as well. The rule
+    lives as long as the result, which the cache keeps.
+    """
+    def attention(query, key, value, attn_mask=None, *rest, **options):
+        mask = attn_mask.float() if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), mask, *rest, **options)
+
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():                               # that there was another rule
+        warnings.simplefilter("ignore")
+        library.impl("scaled_dot_product_attention", attention, "AutocastCPU")
+    return library
+
+
 RUN_FILES = ("model.safetensors", "state.pt", "log.jsonl")
 # Flags that say where and how a run is made, not what it makes.
 IDLE_FLAGS = ("output", "resume_from_checkpoint", "device", "num_workers", "log_steps", "checkpointing_steps")
@@ -1290,6 +1310,8 @@ class Run:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(cfg.device)
         self.precision = pick_precision(cfg.mixed_precision, self.device)
+        if self.device.type == "cpu" and self.precision != "no":
+            cpu_attention_in_float32()
         if self.world > 1 and not dist.is_initialized():
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)

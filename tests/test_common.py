@@ -839,6 +839,25 @@ def test_muon_steps_alike_for_many_matrices_and_leaves_the_precision_of_products
         torch.testing.assert_close(p, q)
 
 
+def test_a_cpus_autocast_runs_attention_in_float32(tmp_path):
+    """Under bf16 a Run's attention is float32's, forward and backward, whatever the mask; outside autocast it is as given."""
+    common.Run(SimpleNamespace(output=str(tmp_path / "out"), device="cpu", mixed_precision="bf16", seed=0))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    bias = torch.randn(5, 5, dtype=torch.bfloat16)
+    for mask in (None, bias, bias > 0):
+        wanted = F.scaled_dot_product_attention(*wide, mask.float() if mask is bias else mask, scale=0.5)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = F.scaled_dot_product_attention(q, k, v, mask, scale=0.5)
+        assert found.dtype == torch.float32 and torch.equal(found.nan_to_num(), wanted.nan_to_num())
+    wanted, = torch.autograd.grad(F.scaled_dot_product_attention(*wide).sum(), wide[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        found, = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v).sum(), k)
+    torch.testing.assert_close(found, wanted.bfloat16())
+    assert F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
+
+
 def test_a_run_leaves_cudnns_attention_out(tmp_path):
     torch.backends.cuda.enable_cudnn_sdp(True)
     common.Run(SimpleNamespace(output=str(tmp_path / "out"), device="cpu", mixed_precision="no", seed=0))
