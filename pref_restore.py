@@ -1914,6 +1914,13 @@ def start(cfg, wanted: list) -> tuple:
     return found
 
 
+def recompute_activations(model) -> None:
+    """Of SANA and Qwen3, in the backward pass: less memory, more time."""
+    model.sana.enable_gradient_checkpointing()
+    llm, renamed = model.integrator.llm, "activation_checkpointing_enable"  # transformers 6 drops the old name
+    llm.activation_checkpointing_enable() if hasattr(llm, renamed) else llm.gradient_checkpointing_enable()
+
+
 def run_stage(name, cfg, run, faces, bank, model, vocab) -> list:
     """One stage from its start (or from state.pt) to its end; returns the rewards of stage 2."""
     torch.manual_seed(mix("stage", name, cfg.seed))                # fresh layers do not depend on what ran before
@@ -1948,9 +1955,7 @@ def train(cfg: Train) -> None:
                 f"{cfg.context}; they are cut")
     model.to(run.device).eval().requires_grad_(False)
     if cfg.gradient_checkpointing:
-        model.sana.enable_gradient_checkpointing()
-        llm, renamed = model.integrator.llm, "activation_checkpointing_enable"  # transformers 6 drops the old name
-        llm.activation_checkpointing_enable() if hasattr(llm, renamed) else llm.gradient_checkpointing_enable()
+        recompute_activations(model)
     bank = None
     for name in wanted:
         if name in finished and (cfg.stage == "all" or cfg.resume_from_checkpoint):

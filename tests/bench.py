@@ -187,7 +187,6 @@ def toy_restorers(device) -> dict:
 
 def flux_with_cache(device, steps: int) -> dict:
     """name -> function that integrates a 512 px face with 3 blocks of FLUX's width (random weights), 512 text tokens."""
-    from diffusers import FluxTransformer2DModel
     with torch.device(device):
         flux = FluxTransformer2DModel(num_layers=1, num_single_layers=2, guidance_embeds=True)
         a2.add_condition_lora(flux, 64, 64.0)
@@ -275,12 +274,12 @@ def a2bfr_at_full_size(folder, device, steps) -> tuple:
 
 def pref_restore_at_full_size(folder, device, steps) -> tuple:
     vocab = pr.Vocabulary(pr.ToyTokenizer(), 65_536, first=151_669)
-    sizes = dict(llm=pr.QWEN3_17B, sana=pr.SANA15, vae=pr.DCAE, tatok=dict(siglip=pr.SO400M, codes=65_536, code_dim=1536))
+    tatok = dict(siglip=pr.SO400M, codes=65_536, code_dim=1536)
+    sizes = dict(llm=pr.QWEN3_17B, sana=pr.SANA15, vae=pr.DCAE, tatok=tatok)
     cfg, run = paper_run(pr, folder, device, steps, rewards="toy", groups=1, pretrained="", sana="")
     with torch.device(device):
         model = pr.PrefRestore(sizes)
-    model.sana.enable_gradient_checkpointing()
-    model.integrator.llm.gradient_checkpointing_enable()
+    pr.recompute_activations(model)
     faces = pr.CaptionedFaces(dataclasses.replace(cfg, captions=""))
     batch = pr.batches(cfg, run, faces)(0)
     pr.batches = lambda cfg, run, source, size=None, **_: lambda step: {k: v[:size] for k, v in batch.items()}

@@ -647,17 +647,11 @@ def test_farl_reads_the_twelve_of_forty():
         torch.testing.assert_close(ab.read_attributes(farl, x).sigmoid(), wanted)
 
 
-class RandomText:
-    """Embeddings of FLUX's size, as if read from disk."""
-
-    def encode(self, prompts):
-        return torch.randn(len(prompts), 512, 4096, device="cuda"), torch.randn(len(prompts), 768, device="cuda")
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device with 48 GB")
 def test_a_full_width_step_fits_48_gb(capsys):
     """FLUX.1-dev's sizes, random weights: one pair at 512 px with every memory flag of the paper preset."""
+    from bench import RandomText
     from diffusers import AutoencoderKL, FluxTransformer2DModel
     cfg, before = ab.Train(**ab.PAPER), torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -669,7 +663,7 @@ def test_a_full_width_step_fits_48_gb(capsys):
                                 use_quant_conv=False, use_post_quant_conv=False)
     finally:
         torch.set_default_dtype(before)
-    nets = dict(prior=prior, codec=ab.Codec(vae, 0.1159, 0.3611).cuda().requires_grad_(False), text=RandomText())
+    nets = dict(prior=prior, codec=ab.Codec(vae, 0.1159, 0.3611).cuda().requires_grad_(False), text=RandomText("cuda"))
     optimizer = ab.lora_optimizer(cfg, ab.add_condition_lora(prior, cfg.rank, cfg.lora_alpha))
     prior.enable_gradient_checkpointing(), vae.enable_gradient_checkpointing()
     farl = metrics.FaRLAttributes().cuda().eval().requires_grad_(False)
