@@ -1236,9 +1236,9 @@ class Endless(torch.utils.data.Dataset):
             return error
 
 
-def ignore_interrupts(worker: int) -> None:
-    """In a loader's process: Ctrl-C is the main process' business, which ends the step and saves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_group(worker: int) -> None:
+    """In a loader's process: Ctrl-C and what else is sent to the whole group is for the main one, which saves."""
+    os.setsid()
 
 
 # ------------------------------------------------------------------------------------------------ run plumbing
@@ -1509,7 +1509,7 @@ class Stage:
         workers = getattr(cfg, "num_workers", 0)
         loader = iter(torch.utils.data.DataLoader(
             Endless(batch_at), batch_size=None, sampler=range(first * pieces, self.last * pieces),
-            num_workers=workers, worker_init_fn=ignore_interrupts if workers else None))
+            num_workers=workers, worker_init_fn=leave_group if workers else None))
         bar = tqdm(total=self.last, initial=first, desc=self.name, dynamic_ncols=True,
                    disable=not (run.main and sys.stderr.isatty()))
         begun = logged = time.time()
@@ -2267,6 +2267,16 @@ def command_line(doc: str, verbs: dict, argv: list | None = None) -> None:
         function(cfg)
     except UserError as error:
         print(error if str(error).startswith("stopped") else f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            print("error: the GPU's memory is full: give a smaller --batch_size (more --gradient_accumulation_steps) "
+                  "or --gradient_checkpointing, where there are such flags", file=sys.stderr)
+        elif str(error).startswith("DataLoader worker"):
+            print(f"error: --num_workers {cfg.num_workers}: one of them was killed, perhaps for memory ({error}); give "
+                  "fewer and --resume_from_checkpoint latest", file=sys.stderr)
+        else:
+            raise
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped at once, nothing saved since the last checkpoint", file=sys.stderr)

@@ -715,6 +715,20 @@ def test_flags_presets_and_overrides():
     assert call("do", "--preset", "b", "--batch_size", "2", "--widths", "7") == Verb(batch_size=2, widths=(7,))
 
 
+def test_a_full_gpu_is_one_line_and_a_fault_of_ours_stays_a_traceback(capsys):
+    def fail(error):
+        def verb(cfg):
+            raise error
+        common.command_line("Doc.", {"do": (Verb, {"a": Verb()}, verb)}, ["do"])
+
+    with pytest.raises(SystemExit) as stop:
+        fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."))
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "--batch_size" in error and "\n" not in error
+    with pytest.raises(RuntimeError, match="sizes differ"):
+        fail(RuntimeError("sizes differ"))
+
+
 @pytest.mark.parametrize("argv, words", [
     (("do", "--batch_size", "0"), "--batch_size 0: must be at least 1"),
     (("do", "--learning_rate", "-1"), "--learning_rate"),

@@ -1,12 +1,14 @@
 """latent_pmrf.py as a program: stages, resume, released weights, strange files, wrong flags. Tiny, no download."""
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -61,19 +63,37 @@ def test_a_killed_run_goes_on_to_the_same_weights(trained, tmp_path):
     assert same(weights(trained / "out"), weights(tmp_path))
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("number, workers", [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
+def test_a_signal_saves_and_says_how_to_go_on(number, workers, tmp_path):
+    """Ctrl-C, or the end of a cluster's job: both reach the loader's processes too, which must not die first."""
     command = [sys.executable, "latent_pmrf.py", "train", *TINY, "-o", str(tmp_path),
-               "--vae_steps", "100000", "--log_steps", "1"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+               "--vae_steps", "100000", "--log_steps", "1", "--num_workers", str(workers)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               start_new_session=True)
     for _ in range(1200):
         log = tmp_path / "log.jsonl"
         if log.exists() and log.read_text().count("\n") > 3:
             break
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2 and "--resume_from_checkpoint latest" in err and "Traceback" not in err
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] > 0
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the loader's process in /proc")
+def test_a_loader_that_is_killed_is_named(tmp_path):
+    command = [sys.executable, "latent_pmrf.py", "train", *TINY, "-o", str(tmp_path), "--vae_steps", "100000",
+               "--num_workers", "1", "--log_steps", "1"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    log, children = tmp_path / "log.jsonl", Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    for _ in range(1200):
+        if log.exists() and log.read_text().count("\n") > 3:
+            break
+        time.sleep(0.05)
+    os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "--num_workers 1: one of them was killed" in err and "Traceback" not in err, err
 
 
 def test_an_earlier_run_is_moved_aside_not_overwritten(trained, tmp_path, capsys):
