@@ -52,11 +52,11 @@ from torch.utils.checkpoint import checkpoint
 
 import metrics
 from common import (ATTRIBUTES, DEGRADATION_NAMES, DEGRADATIONS, PRECISIONS, TOY_SPLITS, Faces, LoRALinear, Run,
-                    SampleFlags, Stage, TrainFlags, UserError, WordTokenizer, command_line, degrade, find_checkpoint,
-                    list_images, load_lora, load_model, load_strict, lr_schedule, make_optimizer, mix, not_half,
-                    print_ablation, print_table, random_crop, read_curves, read_image, read_weights, restore_folder,
-                    run_ablation, save_lora, save_model, shared_parts, toy_faces, verbalise, versions, whole_file,
-                    write_curve, write_grid, write_image, write_json)
+                    SampleFlags, Stage, TrainFlags, UserError, WordTokenizer, begin_again, command_line, degrade,
+                    find_checkpoint, list_images, load_lora, load_model, load_strict, lr_schedule, make_optimizer, mix,
+                    not_half, print_ablation, print_table, random_crop, read_curves, read_image, read_weights,
+                    restore_folder, run_ablation, save_lora, save_model, shared_parts, toy_faces, verbalise, versions,
+                    whole_file, write_curve, write_grid, write_image, write_json)
 
 TEMPLATE = "A photo of a human face"  # the paper's prompt where nothing is asked for
 NAMES = [name for _, name, _, _ in ATTRIBUTES]
@@ -105,7 +105,7 @@ class Train(TrainFlags):
     time_shift: float = 4.0                # s of the law of t: the condition matters where noise is strong; paper 1
     # LoRA
     rank: int = 32                         # paper 64
-    lora_alpha: float = 32.0               # the change is scaled by lora_alpha / rank; paper 4, authors' release 1:1
+    lora_alpha: float = 0.0                # the change is scaled by lora_alpha / rank (0: by 1, as released); paper 4
     lora_steps: int = 350                  # optimiser steps; paper 60 000
     lora_optimizer: typing.Literal["prodigy", "adamw", "muon"] = "prodigy"  # of the LoRA; paper prodigy
     learning_rate: float = 0.0             # of the LoRA (0: Prodigy 1, AdamW 2e-3, Muon 1e-2; FLUX with AdamW 1e-4)
@@ -213,10 +213,10 @@ class Ablate(Train):
 PAPER = dict(
     image_size=512, batch_size=1, degradation="codeformer", ema_decay=0.0, mixed_precision="bf16", num_workers=4,
     checkpointing_steps=1000, log_steps=50, lr_scheduler="constant", lr_warmup_steps=0, text_length=512, time_shift=1.0,
-    rank=64, lora_alpha=64.0, lora_steps=60_000, prodigy_d0=1e-6, drop_text=0.01, drop_condition=0.01,
+    rank=64, lora_steps=60_000, prodigy_d0=1e-6, drop_text=0.01, drop_condition=0.01,
     dropped_prompt="empty", two_pass=True, gradient_checkpointing=True, cache_text=True, num_inference_steps=28,
     guidance_scale=3.5, true_cfg_scale=1.0, image_guidance_scale=1.0, validation_faces=16)
-FLUX_EDITOR = dict(image_size=512, n_max=24, source_guidance=1.5, target_guidance=5.5, batch_size=1,
+FLUX_EDITOR = dict(count=35_000, image_size=512, n_max=24, source_guidance=1.5, target_guidance=5.5, batch_size=1,
                    mixed_precision="bf16", max_shift=0.03)
 # The paper names SD3.5; size, steps and guidance are FlowEdit's own for SD3.
 SD3_EDITOR = dict(FLUX_EDITOR, editor="sd3", image_size=1024, num_inference_steps=50, n_max=33, source_guidance=3.5,
@@ -638,16 +638,19 @@ def dual_training_loss(source, target, dual, dual_weight, backward=None):
     source() and target() compute a branch: (loss, score); they draw nothing at random. dual(score_src, score_tar).
     With `backward` the graphs of the two branches are never alive together: the target's score is found first without a
     graph, the source is finished (`backward` is called on its share), then the target; what is returned holds the
-    target's share. The sum of the two gradients is exactly that of the whole, for one forward pass more.
+    target's share. The sum of the two gradients is exactly that of the whole, for one forward pass more (none without
+    a dual_weight).
     """
     if backward is None:
         (loss_src, a_src), (loss_tar, a_tar) = source(), target()
         gap = dual(a_src, a_tar)
         return loss_src + loss_tar + dual_weight * gap, gap
-    with torch.no_grad():
-        held = target()[1]
+    held = None
+    if dual_weight:
+        with torch.no_grad():
+            held = target()[1]
     loss_src, a_src = source()
-    backward(loss_src + dual_weight * dual(a_src, held))
+    backward(loss_src + dual_weight * dual(a_src, held) if dual_weight else loss_src)
     loss_tar, a_tar = target()
     gap = dual(a_src.detach(), a_tar)
     return loss_tar + dual_weight * gap, gap
@@ -721,7 +724,7 @@ def flux_sigmas(steps: int, tokens: int):
 
 
 def sd3_sigmas(steps: int, shift: float = 3.0):
-    """(steps + 1,) times from 1 to 0 of SD3's scheduler: even from 1 to 1 / 1000 before the shift, then 0."""
+    """(steps + 1,) times from 1 to 0 of SD3's scheduler: even from 1 to the shifted 1 / 1000, then shifted, then 0."""
     even = torch.linspace(1, shift / (999 + shift), steps, dtype=torch.float64)
     return F.pad(shift * even / (1 + (shift - 1) * even), (0, 1)).float()
 
@@ -833,9 +836,9 @@ def restore(nets, cfg, lq, prompts: list, noise, how: Setting):
         v = full(z, t, asked)
         change = torch.zeros_like(v)
         if how.true_cfg != 1:
-            change += guide(v, negative(z, t, against), how.true_cfg) - v
+            change += (how.true_cfg - 1) * (v - negative(z, t, against))
         if how.image_cfg != 1:
-            change += guide(v, blind(z, t, asked), how.image_cfg) - v
+            change += (how.image_cfg - 1) * (v - blind(z, t, asked))
         return v + change
 
     z = euler_sample(velocity, noise, flux_sigmas(how.steps, noise.shape[1]))
@@ -881,7 +884,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
-def load_run(where: str, parts=("codec", "text", "prior")) -> tuple:
+def load_run(where: str) -> tuple:
     """(nets, Train configuration, finished stages) of a training run; nets without LoRA, none if it used real FLUX."""
     config, saved = load_model(where, "a2bfr")
     known = {f.name for f in dataclasses.fields(Train)}
@@ -889,7 +892,7 @@ def load_run(where: str, parts=("codec", "text", "prior")) -> tuple:
     if trained.pretrained_model_name_or_path:
         return {}, trained, config["finished"]
     nets = build_toy(trained)
-    for part in parts:
+    for part in ("codec", "text", "prior"):
         if part not in saved:
             raise UserError(f"--checkpoint {where}: holds no {part} yet; finish its training first")
         load_strict(nets[part], saved[part], f"--checkpoint {where}, {part}")
@@ -1023,17 +1026,24 @@ def read_pairs(path) -> tuple:
     return rows, broken
 
 
-def row_fault(row: dict, folder: Path, text=None) -> tuple:
+def is_whole(path: Path) -> bool:
+    """Whether a picture can be read to its end. A PNG says so by checksums, others must be decoded."""
+    try:
+        with Image.open(path) as picture:
+            picture.verify() if picture.format == "PNG" else picture.load()
+        return True
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+
+
+def row_fault(row: dict, folder: Path, text=None, whole=is_whole) -> tuple:
     """(kind of fault, example) of an accepted row that cannot be used, or ("", ""). text: None leaves prompts alone."""
     if row["attribute"] not in NAMES:
         return "with an unknown attribute", str(row["attribute"])[:40]
     if row["sign"] not in (1, -1):
         return "with a sign that is neither 1 nor -1", str(row["sign"])[:40]
     for key in ("source", "target"):
-        try:
-            with Image.open(folder / row[key]) as picture:
-                picture.load()                                     # verify() does not see a JPEG that is cut off
-        except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError):
+        if not isinstance(row[key], str) or not whole(folder / row[key]):
             return "with a missing or unreadable file", str(row[key])[:80]
     try:
         for key in ("source_prompt", "target_prompt") if text else ():
@@ -1047,8 +1057,9 @@ def sound_pairs(path, text=None) -> tuple:
     """(rows that are accepted and whole, {fault: [count, example]}) of a pairs.jsonl. See `row_fault`."""
     rows, broken = read_pairs(path)
     good, faults = [], {reason: [count, ""] for reason, count in broken.items()}
+    whole = functools.cache(is_whole)                              # a source serves several pairs
     for row in rows:
-        fault, example = row_fault(row, Path(path).parent, text) if row["accepted"] else ("not accepted", "")
+        fault, example = row_fault(row, Path(path).parent, text, whole) if row["accepted"] else ("not accepted", "")
         if fault:
             faults.setdefault(fault, [0, example])[0] += 1
         else:
@@ -1121,7 +1132,8 @@ class Singles:
         return self.make(self.faces.held_out(count))
 
     def prompts(self) -> list:
-        raise UserError("--cache_text: the prompts of a folder without pairs are not known beforehand; give --pairs")
+        raise UserError("--cache_text: the prompts of a folder without pairs are not known beforehand; give --pairs, "
+                        "or --no-cache_text")
 
 
 def pair_source(cfg, encoder, text):
@@ -1272,9 +1284,12 @@ def lora_loss(cfg, nets, encoder, batch: dict, autocast, backward=None) -> tuple
             return a_src.new_zeros(())
         true = [draw[f"target_{side}"].gather(1, batch["edited"][:, None])[seen, 0] for side in ("src", "tar")]
         sign = batch["sign"][seen] if cfg.dual == "signed" else None
-        return dual_margin_loss(a_src, a_tar, (true[1] - true[0]).abs().clamp(max=cfg.dual_margin), sign)
+        apart = true[1] - true[0]                                  # where the encoder sees it the other way: no margin
+        apart = apart.abs() if sign is None else (sign * apart).clamp(min=0)
+        return dual_margin_loss(a_src, a_tar, apart.clamp(max=cfg.dual_margin), sign)
 
-    loss, gap = dual_training_loss(lambda: branch("src"), lambda: branch("tar"), dual, cfg.dual_weight, backward)
+    loss, gap = dual_training_loss(lambda: branch("src"), lambda: branch("tar"), dual,
+                                   cfg.dual_weight if len(seen) else 0.0, backward)
     return loss, dict(logged, dual=gap.detach())
 
 
@@ -1286,7 +1301,7 @@ def train_lora(cfg, run, nets, encoder, source):
         nets = dict(nets, text=CachedText(lambda: words, words.length, run.device, run.folder / "text", name))
         nets["text"].prepare([*source.prompts(), "", *SHOWN.values()])
     torch.manual_seed(mix("lora", cfg.seed))                                     # alike after all stages and alone
-    parameters = add_condition_lora(nets["prior"], cfg.rank, cfg.lora_alpha)
+    parameters = add_condition_lora(nets["prior"], cfg.rank, cfg.lora_alpha or cfg.rank)
     nets["prior"].to(run.device)
     if cfg.gradient_checkpointing:
         nets["prior"].enable_gradient_checkpointing()
@@ -1337,8 +1352,8 @@ def check_sizes(cfg) -> None:
         raise UserError(f"--vae_crop {cfg.vae_crop}: must be a multiple of {shrink}, the autoencoder's factor")
     if any(w % 8 for w in cfg.vae_widths):
         raise UserError("--vae_widths: must be multiples of 8, the groups of a norm")
-    if not cfg.lora_alpha:
-        raise UserError("--lora_alpha 0: the LoRA would do nothing; give the rank for a scale of 1")
+    if cfg.prior and cfg.pretrained_model_name_or_path:
+        raise UserError("--prior: a toy prior, not read beside --pretrained_model_name_or_path; leave one of them out")
     refuse_fp16(cfg, cfg.pretrained_model_name_or_path)
 
 
@@ -1348,15 +1363,17 @@ def refuse_fp16(cfg, where: str) -> None:
         raise UserError("--mixed_precision fp16: FLUX and the autoencoders overflow in it; use bf16")
 
 
-def networks(cfg, run) -> tuple:
-    """(nets, finished stages): the real FLUX, another run's prior, or new toy networks and what is there of them."""
+def networks(cfg, run, source_of=None) -> tuple:
+    """(nets, finished stages): the real FLUX, another run's prior, or new toy networks and what is there of them.
+
+    source_of(text) gives the faces of the LoRA, whose prompts --cache_text embeds.
+    """
     if cfg.pretrained_model_name_or_path:
         make = lambda: FluxText(cfg.pretrained_model_name_or_path, cfg.text_length, run.device, weight_type(run))
         cached = CachedText(make, cfg.text_length, run.device, run.folder / "text",
                             f"{cfg.pretrained_model_name_or_path}, {cfg.text_length}")
         if cfg.cache_text:  # T5 comes and goes before the transformer is loaded
-            source = pair_source(cfg, load_encoder(cfg, run.device), cached)
-            cached.prepare([*source.prompts(), "", *SHOWN.values()])
+            cached.prepare([*source_of(cached).prompts(), "", *SHOWN.values()])
         text = cached if cfg.cache_text else make()
         return dict(load_flux(cfg.pretrained_model_name_or_path, weight_type(run)), text=text), []
     if cfg.prior:
@@ -1370,7 +1387,7 @@ def networks(cfg, run) -> tuple:
         return nets, []
     torch.manual_seed(cfg.seed)
     nets, finished = build_toy(cfg), []
-    if (run.folder / "config.json").exists():
+    if not run.fresh and (run.folder / "config.json").exists():
         config, saved = load_model(cfg.output, "a2bfr")
         finished = [stage for stage in config["finished"] if stage != "lora" or (run.folder / LORA_FILE).exists()]
         anew = {"all": ("codec", "text", "prior"), "vae": ("codec",), "prior": ("text", "prior")}.get(cfg.stage, ())
@@ -1403,9 +1420,10 @@ def train(cfg: Train) -> None:
     check_sizes(cfg)
     stages = stages_of(cfg)
     wanted = stages if cfg.stage == "all" else [cfg.stage]
-    run = Run(cfg, fresh=cfg.stage == "all" and not cfg.resume_from_checkpoint)
+    run = Run(cfg, fresh=cfg.stage == "all" and not cfg.resume_from_checkpoint, keep=("text",))
     encoder = load_encoder(cfg, run.device)
-    nets, finished = networks(cfg, run)
+    source_of = functools.cache(lambda text: pair_source(cfg, encoder, text))
+    nets, finished = networks(cfg, run, source_of)
     missing = [s for s in stages[:stages.index(wanted[0])] if s not in finished]
     if missing:
         raise UserError(f"--stage {cfg.stage} needs {missing[0]}: train it first (--stage {missing[0]}), "
@@ -1413,7 +1431,9 @@ def train(cfg: Train) -> None:
     nets = {name: net.to(run.device).requires_grad_(False) if isinstance(net, nn.Module) else net
             for name, net in nets.items()}
     run.start_log()
-    source = pair_source(cfg, encoder, nets["text"]) if "lora" in wanted else None
+    source = source_of(nets["text"]) if "lora" in wanted else None
+    if cfg.stage != "all" and not cfg.resume_from_checkpoint:
+        begin_again(run, stages[stages.index(cfg.stage):])
     for name in wanted:
         if name in finished and cfg.resume_from_checkpoint:
             run.say(f"stage {name}: finished before, taken as it is")
@@ -1427,7 +1447,7 @@ def train(cfg: Train) -> None:
         finished = [s for s in finished if stages.index(s) < stages.index(name)] + [name]
         save_run(cfg, run, nets, ["vae", "prior"] * bool(cfg.prior) + finished)
     if run.main and source and "lora" in finished:
-        report(cfg, run, nets, source)
+        report(cfg, run, nets, source, encoder)
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -1512,10 +1532,19 @@ def evaluate(cfg, run, nets, batch: dict, baseline: bool = True) -> tuple:
     return rows, dict(images, hq=hq, **({"hq_tar": batch["hq_tar"]} if "hq_tar" in batch else {}))
 
 
-def report(cfg, run, nets, source) -> dict:
-    """Held-out faces: samples.png, prompts.png (each face under six prompts), curves.png, metrics.json, a table."""
+def report(cfg, run, nets, source, encoder) -> dict:
+    """Held-out faces: samples.png, prompts.png (each face under six prompts), curves.png, metrics.json, a table.
+
+    With --farl also attribute_accuracy_farl, the share of targets on the asked side as FaRL reads them: a diagnostic,
+    since the loss reads them with it too.
+    """
     batch = source.held_out(cfg.validation_faces)
     rows, images = evaluate(cfg, run, nets, batch)
+    if cfg.farl:
+        with torch.no_grad():
+            found = in_batches(lambda x: read_attributes(encoder, x.to(run.device)), images["target"], size=8)
+        asked = found.gather(1, batch["edited"][:, None])[:, 0] * batch["sign"]
+        rows["target"]["attribute_accuracy_farl"] = (asked > 0).float().mean().item()
     per_attribute = {name: row.pop("per_attribute") for name, row in rows.items() if "per_attribute" in row}
     folder, count = run.folder, len(batch["hq"])
     parameters = {n: sum(p.numel() for p in net.parameters()) for n, net in nets.items() if isinstance(net, nn.Module)}
@@ -1555,6 +1584,8 @@ def sample(cfg: Sample) -> None:
     given = lambda name: getattr(cfg, name) or getattr(trained, name)
     how = Setting(given("guidance_scale"), given("num_inference_steps"), given("true_cfg_scale"), cfg.negative_prompt,
                   given("image_guidance_scale"), cfg.kv_cache)
+    if cfg.negative_prompt and how.true_cfg == 1:
+        raise UserError("--negative_prompt: only read with a --true_cfg_scale other than 1")
 
     def restore_batch(lq, stems):
         # Every face gets the same noise, so that its result depends on the seed and not on its place in the folder.
@@ -1580,6 +1611,8 @@ def load_restorer(cfg: Sample, run) -> tuple:
             raise UserError(f"--checkpoint {cfg.checkpoint}: its stage lora is not finished; train it, or give --lora")
     where, kind = cfg.pretrained_model_name_or_path or trained.pretrained_model_name_or_path, weight_type(run)
     refuse_fp16(cfg, where)
+    if where and kind is torch.float32:
+        print("FLUX in float32 takes 48 GB; --mixed_precision bf16, as it was released, takes half", flush=True)
     if where:  # the prompts first: T5 is gone before the transformer comes
         words = FluxText(where, trained.text_length, run.device, kind)
         words.check(cfg.prompt)
@@ -1867,7 +1900,11 @@ def done_before(path: Path) -> set:
 def made_with(cfg: Pairs, path: Path) -> dict:
     """What decides which picture a name stands for. UserError where the folder's pairs were built from other faces."""
     now = {name: getattr(cfg, name) for name in ("data", "seed", "image_size")}
-    before = json.loads(path.read_text()) if path.exists() else now
+    try:
+        before = json.loads(path.read_text()) if path.exists() else now
+        before = {name: before[name] for name in now}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: damaged; move it away, or choose another --output") from None
     for name in (n for n in now if before[n] != now[n]):
         was = before[name] if before[name] != "" else "''"
         raise UserError(f"{path.parent}: its pairs were built with --{name} {was}; "
@@ -1878,6 +1915,10 @@ def made_with(cfg: Pairs, path: Path) -> dict:
 def pairs(cfg: Pairs) -> None:
     """Every job climbs the ladder until its checks pass; what is listed in pairs.jsonl is never touched again."""
     run = Run(cfg)
+    if run.world > 1:
+        raise UserError("pairs runs in one process; instead of torchrun start several, each with --data and --output")
+    if cfg.data:
+        list_images(cfg.data, recursive=True)                      # a mistyped folder comes out before the editor loads
     sources = made_with(cfg, run.folder / "made_with.json")
     editor, judge = load_editor(cfg, run), Judge(cfg, run.device)
     caption = LLMVerbaliser(cfg.llm, run.device) if cfg.verbaliser == "llm" else verbalise
@@ -1915,10 +1956,12 @@ def pairs_report(cfg: Pairs, run, tried: int) -> None:
         raise UserError(f"no pair was accepted out of {len(rows)}: see the reasons in {path}; "
                         "raise --target_guidance or --n_max, or loosen a check")
     some = good[::-(-len(good) // 1000)]                           # at most a thousand pairs of pictures in memory
-    source, target = (torch.stack([read_image(run.folder / row[key], cfg.image_size) for row in some])
+    side = min(cfg.image_size, 256)                                # as large as what looks at them needs
+    source, target = (torch.stack([read_image(run.folder / row[key], side) for row in some])
                       for key in ("source", "target"))
     edited, sign = [NAMES.index(row["attribute"]) for row in some], [row["sign"] for row in some]
     numbers = prompt_scores(source, target, source, edited, sign, metrics.load_reader("b", cfg.readers or None))
+    numbers.pop("identity_toy")                                    # of the source and itself
     minutes = (time.time() - run.started) / 60 / tried * 1000 if tried else None
     numbers |= dict(measured=len(some), accepted=len(good), tried=len(rows), acceptance=len(good) / len(rows),
                     minutes_per_1000_pairs=minutes)
@@ -1927,8 +1970,10 @@ def pairs_report(cfg: Pairs, run, tried: int) -> None:
     write_grid(run.folder / "sheet.png", {"source": source[few], "target": target[few]}, rows=16, cell=96)
     failed = Counter(reason.split(":")[0] for row in rows if not row["accepted"] for reason in row["reasons"])
     print(f"{len(good)} of {len(rows)} pairs accepted (failed: {dict(failed)}); by reader_b identity "
-          f"{numbers['cross_prompt_identity_toy']:.3f} and attribute success {numbers['attribute_accuracy_toy']:.3f} "
-          f"(the paper's data: identity 0.6387 by ArcFace); {path}")
+          f"{numbers['cross_prompt_identity_toy']:.3f}, attributes {numbers['attribute_accuracy_toy']:.3f}; {path}")
+    if cfg.arcface:
+        mean = statistics.mean(row["scores"]["identity"] for row in good)
+        print(f"identity by ArcFace {mean:.4f} (the paper's data: 0.6387)")
 
 
 # ------------------------------------------------------------------------------------------------ ablations
@@ -1960,6 +2005,8 @@ def ablate(cfg: Ablate) -> None:
     check_sizes(cfg)
     if cfg.pretrained_model_name_or_path or cfg.data:
         raise UserError("ablate runs on the toy world: leave out --pretrained_model_name_or_path and --data")
+    if cfg.stage != "all":
+        raise UserError(f"--stage {cfg.stage}: every row of ablate trains its LoRA; leave it out")
     done = run_ablation(cfg, ABLATIONS, ablation_row)
     names = ("attribute_accuracy_toy", "cross_prompt_identity_toy", "leakage_toy", "identity_toy")
     print_ablation(done, ABLATIONS, ("unguided_accuracy_toy", *names, "source_psnr_gain", "template_attr_toy"))
@@ -2015,7 +2062,8 @@ def built_pairs(cfg: Ablate, run, nets) -> str:
         save_model(folder / "prior", {name: net.state_dict() for name, net in nets.items()},
                    dict(method="a2bfr", train=dataclasses.asdict(cfg), finished=["vae", "prior"]))
         pairs(Pairs(output=str(folder), checkpoint=str(folder / "prior"), count=cfg.pair_faces, seed=cfg.seed,
-                    image_size=cfg.image_size, device=cfg.device, readers=cfg.readers))
+                    image_size=cfg.image_size, device=cfg.device, readers=cfg.readers,
+                    mixed_precision=cfg.mixed_precision))
     return str(folder / "pairs.jsonl")
 
 

@@ -1302,11 +1302,13 @@ class Run:
     """One process of a run: where it computes, in which precision, with which seed, and where it writes.
 
     `cfg` has the fields output, device, mixed_precision, seed; under torchrun the processes find each other here.
-    With `fresh` an earlier run in the same folder is moved aside: nothing trained is ever overwritten by mistake.
+    With `fresh`, `start_log` moves an earlier run in the same folder aside, all but its sub-folders `keep`: nothing
+    trained is ever overwritten by mistake, and a mistyped flag, which shows before that, moves nothing.
     """
 
-    def __init__(self, cfg, fresh: bool = False):
+    def __init__(self, cfg, fresh: bool = False, keep: tuple = ()):
         self.cfg, self.folder, self.started, self.resumed = cfg, Path(cfg.output), time.time(), False
+        self.fresh, self.keep = fresh, keep
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(cfg.device)
         self.precision = pick_precision(cfg.mixed_precision, self.device)
@@ -1320,15 +1322,7 @@ class Run:
         torch.manual_seed(cfg.seed)                               # the same initial weights in every process
         torch.set_float32_matmul_precision("high")                # TF32 on GPUs that have it; nothing changes on a CPU
         torch.backends.cuda.enable_cudnn_sdp(False)               # its gradients were NaN for A2BFR's toy (torch 2.11)
-        try:
-            if fresh and self.main and any((self.folder / name).exists() for name in RUN_FILES):
-                number = next(n for n in range(1, 10 ** 6) if not Path(f"{self.folder}.{n}").exists())
-                self.folder.rename(f"{self.folder}.{number}")
-                self.say(f"{self.folder} held an earlier run: moved to {self.folder}.{number}")
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output {self.folder}: cannot be used ({error.strerror}); "
-                            "choose another folder") from None
+        self.make_folder()
 
     @property
     def main(self) -> bool:
@@ -1352,8 +1346,28 @@ class Run:
                 raise UserError(f"{self.folder}/log.jsonl: cannot be written ({error.strerror}); free space, then "
                                 "--resume_from_checkpoint latest") from None
 
+    def make_folder(self, move: bool = False) -> None:
+        """Make --output; with `move`, an earlier run in it goes aside first. UserError where that cannot be."""
+        try:
+            if move and self.main and any((self.folder / name).exists() for name in RUN_FILES):
+                number = next(n for n in range(1, 10 ** 6) if not Path(f"{self.folder}.{n}").exists())
+                aside = self.folder.rename(f"{self.folder}.{number}")
+                self.say(f"{self.folder} held an earlier run: moved to {aside}")
+                for name in self.keep:
+                    if (aside / name).exists():
+                        self.folder.mkdir(exist_ok=True)
+                        (aside / name).rename(self.folder / name)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output {self.folder}: cannot be used ({error.strerror}); "
+                            "choose another folder") from None
+
     def start_log(self) -> None:
         """First line of every run: the command, its settings and the versions, enough to repeat it."""
+        if self.fresh:
+            self.make_folder(move=True)
+            if self.world > 1:
+                dist.barrier()
         self.log(argv=sys.argv, config=dataclasses.asdict(self.cfg), **versions(self.device), world=self.world)
 
     def peak_memory_gb(self) -> float:
@@ -1488,6 +1502,7 @@ class Stage:
         cfg = run.cfg
         self.run, self.name, self.modules, self.optimizers, self.last = run, name, modules, optimizers, steps
         self.accumulate, self.lr_at, self.ema_decay = cfg.gradient_accumulation_steps, lr_at, cfg.ema_decay
+        self.log_steps, self.checkpointing_steps = cfg.log_steps, cfg.checkpointing_steps
         self.base_lr = {key: [group["lr"] for group in o.param_groups] for key, o in optimizers.items()}
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
         self.trained = {key: trained_tensors(module) for key, module in modules.items()}
@@ -1527,8 +1542,8 @@ class Stage:
                     yield self.step, batch
                 self.step += 1
                 bar.update(1)
-                at_log = self.step % cfg.log_steps == 0 or self.step == self.last
-                at_save = self.step % cfg.checkpointing_steps == 0
+                at_log = self.step % self.log_steps == 0 or self.step == self.last
+                at_save = self.step % self.checkpointing_steps == 0
                 # several processes ask each other only at steps where all of them do
                 stop = agree(self.stop, run) if run.world == 1 or at_log or at_save else False
                 if at_log:
@@ -2046,6 +2061,20 @@ def finished_parts(cfg, method: str) -> dict:
     return {part: tensors for part, tensors in parts.items() if part in config.get("finished", [])}
 
 
+def begin_again(run: Run, parts) -> None:
+    """Before `parts` are trained by --stage NAME, perhaps once more: until they are done, the old ones do not count.
+
+    They leave the `finished` of config.json, and the last state.pt becomes state_before.pt: after an interruption,
+    --resume_from_checkpoint takes neither for the new training.
+    """
+    path, state = run.folder / "config.json", run.folder / "state.pt"
+    if run.main and path.exists():
+        config = json.loads(path.read_text())
+        write_json(path, dict(config, finished=[name for name in config.get("finished", []) if name not in parts]))
+    if run.main and state.exists():
+        state.replace(state.with_name("state_before.pt"))
+
+
 def decisive(config: dict) -> dict:
     """The fields of a row's configuration that decide its numbers."""
     return {name: value for name, value in config.items() if name not in IDLE_FLAGS}
@@ -2061,6 +2090,8 @@ def run_ablation(cfg, table: dict, run_row) -> dict:
     """
     if cfg.resume_from_checkpoint:  # state.pt would be another row's
         raise UserError("--resume_from_checkpoint: ablate goes on by itself, row by row; leave it out")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("ablate runs in one process; instead of torchrun start several, each with its --rows or --seed")
     unknown = [row for row in cfg.rows if row not in table]
     if unknown:
         raise UserError(f"--rows {unknown[0]}: no such row; there are: {', '.join(table)}")
@@ -2234,7 +2265,8 @@ def check_numbers(cfg) -> None:
                 if field.name == "seed" and number >= 2 ** 63:
                     raise UserError(f"--seed {number}: must be below 2 ** 63")
                 counts = (r"_size|(?<!warmup_)steps$|^seeds$|widths?$|channels|rank$|faces|_crop$|_codes$|_dim$"
-                          r"|_layers$|multiples|heads$|_length$|^(max_references|tries|n_avg|n_max|count|time_shift)$")
+                          r"|_layers$|multiples|heads$|_length$"
+                          r"|^(max_references|tries|edits|n_avg|n_max|count|time_shift)$")
                 if number == 0 and field.default != 0 and re.search(counts, field.name):
                     raise UserError(f"--{field.name} 0: must be at least 1")
 

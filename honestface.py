@@ -45,7 +45,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 import metrics
 from common import (DEGRADATION_NAMES, DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError,
-                    WordTokenizer, add_lora, command_line, degrade, degrade_pair, finished_parts, list_images,
+                    WordTokenizer, add_lora, begin_again, command_line, degrade_pair, finished_parts, list_images,
                     load_model, load_strict, lr_schedule, make_optimizer, merge_lora, mix, not_half, print_ablation,
                     print_table, random_crop, read_curves, read_image, read_weights, refuse_unread, restore_folder,
                     run_ablation, save_model, shared_parts, toy_faces, trained_tensors, verbalise, versions,
@@ -322,7 +322,7 @@ class VQDecoder(nn.Module):
         self.conv_in, self.mid = nn.Conv2d(dim, widths[-1], 3, padding=1), Middle(widths[-1])
         self.up = nn.ModuleList(Level(widths[min(i + 1, last)], widths[i], 3, i == last, "upsample" if i else "")
                                 for i in range(len(widths)))
-        self.norm_out, self.conv_out = norm(width), nn.Conv2d(width, 3, 3, padding=1)
+        self.norm_out, self.conv_out = norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z):
         z = self.mid(self.conv_in(z))
@@ -370,7 +370,8 @@ def code_distances(features, codebook):
     """Squared distances (B, h w, N) of every position (B, C, h, w) to every codeword (N, C)."""
     x = features.flatten(2).transpose(1, 2).float()
     book = codebook.float()
-    with torch.autocast(x.device.type, enabled=False):            # a difference of large numbers: not in bf16
+    with torch.autocast(x.device.type, enabled=False):            # a difference of large numbers: not in bf16. TF32
+        # (a GPU's float32 here) errs a hundred times less, and changed no choice where it was simulated
         return x.square().sum(-1, keepdim=True) - 2 * x @ book.T + book.square().sum(-1)
 
 
@@ -613,6 +614,9 @@ def read_references(eyes_on, lq_landmarks, references, present) -> Reference:
 # ------------------------------------------------------------------------------------------------ model: discriminator
 
 
+HALF_UNET = ("time_proj", "time_embedding", "conv_in", "down_blocks", "mid_block")
+
+
 class LatentDiscriminator(nn.Module):
     """D(z_t, t; p): the frozen first half of the diffusion UNet with LoRA, and a small head   [sec. 3.4]
 
@@ -622,12 +626,12 @@ class LatentDiscriminator(nn.Module):
 
     def __init__(self, unet, layers: tuple, rank: int, alpha: float):
         super().__init__()
-        half = ("time_proj", "time_embedding", "conv_in", "down_blocks", "mid_block")
-        for name in half:
+        for name in HALF_UNET:
             self.add_module(name, copy.deepcopy(getattr(unet, name)))
         add_lora(self, layers, rank, alpha)
         width = unet.config.block_out_channels[-1]
-        self.head = nn.Sequential(nn.Linear(width, width // 2), nn.LeakyReLU(0.2), nn.Linear(width // 2, 1))
+        inner = min(512, width // 2)
+        self.head = nn.Sequential(nn.Linear(width, inner), nn.LeakyReLU(0.2), nn.Linear(inner, 1))
 
     def forward(self, z_t, t, prompt):
         embedding = self.time_embedding(self.time_proj(t).to(z_t.dtype))
@@ -776,12 +780,17 @@ def face_networks(cfg, device, losses: bool = True) -> SimpleNamespace:
                                detector=load(metrics.load_weights(metrics.FAN98(), cfg.fan)),
                                recognisers=[net.embed for net in recognisers.values()])
     if losses:
+        if not cfg.dists:
+            print("--dists: not given, so DISTS weighs the channels of a stage alike, an approximation", flush=True)
         networks.lpips = metrics.lpips_network("vgg", cfg.vgg).to(device)
         networks.dists = metrics.DISTS(cfg.dists or None, cfg.vgg).to(device)
     return networks
 
 
 # ------------------------------------------------------------------------------------------------ networks, weights
+
+
+NO_EYES = SimpleNamespace(eyes=None, id_dim=0)                     # of a model without identity embedder
 
 
 def build(cfg, eyes_on, device) -> dict:
@@ -862,6 +871,9 @@ def load_vre(vre: VREncoder, path: str) -> None:
               if n.startswith(("encoder.", "quant_conv.", "quantize."))}
     unused = {n: t for n, t in vre.state_dict().items() if ".norm2." in n and "attn" in n}
     load_strict(vre, unused | branch, path)
+    if not vre.double_normalise and any("vqvae_LQ." in n for n in state):
+        print(f"{path}: these weights are OSDFace's, whose code feeds them [-3, 1]; --vre_double_normalise does so",
+              flush=True)
 
 
 def load_adapter(adapter: PromptAdapter, path: str) -> None:
@@ -906,7 +918,7 @@ def load_osdface(folder: Path, base: str) -> tuple:
                         f"(no {', '.join(missing)} weights in it)")
     trained = dataclasses.replace(Train(**PAPER), ide="none", vre_double_normalise=True,
                                   pretrained_model_name_or_path=base)
-    nets = build(trained, SimpleNamespace(eyes=None, id_dim=512), "cpu")
+    nets = build(trained, NO_EYES, "cpu")
     load_vre(nets["vre"], files["vre"])
     load_adapter(nets["prompt"].adapter, files["adapter"])
     load_unet_lora(nets["unet"], files["lora"], trained.lora_alpha)
@@ -925,10 +937,12 @@ def album(faces: Faces) -> dict:
 
 
 def check_people(cfg, faces: Faces) -> None:
-    """UserError where references are wanted and the training faces all lie in one folder, as if of one person."""
-    if cfg.data and cfg.ide != "none" and len({path.parent for path in faces.files}) == 1:
-        raise UserError(f"--data {cfg.data}: has no sub-folders, one per person, so nobody has references; "
-                        "sort the pictures by person, or give --ide none")
+    """UserError where references are wanted and all faces lie in one folder, as if they were of one person."""
+    for flag, files in (("data", faces.files), ("validation_data", faces.held_out_files)):
+        where = getattr(cfg, flag)
+        if where and cfg.ide != "none" and {path.parent for path in files} == {Path(where)}:
+            raise UserError(f"--{flag} {where}: has no sub-folders, one per person, so nobody has references; "
+                            "sort the pictures by person, or give --ide none")
 
 
 def draw_references(faces: Faces, people: dict, batch: dict, count: int) -> tuple:
@@ -953,7 +967,9 @@ def draw_references(faces: Faces, people: dict, batch: dict, count: int) -> tupl
 
 
 def batches(cfg, run, faces, kind: str):
-    """batch_at(k) for `Stage.steps`. kind: "hq"; "words" adds captions; "pair" adds lq; "references" adds those too."""
+    """batch_at(k) for `Stage.steps`. kind: "hq"; "words" adds captions; "pair" adds lq; "references" adds those too,
+    where the identity embedder reads them.
+    """
     people, tokenizer = album(faces), WordTokenizer()
 
     def at(k):
@@ -964,7 +980,7 @@ def batches(cfg, run, faces, kind: str):
             texts = [verbalise(a) for a in batch["attributes"]] if "attributes" in batch else [""] * len(batch["hq"])
             return dict(hq=batch["hq"], words=torch.tensor([tokenizer.encode(text, 24) for text in texts]))
         lq, hq = degrade_pair(batch["hq"], DEGRADATIONS[cfg.degradation], batch["seeds"])
-        if kind == "pair":
+        if kind == "pair" or cfg.ide == "none":
             return dict(lq=lq, hq=hq)
         references, present = draw_references(faces, people, batch, cfg.max_references)
         rng = torch.Generator().manual_seed(mix("references", cfg.seed, k, run.rank))
@@ -1026,7 +1042,8 @@ def train_prior(cfg, run, faces, nets, eyes_on) -> dict:
 def train_vre(cfg, run, faces, nets, eyes_on) -> dict:
     """Stage vre: autoencoders of clean and of degraded faces; in the second half their features must find each other.
 
-    DIFFERS: one run instead of OSDFace's three schedules (clean, degraded, degraded with association); no PatchGAN.
+    DIFFERS: one run instead of OSDFace's three schedules (clean, degraded, degraded with association: 70 epochs, about
+    six times the paper preset's 800 000 faces); Adam's betas (0.9, 0.95), DAEFR's are (0.5, 0.9); no PatchGAN.
     """
     sizes = (cfg.vre_width, cfg.vre_multiples, cfg.vre_dim, cfg.vre_codes, cfg.vre_double_normalise)
     clean, degraded = (VQAutoencoder(*sizes).to(run.device) for _ in range(2))
@@ -1073,7 +1090,10 @@ def restorer_losses(cfg, eyes_on, restored, hq, mask) -> dict:
 
 
 def make_prompt(nets, eyes_on, lq, references, present):
-    """lq (B, 3, S, S), references (B, N, 3, S, S) -> prompt (B, 77, dim); only PromptBuilder gets gradients."""
+    """lq (B, 3, S, S), references (B, N, 3, S, S), present (B, N) -> prompt (B, 77, dim), gradients for PromptBuilder.
+
+    Without an identity embedder (--ide none) references and present are not read and may be None.
+    """
     with torch.no_grad():
         codes = vre_tokens(nets["vre"](lq), nets["vre"].codebook)
         face = None
@@ -1105,7 +1125,7 @@ def train_onestep(cfg, run, faces, nets, eyes_on) -> dict:
             mask = mfa_mask(eyes_on.detector.heatmaps(lq if cfg.mfa_from == "lq" else hq), hq.shape[-1],
                             cfg.mfa_sharpness)
         with run.autocast():
-            p = make_prompt(nets, eyes_on, lq, batch["references"], batch["present"])
+            p = make_prompt(nets, eyes_on, lq, batch.get("references"), batch.get("present"))
             z_hat = restore_latent(unet, z_l, p, cfg.timestep)
             restored = decode(vae, z_hat)
         losses = restorer_losses(cfg, eyes_on, restored, hq, mask)
@@ -1167,10 +1187,13 @@ def train(cfg: Train) -> None:
             run.say(f"stage {name}: finished before, taken as it is")
         elif name in STANDS_ON.get(cfg.stage, ()):
             raise UserError(f"--stage {cfg.stage} needs {name}: train it first (--stage {name})")
+    if cfg.stage != "all" and not cfg.resume_from_checkpoint:
+        anew = [cfg.stage] + [name for name in STAGES if cfg.stage in STANDS_ON[name]]
+        begin_again(run, [part for name in anew for part in STAGES[name][0]])
     for name in (n for n in wanted if STAGES[n][0][0] not in weights):
         torch.manual_seed(mix(name, cfg.seed))                    # stages one by one give what all at once gives
         trained = STAGES[name][1](cfg, run, faces, nets, eyes_on)
-        finish(nets, trained, cfg)
+        finish(nets, trained)
         weights |= trained
         if run.main:
             save_model(cfg.output, weights, dict(method="honestface", train=dataclasses.asdict(cfg),
@@ -1185,9 +1208,9 @@ def prepare(cfg, eyes_on, device) -> dict:
     nets = build(cfg, eyes_on, device)
     for net in (nets[name] for name in nets if name != "prompt"):
         net.requires_grad_(False)
-    half = ("conv_in", "time_embedding", "down_blocks", "mid_block")
-    if not any(isinstance(layer, (nn.Linear, nn.Conv2d)) and name.startswith(half) and f".{name}".endswith(f".{end}")
-               for name, layer in nets["unet"].named_modules() for end in cfg.lora_layers):
+    halved = [name for name, layer in nets["unet"].named_modules()
+              if isinstance(layer, (nn.Linear, nn.Conv2d)) and name.startswith(HALF_UNET)]
+    if not any(f".{name}".endswith(f".{end}") for name in halved for end in cfg.lora_layers):
         raise UserError(f"--lora_layers {' '.join(cfg.lora_layers)}: the UNet has no layer whose name ends so in its "
                         "first half, which is also the discriminator's")
     if cfg.vre:
@@ -1197,7 +1220,7 @@ def prepare(cfg, eyes_on, device) -> dict:
     return nets
 
 
-def finish(nets, trained: dict, cfg) -> None:
+def finish(nets, trained: dict) -> None:
     """Averaged weights into the networks that were just trained; from here on they are frozen."""
     for part, state in trained.items():
         if part in ("lora", "prompt"):
@@ -1240,18 +1263,24 @@ def restore(nets, cfg, eyes_on, lq, references, present, noise=torch.randn_like)
     return decode(nets["vae"], restore_latent(nets["unet"], z_l, prompt, cfg.timestep)).clamp(-1, 1)
 
 
-def restore_held_out(cfg, run, nets, eyes_on, batch, lq, references, present):
+def at_once(cfg) -> int:
+    """Faces to restore at a time: what fits where `train` did, since a pass without gradients takes a part of that."""
+    return max(1, 32 * 64 ** 2 // cfg.image_size ** 2)
+
+
+@torch.no_grad()
+def restore_held_out(cfg, run, nets, eyes_on, lq, references, present):
     rng = torch.Generator().manual_seed(cfg.seed)
     noise = lambda like: torch.randn(like.shape, generator=rng).to(like)
-    pieces = zip(lq.split(32), references.split(32), present.split(32))
+    pieces = zip(*(x.split(at_once(cfg)) for x in (lq, references, present)))
     return torch.cat([restore(nets, cfg, eyes_on, *(x.to(run.device) for x in piece), noise).cpu() for piece in pieces])
 
 
 def held_out(cfg, faces) -> tuple:
     """(batch, lq, references, present) of faces never trained on."""
     batch = faces.held_out(cfg.validation_faces)
-    lq = degrade(batch["hq"], DEGRADATIONS[cfg.degradation], batch["seeds"])
-    return batch, lq, *draw_references(faces, album(faces), batch, cfg.max_references)
+    lq, hq = degrade_pair(batch["hq"], DEGRADATIONS[cfg.degradation], batch["seeds"])
+    return dict(batch, hq=hq), lq, *draw_references(faces, album(faces), batch, cfg.max_references)
 
 
 def strangers(identity):
@@ -1265,7 +1294,7 @@ def report(cfg, run, faces, nets, eyes_on) -> dict:
     batch, lq, references, present = held_out(cfg, faces)
     hq, reader = batch["hq"], metrics.load_reader("b", cfg.readers)
     one, wrong = torch.arange(cfg.max_references) < 1, strangers(batch["identity"])
-    restored = functools.partial(restore_held_out, cfg, run, nets, eyes_on, batch, lq)
+    restored = functools.partial(restore_held_out, cfg, run, nets, eyes_on, lq)
     begun = time.perf_counter()
     images = {"restored_faces": restored(references, present)}
     per_face = (time.perf_counter() - begun) / len(hq)
@@ -1276,7 +1305,8 @@ def report(cfg, run, faces, nets, eyes_on) -> dict:
             images["wrong person"] = restored(references[wrong], present[wrong])
     rows = {name: metrics.toy_scores(x, hq, reader, lq) for name, x in (dict(lq=lq) | images).items()}
     with torch.no_grad():
-        copy_hq = torch.cat([decode(nets["vae"], encode(nets["vae"], x.to(run.device))).cpu() for x in hq.split(32)])
+        copy_hq = torch.cat([decode(nets["vae"], encode(nets["vae"], x.to(run.device))).cpu()
+                             for x in hq.split(at_once(cfg))])
     rows["autoencoder"] = metrics.toy_scores(copy_hq, hq, reader, lq)
     parameters = {part: sum(p.numel() for p in net.parameters()) for part, net in nets.items()}
     extra = dict(faces=len(hq), seconds=round(time.time() - run.started, 1), seconds_per_face=per_face,
@@ -1300,12 +1330,18 @@ def report(cfg, run, faces, nets, eyes_on) -> dict:
 
 
 def load_networks(cfg: Sample, device) -> tuple:
-    """(nets, Train configuration, face networks or None) for `sample`: a training run, or OSDFace's release."""
+    """(nets, Train configuration, face networks) for `sample`: a training run, or OSDFace's release.
+
+    A model that reads no references (--ide none, OSDFace) gets no face networks: their files are not asked for.
+    """
     folder = Path(cfg.checkpoint)
     if folder.is_dir() and not (folder / "config.json").exists():
+        if (folder / "log.jsonl").exists():
+            raise UserError(f"--checkpoint {folder}: no stage of this training is finished yet; go on with it by "
+                            "train --resume_from_checkpoint latest")
         base = cfg.pretrained_model_name_or_path or PAPER["pretrained_model_name_or_path"]
         nets, trained = load_osdface(folder, base)
-        return {name: net.to(device) for name, net in nets.items()}, trained, None
+        return {name: net.to(device) for name, net in nets.items()}, trained, NO_EYES
     config, parts = load_model(cfg.checkpoint, "honestface")
     known = {f.name for f in dataclasses.fields(Train)}
     trained = Train(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["train"].items() if k in known})
@@ -1313,7 +1349,7 @@ def load_networks(cfg: Sample, device) -> tuple:
                                                    "adaface", "fan", "vgg")}
     trained = dataclasses.replace(trained, adapter="", vre="",     # both are in the checkpoint
                                   **{name: value for name, value in given.items() if value})
-    eyes_on = face_networks(trained, device, losses=False)
+    eyes_on = face_networks(trained, device, losses=False) if trained.ide != "none" else NO_EYES
     nets = prepare(trained, eyes_on, device)
     for name in stages_of(trained):
         for part in STAGES[name][0]:
@@ -1375,11 +1411,9 @@ def find_references(cfg: Sample, eyes_on, size: int, device):
 def sample(cfg: Sample) -> None:
     run = Run(cfg)
     nets, trained, eyes_on = load_networks(cfg, run.device)
-    if cfg.reference and eyes_on is None:
-        raise UserError("--reference: OSDFace's weights know no references; give a checkpoint of honestface.py")
     size = trained.image_size
     if cfg.reference and trained.ide == "none":
-        raise UserError("--reference: this model was trained with --ide none and reads no references")
+        raise UserError("--reference: this model reads no references (OSDFace's weights, or trained with --ide none)")
     references_of = find_references(cfg, eyes_on, size, run.device)
 
     def restore_batch(lq, stems):
@@ -1432,11 +1466,12 @@ def ablation_row(cfg, done: dict) -> dict:
     for name in [n for n in stages_of(cfg) if n != "onestep"]:
         matters = fields + {"vae": ("vae", "kl"), "prior": ("vae", "kl", "unet", "prior"), "vre": ("vre",)}[name]
         train_stage = functools.partial(STAGES[name][1], cfg, run, faces, nets, eyes_on)
-        finish(nets, shared_parts(cfg, "honestface", name, matters, train_stage), cfg)
-    torch.manual_seed(mix("onestep", cfg.seed))                    # whatever was trained or found before
-    finish(nets, train_onestep(cfg, run, faces, nets, eyes_on), cfg)
+        torch.manual_seed(mix(name, cfg.seed))                     # whatever was trained or found before
+        finish(nets, shared_parts(cfg, "honestface", name, matters, train_stage))
+    torch.manual_seed(mix("onestep", cfg.seed))
+    finish(nets, train_onestep(cfg, run, faces, nets, eyes_on))
     batch, lq, references, present = held_out(cfg, faces)
-    restored = restore_held_out(cfg, run, nets, eyes_on, batch, lq, references, present)
+    restored = restore_held_out(cfg, run, nets, eyes_on, lq, references, present)
     scores = metrics.toy_scores(restored, batch["hq"], metrics.load_reader("b", cfg.readers), lq)
     return dict(scores=scores, seconds=round(time.time() - begun, 1))
 

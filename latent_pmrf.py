@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import metrics
-from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, command_line, decisive,
-                    degrade, degrade_pair, find_checkpoint, finished_parts, load_model, load_strict, lr_schedule,
+from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, begin_again, command_line,
+                    decisive, degrade_pair, find_checkpoint, finished_parts, load_model, load_strict, lr_schedule,
                     make_optimizer, not_half, print_ablation, print_table, random_crop, read_curves, read_torch,
                     read_weights, refuse_unread, restore_folder, run_ablation, save_model, shared_parts, versions,
                     warmup_cosine, write_curve, write_grid, write_json)
@@ -52,8 +52,8 @@ class Train(TrainFlags):
     stage: typing.Literal["all", "vae", "mmse", "flow"] = "all"  # one stage, or all in order
     space: typing.Literal["latent", "pixel"] = "latent"  # where the flow runs; pixel is PMRF, which has no VAE
     source: typing.Literal["encode_mean", "latent_mean"] = "encode_mean"  # sec. 3.2: options 2 and 1
-    vae: str = ""                          # trained Sim-VAE to use instead of training one: diffusers folder or hub id
-    mmse: str = ""                         # trained SwinIR to use, e.g. swinir_restoration512_L1.pth of DifFace
+    vae: str = ""                          # Sim-VAE to use, not train: folder of a run, diffusers folder or hub id
+    mmse: str = ""                         # SwinIR to use: a run's folder, or swinir_restoration512_L1.pth of DifFace
     # Sim-VAE
     latent_channels: int = 16              # c of the latent; paper 32
     vae_widths: tuple[int, ...] = (16, 32, 64)  # channels per level, finest first; paper 128 256 512 512
@@ -134,8 +134,6 @@ PAPER = dict(
     flow_steps=400_000, learning_rate=5e-4, num_inference_steps=25)
 HDIT_PMRF = dict(in_channels=3, widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64, mapping_width=768,
                  depthwise=False)
-HDIT_PAPER = dict(in_channels=32, widths=(256, 512, 1024), depths=(2, 4, 6), patch=1, head_dim=64, mapping_width=768,
-                  depthwise=True)
 
 
 # ------------------------------------------------------------------------------------------------ model: Sim-VAE
@@ -521,9 +519,9 @@ def rms_norm(x, scale, eps: float = 1e-6):
     return x * (scale.to(wide.dtype) * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def geglu(x, weight):
-    """value * GELU(gate), both read from one projection."""
-    value, gate = F.linear(x, weight).chunk(2, dim=-1)
+def geglu(x):
+    """(..., 2 D) -> value * GELU(gate), (..., D)."""
+    value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
 
 
@@ -567,7 +565,7 @@ class GEGLU(nn.Linear):
         super().__init__(width, 2 * out, bias=False)
 
     def forward(self, x):
-        return geglu(x, self.weight)
+        return geglu(super().forward(x))
 
 
 class FourierFeatures(nn.Module):
@@ -578,7 +576,7 @@ class FourierFeatures(nn.Module):
         self.register_buffer("weight", torch.randn(width // 2, inputs))
 
     def forward(self, x):
-        f = 2 * math.pi * x @ self.weight.T
+        f = 2 * math.pi * (x[..., None, :] * self.weight).sum(-1)  # not @, which autocast would round to bf16
         return torch.cat([f.cos(), f.sin()], dim=-1)
 
 
@@ -644,8 +642,7 @@ class FeedForward(nn.Module):
     def forward(self, x, c, grid):
         h = self.norm(x, c)
         if hasattr(self, "dwconv"):
-            value, gate = self.dwconv(F.linear(h, self.up_proj.weight), grid).chunk(2, dim=-1)
-            return x + self.down_proj(value * F.gelu(gate))
+            return x + self.down_proj(geglu(self.dwconv(F.linear(h, self.up_proj.weight), grid)))
         return x + self.down_proj(self.up_proj(h))
 
 
@@ -870,7 +867,9 @@ def posterior_mean(mmse, lq):
 
 
 def latent_source(vae, estimate, sample: bool, noise):
-    """z_0 = E(x_hat) [Eq. 5, option 2]. Its error is the autoencoder's: D(z_0) - x_hat is reconstruction error.
+    """z_0 = E(x_hat) [option 2]. Its error is the autoencoder's: D(z_0) - x_hat is reconstruction error [Eq. 5].
+
+    The numbers of the two options' equations are guessed: the paper's text was read without them.
 
     UNSTATED: the authors draw from q(z | x_hat) and add noise of std 0.1 (`source_noise`); the paper says E(x_hat).
     """
@@ -879,13 +878,15 @@ def latent_source(vae, estimate, sample: bool, noise):
 
 
 def flow_source(nets, cfg, lq, noise):
-    """z0 before its noise, and the estimate (B, 3, S, S) it comes from. `noise(like)` draws N(0, 1)."""
+    """z0 before its noise, and the estimate (B, 3, S, S) it comes from, None where there is none in pixels.
+
+    `noise(like)` draws N(0, 1).
+    """
     if cfg.space == "pixel":                                      # PMRF: the flow runs on pixels in [0, 1]
         estimate = posterior_mean(nets["mmse"], lq)
         return estimate * 0.5 + 0.5, estimate
     if cfg.source == "latent_mean":  # [Eq. 4, option 1]: E[Z_1 | y] from a network trained on latents
-        z0 = nets["mmse"](lq * 0.5 + 0.5)
-        return z0, nets["vae"].decode(z0)
+        return nets["mmse"](lq * 0.5 + 0.5), None
     estimate = posterior_mean(nets["mmse"], lq)
     return latent_source(nets["vae"], estimate, cfg.source_sample, noise), estimate
 
@@ -893,10 +894,12 @@ def flow_source(nets, cfg, lq, noise):
 @torch.no_grad()
 def restore(nets, cfg, lq, noise, steps: int, decode=None):
     """lq (B, 3, S, S) in [-1, 1] -> {"restored_faces", "posterior_mean"}, the same shape, clipped."""
+    decode = decode or ("vae" in nets and nets["vae"].decode)
     z0, estimate = flow_source(nets, cfg, lq, noise)
+    estimate = decode(z0) if estimate is None else estimate
     z0 = z0.float()                                                # the state stays float32 under autocast
     z1 = euler_sample(nets["flow"], z0 + cfg.source_noise * noise(z0), steps)
-    restored = z1 * 2 - 1 if cfg.space == "pixel" else (decode or nets["vae"].decode)(z1)
+    restored = z1 * 2 - 1 if cfg.space == "pixel" else decode(z1)
     return {"restored_faces": restored.float().clamp(-1, 1), "posterior_mean": estimate.float().clamp(-1, 1)}
 
 
@@ -991,7 +994,15 @@ def load_networks(cfg: Sample) -> tuple:
 
 
 def load_part(cfg, part: str, where: str) -> nn.Module:
-    """A released Sim-VAE or SwinIR in place of one of our own."""
+    """A released Sim-VAE or SwinIR, or that of another run's folder, in place of one that is trained here."""
+    if (Path(where) / "config.json").exists() and (Path(where) / "model.safetensors").exists():
+        found = load_model(where, "latent_pmrf")[1]
+        if part not in found:
+            raise UserError(f"--{part} {where}: this run holds {', '.join(found)} but no {part}")
+        same_switches(cfg, where, [part], part)
+        net = build(cfg, part)
+        load_strict(net, found[part], f"--{part} {where}")
+        return net
     if part == "vae":
         if (cfg.vae_norm, cfg.vae_resizer, cfg.vae_block) != ("layer", "sim", "sim"):
             raise UserError(f"--vae {where}: goes not together with --vae_norm, --vae_resizer, --vae_block")
@@ -1002,6 +1013,8 @@ def load_part(cfg, part: str, where: str) -> nn.Module:
                             f"{' '.join(map(str, vae.widths))}, which it has")
         return vae
     mmse = build(cfg, "mmse")
+    if cfg.mmse_residual:
+        print(f"--mmse {where}: read as a network that adds its input; DifFace's does not (--no-mmse_residual)")
     state = {name.removeprefix("model."): t for name, t in read_weights(where).items()}
     masks = {name: t for name, t in mmse.state_dict().items() if name.endswith("attn_mask")}  # of this size, not theirs
     load_strict(mmse, state | {name: t for name, t in masks.items() if name in state}, f"--mmse {where}")
@@ -1019,15 +1032,19 @@ def stands_on(cfg, part: str) -> list:
     return ["vae"] if part == "mmse" and cfg.source == "latent_mean" else []
 
 
-def same_switches(cfg) -> None:
-    """Fields that change what finished networks in --output mean, but not their shapes. UserError if one differs."""
-    path = Path(cfg.output) / "config.json"
+# Fields that change what the weights of a part mean, but not their shapes.
+SWITCHES = {"vae": ("vae_norm", "vae_resizer", "vae_block"), "mmse": ("space", "source", "mmse_residual"),
+            "flow": ("space", "source", "neighborhood", "head_dim")}
+
+
+def same_switches(cfg, folder, parts, flag: str) -> None:
+    """UserError where the networks in a run's folder, which --`flag` names, mean something else than cfg says."""
+    path = Path(folder) / "config.json"
     before = read_train(path) if path.exists() else cfg
-    for name in ("space", "source", "vae_norm", "vae_resizer", "vae_block", "mmse_residual", "neighborhood",
-                 "head_dim"):
+    for name in dict.fromkeys(name for part in parts for name in SWITCHES[part]):
         if getattr(before, name) != getattr(cfg, name):
-            raise UserError(f"--{name} {getattr(cfg, name)}: {cfg.output} was trained with {getattr(before, name)}; "
-                            "repeat that, or choose another --output")
+            raise UserError(f"--{name} {getattr(cfg, name)}: {folder} was trained with {getattr(before, name)}; "
+                            f"repeat that, or choose another --{flag}")
 
 
 def read_train(path: Path) -> Train:
@@ -1064,7 +1081,11 @@ def batches(cfg, run, faces, degraded: bool):
 
 
 def train_vae(cfg, run, faces, nets):
-    """Stage 1: Sim-VAE on clean crops, in full precision as the authors do. Sampling the posterior, not its mean."""
+    """Stage 1: Sim-VAE on clean crops, without autocast. A sample of the posterior is decoded, not its mean.
+
+    DIFFERS: one place of the crop for a whole batch, where the authors draw one per image; on a GPU TF32 multiplies,
+    which they turn off.
+    """
     vae, perceptual = nets["vae"], perceptual_network(cfg, run.device)
     optimizer = make_optimizer(cfg, vae.parameters(), cfg.vae_learning_rate, betas=(0.9, 0.99))
     lr_at = warmup_cosine(cfg.vae_cosine_steps, cfg.vae_warmup_steps, cfg.vae_min_learning_rate / cfg.vae_learning_rate,
@@ -1109,6 +1130,7 @@ def train_flow(cfg, run, faces, nets, watch=None):
     flow, vae = nets["flow"], nets.get("vae")
     flow.gradient_checkpointing = cfg.gradient_checkpointing
     steps = min(cfg.flow_steps, cfg.max_train_steps)
+    # DIFFERS: AdamW where the paper says Adam, and the gradient is clipped, which PMRF does not
     optimizer = make_optimizer(cfg, flow.parameters(), cfg.learning_rate)
     stage = Stage(run, "flow", {"flow": flow}, {"flow": optimizer}, steps, lr_schedule(cfg, steps))
     clock = time.perf_counter if run.device.type == "cuda" else time.process_time
@@ -1119,13 +1141,16 @@ def train_flow(cfg, run, faces, nets, watch=None):
             if cfg.space == "pixel":
                 z1 = batch["hq"] * 0.5 + 0.5
             else:
-                z1 = latent_source(vae, batch["hq"], cfg.source_sample, torch.randn_like)
+                z1 = latent_source(vae, batch["hq"], True, torch.randn_like)
             z0 = z0.float() + cfg.source_noise * torch.randn_like(z0, dtype=torch.float32)
-        t = stratified_time(len(z0), run.rank, run.world).to(run.device)
+        pieces = cfg.gradient_accumulation_steps                   # strata of the whole step, over processes and pieces
+        t = stratified_time(len(z0), run.rank * pieces + stage.micro, run.world * pieces).to(run.device)
         with run.autocast():
             loss = cfm_loss(lambda z, t: flow(z, t).float(), z0, z1.float(), t)
         stage.update(loss, cfm=loss)
         if watch:
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
             seconds += clock() - since
             watch(stage, step + 1, seconds)
             since = clock()
@@ -1139,6 +1164,8 @@ def train(cfg: Train) -> None:
     wanted = parts_of(cfg) if cfg.stage == "all" else [cfg.stage]
     if cfg.stage not in ["all"] + parts_of(cfg):
         raise UserError(f"--stage {cfg.stage}: --space {cfg.space} has no such stage, only {', '.join(parts_of(cfg))}")
+    if getattr(cfg, cfg.stage, ""):
+        raise UserError(f"--stage {cfg.stage}: --{cfg.stage} gives that network, there is nothing to train")
     check_sizes(cfg)
     run = Run(cfg, fresh=cfg.stage == "all" and not cfg.resume_from_checkpoint)
     faces = Faces(cfg.data, cfg.image_size, cfg.validation_data)
@@ -1147,7 +1174,7 @@ def train(cfg: Train) -> None:
     reuse = [part for part in parts_of(cfg) if part not in wanted or cfg.resume_from_checkpoint]
     saved = finished_parts(cfg, "latent_pmrf") if reuse else {}
     if saved:
-        same_switches(cfg)
+        same_switches(cfg, cfg.output, SWITCHES, "output")
     for part in nets:
         given = getattr(cfg, part, "")
         if given:
@@ -1159,10 +1186,12 @@ def train(cfg: Train) -> None:
         elif part not in wanted and part in stands_on(cfg, cfg.stage):
             raise UserError(f"--stage {cfg.stage} needs {part}: train it first (--stage {part}), or give --{part}")
     run.start_log()
+    if cfg.stage != "all" and not cfg.resume_from_checkpoint:
+        begin_again(run, [cfg.stage] + [part for part in nets if cfg.stage in stands_on(cfg, part)])
     nets = {part: net.to(run.device).eval() for part, net in nets.items()}
     for part in wanted:
-        if part in weights and (getattr(cfg, part, "") or cfg.resume_from_checkpoint):
-            run.say(f"stage {part}: finished before, taken as it is")
+        if part in weights:
+            run.say(f"stage {part}: {'given' if getattr(cfg, part, '') else 'finished before'}, taken as it is")
             continue
         nets[part].requires_grad_(True)
         stage = TRAINERS[part](cfg, run, faces, nets)
@@ -1222,12 +1251,15 @@ def check_sizes(cfg) -> None:
 
 
 def restore_held_out(cfg, run, nets, batch, steps: int) -> dict:
-    """All held-out faces, in batches: lq, posterior_mean, restored_faces, reconstruction (N, 3, S, S) on the CPU."""
-    lq = degrade(batch["hq"], DEGRADATIONS[cfg.degradation], batch["seeds"])
-    rng, found = torch.Generator().manual_seed(cfg.seed), {"lq": [lq]}
+    """All held-out faces, in batches: lq, hq, posterior_mean, restored_faces, reconstruction (N, 3, S, S) on the CPU.
+
+    hq differs from the batch's only where a degradation turns pairs grey.
+    """
+    lq, clean = degrade_pair(batch["hq"], DEGRADATIONS[cfg.degradation], batch["seeds"])
+    rng, found = torch.Generator().manual_seed(cfg.seed), {"lq": [lq], "hq": [clean]}
     noise = lambda like: torch.randn(like.shape, generator=rng).to(like)
     size = max(1, min(32, 32 * 128 ** 2 // cfg.image_size ** 2))    # 32 toy faces, 2 of 512 px: decoding takes memory
-    for x, hq in zip(lq.split(size), batch["hq"].split(size)):
+    for x, hq in zip(lq.split(size), clean.split(size)):
         result = restore(nets, cfg, x.to(run.device), noise, steps)
         if "vae" in nets:
             with torch.no_grad():
@@ -1241,8 +1273,8 @@ def restore_held_out(cfg, run, nets, batch, steps: int) -> dict:
 def report(cfg, run, faces, nets) -> dict:
     """Restore faces the networks never saw; write samples.png, curves.png, metrics.json; print the table."""
     batch = faces.held_out(cfg.validation_faces)
-    hq, reader = batch["hq"], metrics.load_reader("b", cfg.readers)
     found = restore_held_out(cfg, run, nets, batch, cfg.num_inference_steps)
+    hq, reader = found["hq"], metrics.load_reader("b", cfg.readers)
     rows = {name: metrics.toy_scores(found[name], hq, reader) for name in ("lq", "posterior_mean", "restored_faces")}
     if "vae" in nets:
         rows["reconstruction"] = metrics.toy_scores(found["reconstruction"], hq, reader)
@@ -1274,8 +1306,11 @@ def sample(cfg: Sample) -> None:
     run = Run(cfg)
     nets, trained = load_networks(cfg)
     nets = {part: net.to(run.device).eval() for part, net in nets.items()}
+    if "vae" not in nets and (cfg.vae or cfg.vae_memory_gb):
+        raise UserError(f"--vae, --vae_memory_gb: the flow of {cfg.checkpoint} runs on pixels and has no autoencoder; "
+                        "leave them out")
     decode = None
-    if cfg.vae_memory_gb and "vae" in nets:
+    if cfg.vae_memory_gb:
         decode = functools.partial(nets["vae"].decode_tiled, memory_gb=cfg.vae_memory_gb)
 
     def restore_batch(lq, stems):
@@ -1311,9 +1346,12 @@ def ablate(cfg: Ablate) -> None:
     check_sizes(cfg)
     if cfg.vae or cfg.mmse:
         raise UserError("--vae, --mmse: ablate trains its own; leave them out")
+    for name in ("space", "source", "stage"):                      # a row would not be what its name says
+        if getattr(cfg, name) != getattr(Ablate(), name):
+            raise UserError(f"--{name} {getattr(cfg, name)}: the rows set it; choose them with --table or --rows")
     rows = dict(ABLATIONS)
     for name, factor in (("half the channels", 0.5), ("twice the channels", 2)):
-        rows[name] = (rows[name][0], dict(latent_channels=int(factor * cfg.latent_channels)), rows[name][2])
+        rows[name] = (rows[name][0], dict(latent_channels=max(1, int(factor * cfg.latent_channels))), rows[name][2])
     for name, (group, changes, _) in rows.items():                 # only of the rows that will run
         if name in cfg.rows if cfg.rows else cfg.table in ("all", group):
             check_sizes(dataclasses.replace(cfg, **changes))
@@ -1348,22 +1386,19 @@ def ablation_row(cfg, done: dict) -> dict:
         steps = round(latent_row["seconds"] / seconds_per_step(cfg, run, faces, nets))
         cfg = dataclasses.replace(cfg, flow_steps=max(1, steps))
     last = min(cfg.flow_steps, cfg.max_train_steps)
-    curve, compared = [], cfg.space == "pixel" or not latent_row
+    curve, compared, found, scores = [], cfg.space == "pixel" or not latent_row, {}, {}
     average = build(cfg, "flow").to(run.device).eval()
 
     def watch(stage, step, seconds):
         if step == last or (compared and step % max(1, last // 10) == 0):
             average.load_state_dict(stage.ema["flow"])
-            found = restore_held_out(cfg, run, {**nets, "flow": average}, held, cfg.num_inference_steps)
-            fid = metrics.toy_scores(found["restored_faces"], held["hq"], reader)["fid_toy"]
-            curve.append((step, round(seconds, 2), fid))
+            found.update(restore_held_out(cfg, run, {**nets, "flow": average}, held, cfg.num_inference_steps))
+            scores.update(metrics.toy_scores(found["restored_faces"], found["hq"], reader))
+            curve.append((step, round(seconds, 2), scores["fid_toy"]))
 
     train_flow(cfg, run, faces, nets, watch)
-    nets["flow"] = average
-    found = restore_held_out(cfg, run, nets, held, cfg.num_inference_steps)
-    scores = metrics.toy_scores(found["restored_faces"], held["hq"], reader)
     if "reconstruction" in found:
-        scores["reconstruction_psnr"] = mean_psnr(found["reconstruction"], held["hq"])
+        scores["reconstruction_psnr"] = mean_psnr(found["reconstruction"], found["hq"])
     return dict(scores=scores, curve=curve, steps=curve[-1][0], seconds=curve[-1][1])
 
 

@@ -54,8 +54,8 @@ from torch.utils.checkpoint import checkpoint
 
 import metrics
 from common import (ATTRIBUTES, DEGRADATION_NAMES, DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError,
-                    WordTokenizer, command_line, degrade, find_checkpoint, list_images, load_model, load_strict,
-                    make_optimizer, mix, not_half, print_ablation, print_table, read_curves, read_weights,
+                    WordTokenizer, begin_again, command_line, degrade, find_checkpoint, list_images, load_model,
+                    load_strict, make_optimizer, mix, not_half, print_ablation, print_table, read_curves, read_weights,
                     refuse_unread, restore_folder, run_ablation, save_model, shared_parts, verbalise, versions,
                     warmup_cosine, whole_file, write_curve, write_grid, write_json)
 
@@ -122,7 +122,8 @@ class Train(TrainFlags):
     algorithm: typing.Literal["nft", "grpo"] = "nft"  # DiffusionNFT, or the policy-gradient baseline of Figure 6
     preference_steps: int = 100            # epochs of roll-outs
     learning_rate: float = 2e-3            # stage 2, of the LoRA, constant; paper 3e-4
-    preference_weight_decay: float = 1e-4  # AdamW of stage 2
+    preference_weight_decay: float = 1e-4  # of stage 2, whose optimiser is AdamW whatever --optimizer says
+    preference_checkpointing_epochs: int = 30  # epochs of stage 2 between saves of state.pt, as the authors
     updates_per_epoch: int = 2             # optimiser steps on one set of roll-outs; paper 1
     rank: int = 16                         # of the LoRA; paper 32
     lora_alpha: float = 32.0               # paper 64
@@ -207,7 +208,8 @@ class Ablate(Train):
 
 PAPER = dict(
     image_size=512, batch_size=8, gradient_accumulation_steps=2, degradation="pref_restore", mixed_precision="bf16",
-    num_workers=8, optimizer="adamw", ema_decay=0.9999, log_steps=50, checkpointing_steps=2000, bank=0,
+    num_workers=8, optimizer="adamw", log_steps=50, checkpointing_steps=2000, bank=0,
+    ema_decay=0.9999,  # UNSTATED: in stage 1; for stage 2 see policy_ema_decay
     gradient_checkpointing=True,
     pretrained="BLIP3o/BLIP3o-NEXT-SFT-3B",  # DIFFERS: its Qwen3 is the 1.7B, the paper says 0.6B
     sana="Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
@@ -704,8 +706,7 @@ def nft_loss(v, v_old, x_t, x0, sigma, r, beta, v_ref=None, kl_weight=0.0, adv_c
         if form == "velocity":
             return (velocity - (x_t - x0) / level).square().flatten(1).mean(1)     # (x_t - x0) / sigma = eps - x0
         miss = x_t - level * velocity - x0
-        size = miss.detach().double().abs().flatten(1).mean(1).clamp(min=1e-5)
-        return (miss.square().flatten(1).mean(1) / size).to(miss.dtype)
+        return miss.square().flatten(1).mean(1) / miss.detach().abs().flatten(1).mean(1).clamp(min=1e-5)
 
     plus, minus = implicit_velocities(v, v_old.detach(), beta)
     loss = (r * error(plus) + (1 - r) * error(minus)).mean()
@@ -820,7 +821,7 @@ class PolicyLinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
         self.base, self.active = base.requires_grad_(False), "current"
-        self.register_buffer("scale", torch.tensor(alpha / rank))
+        self.register_buffer("scale", torch.tensor(alpha / rank, device=base.weight.device))
         make = lambda *shape: torch.zeros(*shape, device=base.weight.device)
         self.lora_A = nn.Parameter(make(rank, base.in_features).normal_(std=1 / rank))
         self.lora_B = nn.Parameter(make(base.out_features, rank))
@@ -870,7 +871,7 @@ def update_old(sana, decay: float) -> None:
         layer.old_B.lerp_(layer.lora_B, 1 - decay)
 
 
-def save_peft(sana, folder, targets=("to_q", "to_k", "to_v", "to_out.0")) -> None:
+def save_peft(sana, folder) -> None:
     """adapter_model.safetensors + adapter_config.json, as peft writes and the authors' release has them."""
     state, layers = {}, policy_layers(sana)
     for name, layer in layers.items():
@@ -883,7 +884,7 @@ def save_peft(sana, folder, targets=("to_q", "to_k", "to_v", "to_out.0")) -> Non
         save_file(state, temporary, metadata={"format": "pt"})
     write_json(Path(folder) / "adapter_config.json",
                dict(peft_type="LORA", r=rank, lora_alpha=some.scale.item() * rank, lora_dropout=0.0, bias="none",
-                    target_modules=list(targets), init_lora_weights="gaussian"))
+                    target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights="gaussian"))
 
 
 def load_peft(sana, where: str) -> None:
@@ -1401,8 +1402,10 @@ def load_parts(model, parts: dict, cfg, where) -> None:
 
 def save_networks(folder, model, vocab, sizes: dict, cfg, finished: list) -> None:
     """model.safetensors, config.json, the tokenizer where it is not the toy one, and the LoRA in peft's layout."""
-    if not isinstance(vocab.tokenizer, ToyTokenizer):
-        vocab.tokenizer.save_pretrained(str(Path(folder) / "tokenizer"))
+    words = Path(folder) / "tokenizer"
+    if not isinstance(vocab.tokenizer, ToyTokenizer) and not words.exists():
+        vocab.tokenizer.save_pretrained(str(words.with_name(".tokenizer")))
+        words.with_name(".tokenizer").rename(words)                # whole or not there
     save_model(folder, network_parts(model), dict(
         method="pref_restore", train=dataclasses.asdict(cfg), sizes=sizes, finished=finished, uses=model.uses,
         toy_words=isinstance(vocab.tokenizer, ToyTokenizer)))
@@ -1723,11 +1726,14 @@ def gathered(values, run) -> tuple:
 
 
 def learn(stage, shares, loss_of, logged: dict) -> None:
-    """One optimiser step per share, one backward pass per piece of it: an epoch of roll-outs need not fit at once."""
+    """One optimiser step per share, one backward pass per piece of it: an epoch of roll-outs need not fit at once.
+
+    A piece (rows, column) counts by its rows: the loss is the mean over all, however they are cut.
+    """
     for pieces in shares:
-        total = 0.0
-        for number, piece in enumerate(pieces):
-            loss = loss_of(*piece) / len(pieces)
+        total, count = 0.0, sum(len(rows) for rows, _ in pieces)
+        for number, (rows, column) in enumerate(pieces):
+            loss = loss_of(rows, column) * len(rows) / count
             total = total + loss.detach()
             if number + 1 < len(pieces):
                 stage.scaler.scale(loss / stage.accumulate).backward()
@@ -1736,8 +1742,9 @@ def learn(stage, shares, loss_of, logged: dict) -> None:
 
 def divide(columns: list, updates: int, rows: list) -> list:
     """Every (rows, column) once, in `updates` shares of columns."""
-    size = -(-len(columns) // min(updates, len(columns)))
-    return [[(r, c) for c in columns[i:i + size] for r in rows] for i in range(0, len(columns), size)]
+    updates = min(updates, len(columns))
+    cuts = [len(columns) * i // updates for i in range(updates + 1)]
+    return [[(r, c) for c in columns[a:b] for r in rows] for a, b in zip(cuts, cuts[1:])]
 
 
 def nft_epoch(cfg, run, model, field, x0, r) -> tuple:
@@ -1809,11 +1816,16 @@ def train_preference(cfg, run, source, model, vocab) -> list:
     reading = dataclasses.replace(cfg, ar="greedy")                # roll-outs of a face differ in their noise alone
     if not policy_layers(model.sana):
         add_policies(model.sana, cfg.rank, cfg.lora_alpha)
+    some = next(iter(policy_layers(model.sana).values()))
+    if (rank := len(some.lora_A)) != cfg.rank or not math.isclose(some.scale.item() * rank, cfg.lora_alpha):
+        raise UserError(f"--rank {cfg.rank}, --lora_alpha {cfg.lora_alpha:g}: the preference LoRA that is there has "
+                        f"rank {rank} and alpha {some.scale.item() * rank:g}; repeat those")
     update_old(model.sana, 0.0)                                    # a second phase begins where the first has ended
     optimizer = torch.optim.AdamW(route(model, "2", cfg), lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=cfg.preference_weight_decay)
     stage = Stage(run, "2", {"model": model}, {"2": optimizer}, min(cfg.preference_steps, cfg.max_train_steps))
     stage.ema_decay, curve, K = cfg.policy_ema_decay, [], cfg.group_size
+    stage.log_steps, stage.checkpointing_steps = 1, max(1, cfg.preference_checkpointing_epochs)  # an epoch is a step
     stage.accumulate = 1                                           # an epoch is one batch, already cut into pieces
     for epoch, batch in stage.steps(batches(cfg, run, source, cfg.groups, mixture=False)):
         with run.autocast():
@@ -1873,6 +1885,10 @@ def check_sizes(cfg) -> None:
         f"--timestep_fraction {cfg.timestep_fraction}: must be at most 1": cfg.timestep_fraction > 1,
         "--algorithm grpo: needs --rollout_steps 2 or more": cfg.algorithm == "grpo" and cfg.rollout_steps < 2,
         "--consistency_seeds 1: a deviation needs two or more": cfg.consistency_seeds == 1,
+        f"--lr_scheduler {cfg.lr_scheduler}: the stages have their own, a cosine to --min_learning_rate and a constant":
+            cfg.lr_scheduler != Train().lr_scheduler,
+        f"--lr_warmup_steps {cfg.lr_warmup_steps}: not read here; give --warmup_ratio":
+            cfg.lr_warmup_steps != Train().lr_warmup_steps,
         f"--stage {cfg.stage}: with these --joint and --semantic the stages are {', '.join(stages)}":
             cfg.stage not in ["all", *stages],
     }
@@ -1901,6 +1917,7 @@ def start(cfg, wanted: list) -> tuple:
                             "leave one of them out (of the paper preset: --pretrained \"\")")
         found = load_networks(cfg.pretrained)[:4] if is_ours(cfg.pretrained) else \
             load_release(cfg.pretrained, cfg.sana, cfg.ta_tok)
+        found = (*found[:2], [name for name in found[2] if name != cfg.stage], found[3])  # a stage asked for is trained
     else:
         found = build(cfg)
     before = [s for s in plan(cfg) if s not in found[2] and plan(cfg).index(s) < plan(cfg).index(wanted[0])]
@@ -1956,11 +1973,13 @@ def train(cfg: Train) -> None:
     model.to(run.device).eval().requires_grad_(False)
     if cfg.gradient_checkpointing:
         recompute_activations(model)
+    if cfg.stage != "all" and not cfg.resume_from_checkpoint:
+        begin_again(run, wanted)
     bank = None
     for name in wanted:
         if name in finished and (cfg.stage == "all" or cfg.resume_from_checkpoint):
             run.say(f"stage {name}: finished before, taken as it is")
-            if run.main and name == finished[-1] == wanted[-1] and not (Path(cfg.output) / "metrics.json").exists():
+            if run.main and name == finished[-1] == wanted[-1] and f"stage {name}" not in measured_before(cfg.output):
                 report(cfg, run, faces, model, vocab, name)        # it was stopped while measuring
             continue
         if cfg.bank and name != "tokenizer" and bank is None:
@@ -1999,9 +2018,18 @@ def text_condition(kind: str, batch, lq, reader) -> list:
     return [verbalise(s) for s in scores.tolist()]
 
 
+def rewards_given(cfg) -> bool:
+    """Whether the rewards can be computed: always the toy's, real ones where their networks are given."""
+    try:
+        check_rewards(cfg)
+    except UserError:
+        return False
+    return True
+
+
 def reward_numbers(cfg, run, images, hq, captions) -> dict:
     """Mean and deviation of the total reward and each reward's mean. The toy's are read by reader_b, not by the ones
-    which stage 2 optimises."""
+    which stage 2 optimises; real ones by the very networks it optimises, as in the paper."""
     rewards, toy = build_rewards(cfg, run.device, "b"), "_toy" if cfg.rewards == "toy" else ""
     scores = {name: value.cpu() for name, value in
               score(rewards, images.to(run.device), hq.to(run.device), captions).items()}
@@ -2013,20 +2041,23 @@ def reward_numbers(cfg, run, images, hq, captions) -> dict:
 def consistency(cfg, run, model, vocab, found) -> dict:
     """Table X: deviation over seeds per face, then the mean over faces. The way words are chosen (--ar) is held fixed.
 
-    Rows: the three text-image rewards, distance of landmarks (pixels) and of identity (degrees), read by reader_b.
+    Rows: the text-image rewards, distance of landmarks (pixels) and of identity (degrees), read by reader_b; the
+    rewards by the real networks where they are given.
     """
     hq, lq, captions = (found[name][:cfg.consistency_faces] for name in ("hq", "lq", "captions"))
     reader = metrics.load_reader("b", cfg.readers).to(run.device)
-    rewards, rows = toy_rewards(reader), {}
+    real = cfg.rewards == "real" and rewards_given(cfg)
+    rewards, rows = build_rewards(cfg, run.device) if real else toy_rewards(reader), {}
+    spoken = {name: rewards[name] for name in ("hps", "pick", "clip") if name in rewards}
     for seed in range(cfg.consistency_seeds):
         images = restore_many(cfg, run, model, vocab, lq, [""] * len(lq), mix("consistency", cfg.seed, seed))
         images, clean = images.to(run.device), hq.to(run.device)
-        numbers = score({k: rewards[k] for k in ("hps", "pick", "clip")}, images, clean, captions)
+        numbers = score(spoken, images, clean, captions)
         with torch.no_grad():
             numbers["lmd"] = metrics.landmark_distance(reader.landmarks(images), reader.landmarks(clean))
             numbers["deg"] = metrics.identity_angle(reader.embed(images), reader.embed(clean))
         for name, value in numbers.items():
-            rows.setdefault(f"{name}_std_toy", []).append(value)
+            rows.setdefault(f"{name}_std{'' if real and name in spoken else '_toy'}", []).append(value)
     return {name: torch.stack(values).std(0).mean().item() for name, values in rows.items()}
 
 
@@ -2037,11 +2068,17 @@ def measure(cfg, run, faces, model, vocab) -> tuple:
     given = text_condition(cfg.text, batch, lq, metrics.load_reader("a", cfg.readers))
     restored = restore_many(cfg, run, model, vocab, lq, given, cfg.seed)
     numbers = metrics.toy_scores(restored, batch["hq"], reader)
-    if cfg.rewards == "toy":
+    if rewards_given(cfg):
         numbers |= reward_numbers(cfg, run, restored, batch["hq"], batch["caption"])
     with torch.no_grad():
         rebuilt = torch.cat([model.decode(model.encode(x.to(run.device))).cpu() for x in batch["hq"].split(32)])
     return numbers, dict(lq=lq, restored=restored, hq=batch["hq"], reconstruction=rebuilt, captions=batch["caption"])
+
+
+def measured_before(folder) -> dict:
+    """The rows that earlier stages have left in metrics.json."""
+    path = Path(folder) / "metrics.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else {}
 
 
 def report(cfg, run, faces, model, vocab, name: str) -> dict:
@@ -2051,7 +2088,7 @@ def report(cfg, run, faces, model, vocab, name: str) -> dict:
         numbers |= consistency(cfg, run, model, vocab, found)
     folder, reader = Path(cfg.output), metrics.load_reader("b", cfg.readers).to(run.device)
     path, pictures = folder / "metrics.json", folder / "columns.safetensors"
-    earlier = json.loads(path.read_text())["rows"] if path.exists() else {}
+    earlier = measured_before(folder)
     rows = dict(lq=metrics.toy_scores(found["lq"], found["hq"], reader),
                 reconstruction=metrics.toy_scores(found["reconstruction"], found["hq"], reader))
     rows |= {k: v for k, v in earlier.items() if k not in rows} | {f"stage {name}": numbers}
@@ -2068,7 +2105,8 @@ def report(cfg, run, faces, model, vocab, name: str) -> dict:
     protocol = metrics.toy_protocol(
         cfg.validation_data or cfg.data, cfg.degradation, len(found["hq"]), cfg.readers) | dict(
         text=f"captions in the prompt: {cfg.text}; rewards see the true one", words=f"chosen by --ar {cfg.ar}",
-        rewards="read by FaceReader weights/reader_b.safetensors; stage 2 optimises reader_a's and reader_c's",
+        rewards="read by FaceReader reader_b; stage 2 optimises reader_a's and reader_c's" if cfg.rewards == "toy" else
+        "read by the networks given, which stage 2 optimises too" if rewards_given(cfg) else "no networks were given",
         std_toy=f"deviation over {cfg.consistency_seeds} seeds per face, mean over {cfg.consistency_faces} faces")
     write_json(path, dict(rows=rows, **extra, protocol=protocol, **versions(run.device)))
     print_table({k: {n: v for n, v in row.items() if n in SHOWN["all"]} for k, row in rows.items()})
@@ -2086,6 +2124,8 @@ CURVES = ("l1", "meaning", "ce", "diffusion", "vae", "reward", "reward_toy")
 def for_sampling(cfg: Sample) -> tuple:
     """(model, vocab, Train configuration) of a run of ours or of the authors' checkpoint, with its LoRA if given."""
     if is_ours(cfg.checkpoint):
+        if cfg.sana or cfg.ta_tok:
+            raise UserError(f"--sana, --ta_tok: {cfg.checkpoint} brings its own; leave them out")
         model, vocab, finished, _, trained = load_networks(cfg.checkpoint)
     else:
         model, vocab, finished, _ = load_release(cfg.checkpoint, cfg.sana, cfg.ta_tok)
@@ -2129,10 +2169,13 @@ def sample(cfg: Sample) -> None:
 
     def restore_batch(lq, stems):
         # Every face gets the same noise, so that its result depends on the seed and not on its place in the folder.
-        rng = torch.Generator().manual_seed(cfg.seed)
+        # Where words are drawn, one face is read at a time for the same reason.
+        dice = lambda: torch.Generator().manual_seed(cfg.seed)
+        pieces = lq.split(1 if trained.ar == "sample" else len(lq))
+        texts = iter([told(stem) for stem in stems])
         with run.autocast():
-            cond = read_face(model, vocab, trained, lq, [told(stem) for stem in stems], rng)
-            noise = noise_like(model, trained, len(lq), rng, shared=True)
+            cond = torch.cat([read_face(model, vocab, trained, x, [next(texts) for _ in x], dice()) for x in pieces])
+            noise = noise_like(model, trained, len(lq), dice(), shared=True)
             return {"restored_faces": draw_face(model, trained, cond, noise)}
 
     restore_folder(cfg, restore_batch, trained.image_size, run.device)

@@ -371,8 +371,9 @@ def main():
     print(f"torch {torch.__version__}, {where}, batch {args.batch_size}, {'bf16' if cuda else 'fp32'}, "
           f"median of {args.repeat}")
     x, t = torch.randn(args.batch_size, 32, 64, 64, device=device), torch.rand(args.batch_size, device=device)
-    for name, config in (("paper (depth-wise convolutions)", lp.HDIT_PAPER),
-                         ("paper without them", dict(lp.HDIT_PAPER, depthwise=False))):
+    paper = dict(lp.HDIT_PMRF, in_channels=32, depths=(2, 4, 6), patch=1, depthwise=True)
+    for name, config in (("paper (depth-wise convolutions)", paper),
+                         ("paper without them", dict(paper, depthwise=False))):
         networks = {"HDiT": lp.HDiT(**config).to(device),
                     "bound, same tiles": LowerBound(**config, dense=False).to(device),
                     "bound, dense attention": LowerBound(**config, dense=True).to(device)}

@@ -1,5 +1,6 @@
 """What the tests that run a method's file as a program share."""
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,27 @@ def toy_pictures(folder, count):
     faces = common.toy_faces(torch.arange(count), torch.arange(count), size=40)
     for i, image in enumerate(faces.image):
         common.write_image(folder / f"{i:02d}.png", image)
+
+
+def train_once_more(call, refused, capsys, monkeypatch, finished, folder, *flags, read=weights):
+    """Two copies of a finished run train a stage again, with other flags; one is stopped after its first step.
+
+    Resuming must go on with the new training, not take the stage for finished. Returns the weights of both.
+    """
+    stopped, straight = (shutil.copytree(finished, folder / name) for name in ("stopped", "straight"))
+    with monkeypatch.context() as patch:
+        update = common.Stage.update
+
+        def stopping(stage, *loss, **logged):
+            update(stage, *loss, **logged)
+            stage.stop = True
+        patch.setattr(common.Stage, "update", stopping)
+        assert "stopped at step 1 of" in refused(capsys, "train", *flags, "-o", stopped)
+    call("train", *flags, "-o", stopped, "--resume_from_checkpoint", "latest")
+    call("train", *flags, "-o", straight)
+    before, after = read(finished), read(straight)
+    assert any(not torch.equal(before[n], after[n]) for n in after)
+    return read(stopped), after
 
 
 def kill_in_stage(program, out, stage, *flags):

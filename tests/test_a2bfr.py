@@ -265,7 +265,7 @@ def test_paper_size_has_231_8_million_trainable_parameters():
     from diffusers import FluxTransformer2DModel
     with torch.device("meta"):
         net = FluxTransformer2DModel(guidance_embeds=True)
-        new = ab.add_condition_lora(net, ab.PAPER["rank"], ab.PAPER["lora_alpha"])
+        new = ab.add_condition_lora(net, ab.PAPER["rank"], ab.PAPER["rank"])
     assert len(ab.condition_layers(net)) == 343
     assert sum(p.numel() for p in new) == 231_804_928
     assert sum(p.numel() for p in net.parameters()) - 231_804_928 == 11_901_408_320
@@ -462,7 +462,7 @@ def test_eq6_total_is_the_sum_and_two_passes_have_its_gradient():
     w = torch.randn(5, dtype=f64)
     rows = torch.randn(2, 5, dtype=f64)
 
-    def run(two_pass):
+    def run(two_pass, weight=.7):
         x = w.clone().requires_grad_(True)
         graphs = []
 
@@ -472,7 +472,7 @@ def test_eq6_total_is_the_sum_and_two_passes_have_its_gradient():
             return value.square().sum(), value.sum().sigmoid()[None]
 
         dual = lambda a, b: ab.dual_margin_loss(a, b, .9, torch.ones(1))
-        loss, gap = ab.dual_training_loss(lambda: side(0), lambda: side(1), dual, .7,
+        loss, gap = ab.dual_training_loss(lambda: side(0), lambda: side(1), dual, weight,
                                           (lambda share: share.backward()) if two_pass else None)
         loss.backward()
         return x.grad, loss.item(), gap.item(), graphs
@@ -480,6 +480,8 @@ def test_eq6_total_is_the_sum_and_two_passes_have_its_gradient():
     (joint, total, gap, _), (split, _, gap2, graphs) = run(False), run(True)
     torch.testing.assert_close(joint, split)
     assert gap == pytest.approx(gap2) and gap > 0 and graphs == [False, True, True]
+    assert run(True, 0.0)[3] == [True, True]                       # nothing is compared: no third pass
+    torch.testing.assert_close(run(True, 0.0)[0], run(False, 0.0)[0])
     values = [(row * w).tanh().square().sum().item() for row in rows]
     assert total == pytest.approx(sum(values) + .7 * gap)
 
@@ -562,6 +564,20 @@ def test_two_pass_and_joint_training_steps_have_the_same_gradient():
         found.append(torch.cat([p.grad.flatten() for p in nets["prior"].parameters() if p.requires_grad]))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
     assert found[0].norm() > 0
+
+
+def test_where_the_encoder_sees_a_pair_the_other_way_there_is_no_margin(monkeypatch):
+    """m is at most what the clean faces differ in the asked direction [Eq. 5]: it never asks for more than the truth."""
+    cfg, nets = tiny_nets()
+    batch, margins = pair_batch(cfg), []
+    monkeypatch.setattr(ab, "dual_margin_loss", lambda a, b, m, sign=None: margins.append(m) or (a - b).sum())
+    with torch.no_grad():
+        apart = [ab.read_attributes(Bright(), batch[key]).sigmoid()[:, 0] for key in ("hq", "hq_tar")]
+    for sign in (1.0, -1.0):
+        ab.lora_loss(cfg, nets, Bright(), dict(batch, sign=torch.full((3,), sign)), torch.no_grad)
+        wanted = (sign * (apart[1] - apart[0])).clamp(0, cfg.dual_margin)
+        torch.testing.assert_close(margins[-1], wanted)
+    assert (margins[0] > 0).any() and (margins[0] * margins[1] == 0).all()
 
 
 def test_dropout_rates_black_condition_and_what_dropping_switches_off():

@@ -17,7 +17,7 @@ from test_a2bfr import tiny_flux_folder
 import a2bfr as ab
 import common
 import metrics
-from program import ROOT, caller, kill_in_stage, toy_pictures
+from program import ROOT, caller, kill_in_stage, toy_pictures, train_once_more
 
 TINY = ["--vae_widths", "8", "8", "8", "--latent_channels", "4", "--heads", "1", "--double_layers", "1",
         "--single_layers", "1", "--text_width", "16", "--image_size", "32", "--vae_steps", "3", "--prior_steps", "3",
@@ -198,6 +198,12 @@ def test_released_networks_judge_pairs(tmp_path):
     torch.testing.assert_close(found[:, 2], torch.tensor(moved), rtol=1e-3, atol=1e-4)
     toy = torch.tensor(ab.Judge(ab.Pairs(), torch.device("cpu")).compare(a, b))
     assert (found[:, 0] - toy[:, 0]).abs().min() > 1e-3 and torch.equal(found[:, 1], toy[:, 1])
+
+
+def test_a_stage_trained_once_more_can_be_stopped_and_resumed(trained, tmp_path, capsys, monkeypatch):
+    flags = (*TINY, "--stage", "lora", "--learning_rate", "0.5")
+    a, b = train_once_more(call, refused, capsys, monkeypatch, trained / "out", tmp_path, *flags, read=weights)
+    assert all(torch.equal(a[name], b[name]) for name in b)
 
 
 def test_pairs_resume_after_a_kill(trained, tmp_path):
@@ -396,15 +402,25 @@ def test_bad_flags(capsys, trained, tmp_path):
     assert "multiple of 16" in refused(capsys, "train", *PAPER, "--image_size", "500", "-o", tmp_path / "o",
                                        "--pretrained_model_name_or_path", "x")
     assert "needs vae" in train("--stage", "prior") and "only the stage lora" in train("--stage", "vae", "--prior", "x")
-    assert "--lora_alpha 0" in train("--lora_alpha", "0") and "--vae_widths" in train("--vae_widths", "12", "8")
+    assert "--vae_widths" in train("--vae_widths", "12", "8")
     assert "was trained with --text_width 16" in train("--prior", trained / "out", "--text_width", "32")
     assert "--condition_scale" in train("--condition_scale", "3")
+    assert "leave one of them out" in train("--prior", "x", "--pretrained_model_name_or_path", "y")
+    assert "--stage vae" in refused(capsys, "ablate", *TINY, "-o", tmp_path / "o", "--stage", "vae")
+    said = refused(capsys, "sample", "-i", tmp_path, "-o", tmp_path / "o", "--checkpoint", trained / "out", "--device",
+                   "cpu", "--negative_prompt", "older", "--true_cfg_scale", "1")
+    assert "--negative_prompt: only read with" in said
     assert "did you mean --lora_steps" in refused(capsys, "train", "--lora_step", "3")
     assert "--rows" in refused(capsys, "ablate", "-o", tmp_path, "--rows", "nonsense")
     pairs = lambda *flags: refused(capsys, "pairs", "-o", tmp_path / "p", "--device", "cpu", *flags)
     assert "needs --pretrained" in pairs("--editor", "sd3")
     assert "needs --llm" in pairs("--verbaliser", "llm", "--checkpoint", trained / "out", "--image_size", "32")
     assert "multiple of 8" in pairs("--checkpoint", trained / "out", "--image_size", "36")
+    assert "--edits 0" in pairs("--checkpoint", trained / "out", "--edits", "0")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "made_with.json").write_text("{")
+    said = refused(capsys, "pairs", "-o", tmp_path / "damaged", "--checkpoint", trained / "out", "--device", "cpu")
+    assert "made_with.json: damaged" in said
     assert "no pair was accepted" in pairs("--checkpoint", trained / "out", *SHORT, "--count", "1", "--min_identity", "2")
     assert "loaded as SD3" in pairs("--editor", "sd3", "--pretrained_model_name_or_path", trained / "faces", *SHORT)
 

@@ -467,8 +467,12 @@ def test_resume_says_which_settings_changed(tmp_path, capsys):
 def test_a_run_that_was_killed_early_leaves_no_curve_to_the_next(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "log.jsonl").write_text("{}")
-    common.Run(Tiny(output=str(tmp_path / "a")), fresh=True)
-    assert not (tmp_path / "a" / "log.jsonl").exists() and (tmp_path / "a.1" / "log.jsonl").exists()
+    (tmp_path / "a" / "cache").mkdir()
+    run = common.Run(Tiny(output=str(tmp_path / "a")), fresh=True, keep=("cache",))
+    assert not (tmp_path / "a.1").exists()                         # flags that are mistyped come out from here on
+    run.start_log()
+    assert "argv" in (tmp_path / "a" / "log.jsonl").read_text() and (tmp_path / "a" / "cache").is_dir()
+    assert (tmp_path / "a.1" / "log.jsonl").read_text() == "{}" and not (tmp_path / "a.1" / "cache").exists()
 
 
 def test_resume_refuses_another_optimiser(tmp_path):

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 import common
 import honestface as hf
 import metrics
-from program import caller, kill_in_stage, same, weights
+from program import caller, kill_in_stage, same, train_once_more, weights
 
 SMALL = ["--vre_width", "8", "--vre_multiples", "1", "2", "--vre_dim", "8", "--vre_codes", "96", "--eye_crop", "8",
          "--image_size", "32", "--batch_size", "2", "--vre_steps", "2", "--onestep_steps", "3", "--log_steps", "1",
@@ -69,6 +69,11 @@ def test_a_killed_run_goes_on_to_the_same_weights(trained, tmp_path):
     arguments = kill_in_stage("honestface.py", tmp_path, "onestep", *TINY)
     call(*arguments, "--resume_from_checkpoint", "latest")
     assert same(weights(trained / "out"), weights(tmp_path))
+
+
+def test_a_stage_trained_once_more_can_be_stopped_and_resumed(trained, tmp_path, capsys, monkeypatch):
+    flags = (*TINY, "--stage", "onestep", "--learning_rate", "1e-3")
+    assert same(*train_once_more(call, refused, capsys, monkeypatch, trained / "out", tmp_path, *flags))
 
 
 def test_sample_with_an_album_per_face(trained, tmp_path, capsys):
@@ -429,18 +434,27 @@ def test_checkpoints_of_another_kind(trained, tmp_path, capsys):
     half = tmp_path / "half"
     call("train", *TINY, "-o", half, "--stage", "vae")
     assert "--stage" in refused(capsys, *call_sample, half)
+    (half / "config.json").rename(half / "away")
+    assert "no stage of this training is finished yet" in refused(capsys, *call_sample, half)
     config = json.loads((trained / "out" / "config.json").read_text())
     (half / "config.json").write_text(json.dumps(dict(config, method="latent_pmrf")))
     assert "latent_pmrf" in refused(capsys, *call_sample, half)
 
 
-def test_people_without_folders_and_models_without_references(trained, tmp_path, capsys):
+def test_people_without_folders_and_models_without_references(trained, tmp_path, capsys, monkeypatch):
     flat = [*TINY, "-o", tmp_path / "o", "--data", trained / "lq"]
     assert "no sub-folders, one per person" in refused(capsys, "train", *flat) and not (tmp_path / "o").exists()
     flat += ["--validation_data", trained / "people"]             # held-out people are no references either
     assert "no sub-folders, one per person" in refused(capsys, "train", *flat)
     assert "no sub-folders" in refused(capsys, "ablate", *flat, "--rows", "HonestFace")
-    call("train", *TINY, "-o", tmp_path / "none", "--ide", "none")
+    strangers = [*TINY, "-o", tmp_path / "o", "--data", trained / "people", "--validation_data", trained / "lq"]
+    assert "--validation_data" in (said := refused(capsys, "train", *strangers)) and "no sub-folders" in said
+    with monkeypatch.context() as patch:                           # nothing reads references, so none are drawn
+        patch.setattr(hf, "draw_references", lambda faces, people, batch, count: (_ for _ in ()).throw(
+            AssertionError) if "flipped" in batch else (batch["hq"][:, None], torch.ones(len(batch["hq"]), 1) > 0))
+        call("train", *TINY, "-o", tmp_path / "none", "--ide", "none", "--data", trained / "people")
+        patch.setattr(hf, "face_networks", None)                   # nor are face networks asked for to restore
+        call("sample", "-i", trained / "lq", "-o", tmp_path / "s", "--checkpoint", tmp_path / "none")
     said = refused(capsys, "sample", "-i", trained / "lq", "-o", tmp_path / "s", "--checkpoint", tmp_path / "none",
                    "--reference", trained / "people")
     assert "--ide none" in said

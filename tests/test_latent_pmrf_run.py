@@ -17,7 +17,7 @@ from PIL import Image
 
 import common
 import latent_pmrf as lp
-from program import ROOT, caller, kill_in_stage, same, toy_pictures, weights
+from program import ROOT, caller, kill_in_stage, same, toy_pictures, train_once_more, weights
 
 TINY = ["--vae_widths", "8", "8", "--latent_channels", "4", "--mmse_dim", "8", "--mmse_depths", "2",
         "--mmse_heads", "2", "--mmse_features", "8", "--mmse_unshuffle", "2", "--flow_widths", "16", "16",
@@ -63,6 +63,11 @@ def test_a_killed_run_goes_on_to_the_same_weights(trained, tmp_path):
     assert same(weights(trained / "out"), weights(tmp_path))
 
 
+def test_a_stage_trained_once_more_can_be_stopped_and_resumed(trained, tmp_path, capsys, monkeypatch):
+    flags = (*TINY, "--stage", "flow", "--learning_rate", "1e-3")
+    assert same(*train_once_more(call, refused, capsys, monkeypatch, trained / "out", tmp_path, *flags))
+
+
 @pytest.mark.parametrize("number, workers", [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
 def test_a_signal_saves_and_says_how_to_go_on(number, workers, tmp_path):
     """Ctrl-C, or the end of a cluster's job: both reach the loader's processes too, which must not die first."""
@@ -96,12 +101,16 @@ def test_a_loader_that_is_killed_is_named(tmp_path):
     assert process.returncode == 2 and "--num_workers 1: one of them was killed" in err and "Traceback" not in err, err
 
 
-def test_an_earlier_run_is_moved_aside_not_overwritten(trained, tmp_path, capsys):
+def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.safetensors").write_bytes(b"precious")
     call("train", *TINY, "-o", tmp_path / "out")
     assert (tmp_path / "out.1" / "model.safetensors").read_bytes() == b"precious"
     assert "moved to" in capsys.readouterr().out
+    kept = weights(tmp_path / "out")
+    for flags in (["--data", "/nope"], ["--vae", "/nope"]):        # a mistake moves nothing
+        refused(capsys, "train", *TINY, "-o", tmp_path / "out", *flags)
+    assert same(kept, weights(tmp_path / "out"))
 
 
 def test_training_on_a_folder_of_pictures(trained, tmp_path):
@@ -110,13 +119,16 @@ def test_training_on_a_folder_of_pictures(trained, tmp_path):
     assert numbers["faces"] == 1                                            # a tenth of twelve is held out
 
 
-def test_pmrf_and_option_1_train_and_sample(trained, tmp_path):
+def test_pmrf_and_option_1_train_and_sample(trained, tmp_path, capsys):
     for flags in (["--space", "pixel"], ["--source", "latent_mean"]):
         out = tmp_path / flags[1]
         call("train", *TINY, "-o", out, *flags)
         call("sample", "-i", trained / "faces", "-o", out / "r", "--checkpoint", out, "--device", "cpu",
              "--num_inference_steps", "2")
         assert len(list((out / "r" / "restored_faces").iterdir())) == 12
+    pixels = ["sample", "-i", trained / "faces", "-o", tmp_path / "s", "--checkpoint", tmp_path / "pixel"]
+    for flags in (["--vae", tmp_path], ["--vae_memory_gb", "1"]):
+        assert "no autoencoder" in refused(capsys, *pixels, "--device", "cpu", *flags)
 
 
 def test_sampling_depends_on_the_seed_and_on_nothing_else(trained, tmp_path):
@@ -162,6 +174,12 @@ def test_train_with_a_given_vae_and_swinir(trained, tmp_path, capsys):
     call("train", *TINY, "-o", tmp_path / "out", "--vae", tmp_path / "vae", "--mmse", tmp_path / "swinir.pth")
     a, b = weights(trained / "out"), weights(tmp_path / "out")
     assert all(torch.equal(a[n], b[n]) for n in a)
+    run = trained / "out"                                          # a folder of ours serves as well
+    call("train", *TINY, "-o", tmp_path / "again", "--vae", run, "--mmse", run)
+    assert same(a, weights(tmp_path / "again"))
+    said = refused(capsys, "train", *TINY, "-o", tmp_path / "o", "--mmse", run, "--no-mmse_residual")
+    assert "was trained with True" in said and "another --mmse" in said
+    assert "nothing to train" in refused(capsys, "train", *TINY, "-o", tmp_path / "o", "--vae", run, "--stage", "vae")
     said = refused(capsys, "train", *TINY, "-o", tmp_path / "o", "--vae", tmp_path / "vae", "--vae_widths", "8", "16")
     assert "set --latent_channels 4 --vae_widths 8 8" in said
     assert "--vae" in refused(capsys, "train", *TINY, "-o", tmp_path / "o", "--vae", tmp_path / "nope")
@@ -288,7 +306,7 @@ def test_bad_checkpoints(capsys, trained, tmp_path):
     assert "damaged" in (said := sample(tmp_path / "evil")) or "refused" in said
 
 
-def test_bad_flags(capsys, tmp_path):
+def test_bad_flags(capsys, tmp_path, monkeypatch):
     assert "--batch_size 0" in refused(capsys, "train", "--batch_size", "0")
     assert "did you mean --flow_steps" in refused(capsys, "train", "--flow_step", "3")
     assert "--image_size 50" in refused(capsys, "train", *TINY, "-o", tmp_path, "--image_size", "50")
@@ -300,6 +318,11 @@ def test_bad_flags(capsys, tmp_path):
         assert f"{flag} {value}" in refused(capsys, "train", *TINY, "-o", tmp_path, flag, value)
     assert "--vgg: only read with --perceptual vgg19" in refused(capsys, "train", *TINY, "-o", tmp_path, "--vgg", "x")
     assert "--rows" in refused(capsys, "ablate", "-o", tmp_path, "--rows", "nonsense")
+    for flags in (["--space", "pixel"], ["--source", "latent_mean"], ["--stage", "flow"]):
+        assert f"{flags[0]} {flags[1]}: the rows set it" in refused(capsys, "ablate", "-o", tmp_path, *flags)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "ablate runs in one process" in refused(capsys, "ablate", *TINY, "-o", tmp_path, "--rows", "Latent-PMRF")
+    monkeypatch.delenv("WORLD_SIZE")
     assert "--source" in refused(capsys, "train", *TINY, "-o", tmp_path, "--space", "pixel", "--source", "latent_mean")
     assert "--vae_norm" in refused(capsys, "train", *TINY, "-o", tmp_path, "--vae", tmp_path, "--vae_norm", "group")
     (tmp_path / "bare").mkdir()

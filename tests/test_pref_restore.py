@@ -1071,5 +1071,13 @@ def test_an_update_logs_the_mean_of_its_pieces():
     logged, stage = [], SimpleNamespace(accumulate=1, scaler=SimpleNamespace(scale=lambda loss: loss))
     weight = torch.ones(1, requires_grad=True)
     stage.update = lambda total, **kw: (total.backward(), logged.append(kw["loss"].item()))
-    pr.learn(stage, [[(1.,), (2.,), (6.,)]], lambda v: (weight * v).sum(), {})
-    assert logged == [pytest.approx(3.)] and weight.grad.item() == pytest.approx(3.)
+    values = torch.tensor([1., 2., 6., 7.])                        # pieces of two, one and one roll-outs
+    pieces = [(rows, 0) for rows in (torch.tensor([0, 1]), torch.tensor([2]), torch.tensor([3]))]
+    pr.learn(stage, [pieces], lambda rows, column: (weight * values[rows]).mean(), {})
+    assert logged == [pytest.approx(4.)] and weight.grad.item() == pytest.approx(4.)
+
+
+def test_an_epoch_is_divided_into_the_asked_updates():
+    shares = pr.divide(list(range(29)), 20, ["all"])
+    assert len(shares) == 20 and [c for share in shares for _, c in share] == list(range(29))
+    assert {len(share) for share in shares} == {1, 2} and len(pr.divide([0, 1], 5, ["all"])) == 2

@@ -3,6 +3,7 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import torch
 
 import common
 import pref_restore as pr
-from program import ROOT, caller, kill_in_stage, same, toy_pictures, weights
+from program import ROOT, caller, kill_in_stage, same, toy_pictures, train_once_more, weights
 from test_pref_restore import release
 
 TINY = ["--image_size", "32", "--batch_size", "4", "--token_side", "2", "--codes", "16", "--code_dim", "8",
@@ -64,7 +65,7 @@ def test_stage_by_stage_equals_all_at_once(trained, tmp_path):
 
 def test_a_killed_run_goes_on_to_the_same_weights(trained, tmp_path):
     """SIGKILL amid stage 2, then --resume_from_checkpoint latest: bit by bit the uninterrupted run."""
-    arguments = kill_in_stage("pref_restore.py", tmp_path, "2", *TINY)
+    arguments = kill_in_stage("pref_restore.py", tmp_path, "2", *TINY, "--preference_checkpointing_epochs", "1")
     call(*arguments, "--resume_from_checkpoint", "latest")
     assert same(weights(trained / "out"), weights(tmp_path))
 
@@ -91,7 +92,7 @@ def test_joint_no_semantic_and_grpo_run(trained, tmp_path):
     assert len(sample(trained, tmp_path / "r", "--checkpoint", tmp_path / "texture")) == 6
 
 
-def test_sampling_depends_on_the_seed_and_the_caption_and_on_nothing_else(trained, tmp_path):
+def test_sampling_depends_on_the_seed_and_the_caption_and_on_nothing_else(trained, tmp_path, capsys):
     a, b = sample(trained, tmp_path / "a"), sample(trained, tmp_path / "b", "--batch_size", "4")
     assert (a - b).abs().max() <= 2 / 127.5 + 1e-6
     assert not torch.equal(a, sample(trained, tmp_path / "c", "--seed", "1"))
@@ -102,6 +103,28 @@ def test_sampling_depends_on_the_seed_and_the_caption_and_on_nothing_else(traine
     assert torch.equal(a, sample(trained, tmp_path / "f", "--caption", "  "))                # empty: caption-free
     drawn = sample(trained, tmp_path / "g", "--ar", "sample", "--solver", "euler")
     assert torch.equal(drawn, sample(trained, tmp_path / "h", "--ar", "sample", "--solver", "euler"))
+    alone = sample(trained, tmp_path / "i", "--ar", "sample", "--solver", "euler", "--batch_size", "1")
+    assert (drawn - alone).abs().max() <= 2 / 127.5 + 1e-6         # whatever else is in the batch
+    assert "brings its own" in refused(capsys, "sample", "-i", trained / "faces", "-o", tmp_path / "j", "--checkpoint",
+                                       trained / "out", "--sana", "x")
+
+
+def test_a_stage_trained_once_more_can_be_stopped_and_resumed(trained, tmp_path, capsys, monkeypatch):
+    flags = (*TINY, "--stage", "2", "--learning_rate", "1e-2")
+    assert same(*train_once_more(call, refused, capsys, monkeypatch, trained / "out", tmp_path, *flags))
+    call("train", *flags, "-o", tmp_path / "new", "--pretrained", trained / "out")     # the same, into another folder
+    assert same(weights(tmp_path / "new"), weights(tmp_path / "straight"))
+    said = refused(capsys, "train", *TINY, "--stage", "2", "--rank", "2", "-o", tmp_path / "straight")
+    assert "the preference LoRA that is there has rank 4 and alpha 32" in said
+
+
+def test_what_was_stopped_while_measuring_is_measured(trained, tmp_path):
+    out = shutil.copytree(trained / "out", tmp_path / "out")
+    numbers = json.loads((out / "metrics.json").read_text())
+    row = numbers["rows"].pop("stage 2")
+    (out / "metrics.json").write_text(json.dumps(numbers))
+    call("train", *TINY, "-o", out, "--resume_from_checkpoint", "latest")
+    assert json.loads((out / "metrics.json").read_text())["rows"]["stage 2"] == pytest.approx(row, abs=1e-5)
 
 
 def test_captions_of_unequal_length_share_a_batch(trained, tmp_path):
