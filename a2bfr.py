@@ -52,7 +52,7 @@ from torch.utils.checkpoint import checkpoint
 
 import metrics
 from common import (ATTRIBUTES, DEGRADATION_NAMES, DEGRADATIONS, PRECISIONS, TOY_SPLITS, Faces, LoRALinear, Run,
-                    SampleFlags, Stage, TrainFlags, UserError, WordTokenizer, begin_again, command_line, degrade,
+                    SampleFlags, Stage, TrainFlags, UserError, WordTokenizer, command_line, degrade,
                     find_checkpoint, list_images, load_lora, load_model, load_strict, lr_schedule, make_optimizer, mix,
                     not_half, print_ablation, print_table, random_crop, read_curves, read_image, read_weights,
                     restore_folder, run_ablation, save_lora, save_model, shared_parts, toy_faces, verbalise, versions,
@@ -1326,6 +1326,7 @@ def train_lora(cfg, run, nets, encoder, source):
 
 
 TOY_TRAINERS = {"vae": train_vae, "prior": train_prior}
+STAGE_OF = {"codec": "vae", "text": "prior", "prior": "prior"}     # where the parts of a toy run are trained
 
 
 def stages_of(cfg) -> list:
@@ -1390,9 +1391,9 @@ def networks(cfg, run, source_of=None) -> tuple:
     if not run.fresh and (run.folder / "config.json").exists():
         config, saved = load_model(cfg.output, "a2bfr")
         finished = [stage for stage in config["finished"] if stage != "lora" or (run.folder / LORA_FILE).exists()]
-        anew = {"all": ("codec", "text", "prior"), "vae": ("codec",), "prior": ("text", "prior")}.get(cfg.stage, ())
-        for part in saved if cfg.resume_from_checkpoint else saved.keys() - set(anew):
-            load_strict(nets[part], saved[part], f"{cfg.output}, {part}")
+        for part in saved:
+            if STAGE_OF[part] in finished and (cfg.resume_from_checkpoint or STAGE_OF[part] != cfg.stage):
+                load_strict(nets[part], saved[part], f"{cfg.output}, {part}")
     return nets, finished
 
 
@@ -1410,7 +1411,7 @@ def save_run(cfg, run, nets, finished: list) -> None:
         return
     if "lora" in finished:
         save_lora(nets["prior"], run.folder / LORA_FILE)
-    trained = {"codec": "vae", "text": "prior", "prior": "prior"} if not cfg.pretrained_model_name_or_path else {}
+    trained = STAGE_OF if not cfg.pretrained_model_name_or_path else {}
     weights = {part: {n.replace(".base.", "."): v for n, v in nets[part].state_dict().items() if "lora_" not in n}
                for part, stage in trained.items() if stage in finished or cfg.prior}
     save_model(run.folder, weights, dict(method="a2bfr", train=dataclasses.asdict(cfg), finished=finished))
@@ -1430,10 +1431,11 @@ def train(cfg: Train) -> None:
                         "or give --prior")
     nets = {name: net.to(run.device).requires_grad_(False) if isinstance(net, nn.Module) else net
             for name, net in nets.items()}
-    run.start_log()
     source = source_of(nets["text"]) if "lora" in wanted else None
+    metrics.load_reader("b", cfg.readers or None)                  # a missing file comes out before an old run is moved
+    run.start_log()
     if cfg.stage != "all" and not cfg.resume_from_checkpoint:
-        begin_again(run, stages[stages.index(cfg.stage):])
+        run.former = stages[stages.index(cfg.stage):]
     for name in wanted:
         if name in finished and cfg.resume_from_checkpoint:
             run.say(f"stage {name}: finished before, taken as it is")
@@ -2005,8 +2007,6 @@ def ablate(cfg: Ablate) -> None:
     check_sizes(cfg)
     if cfg.pretrained_model_name_or_path or cfg.data:
         raise UserError("ablate runs on the toy world: leave out --pretrained_model_name_or_path and --data")
-    if cfg.stage != "all":
-        raise UserError(f"--stage {cfg.stage}: every row of ablate trains its LoRA; leave it out")
     done = run_ablation(cfg, ABLATIONS, ablation_row)
     names = ("attribute_accuracy_toy", "cross_prompt_identity_toy", "leakage_toy", "identity_toy")
     print_ablation(done, ABLATIONS, ("unguided_accuracy_toy", *names, "source_psnr_gain", "template_attr_toy"))

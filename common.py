@@ -29,7 +29,6 @@ import math
 import os
 import pickle
 import re
-import resource
 import signal
 import statistics
 import subprocess
@@ -138,9 +137,6 @@ class WordTokenizer:
         """Exactly `length` ids: lower case, no punctuation, others <unk>, cut or filled with <pad> = 0."""
         ids = [self.ids.get(word, 1) for word in re.findall(r"[a-z]+", text.lower())][:length]
         return ids + [0] * (length - len(ids))
-
-    def decode(self, ids) -> str:
-        return " ".join(self.words[int(i)] for i in ids if int(i) != 0)
 
 
 # ------------------------------------------------------------------------------------------------------- dice
@@ -997,7 +993,8 @@ def whole_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix in (".pt", ".safetensors"):                # left by a process that was killed while writing
             for left in path.parent.glob(f".{path.name[:60]}.*.tmp"):
-                left.unlink(missing_ok=True)
+                if not Path("/proc", left.suffixes[-2][1:]).exists():
+                    left.unlink(missing_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -1135,7 +1132,7 @@ class Faces:
     """
 
     def __init__(self, data: str, size: int, validation: str = ""):
-        self.size, self.cache = size, {}
+        self.size, self.cache, self.skipped = size, {}, set()
         self.files = list_images(data, recursive=True) if data else []
         if data and Path(data).is_file():
             raise UserError(f"--data {data}: is a file; give a folder of aligned faces")
@@ -1174,7 +1171,9 @@ class Faces:
                 kept.append(seed)
                 read.append(path)
             except UserError as error:
-                print(f"skipped: {error}", flush=True)
+                if path not in self.skipped:                       # once, not every epoch
+                    print(f"skipped: {error}", flush=True)
+                self.skipped.add(path)
         if not images:
             raise UserError(f"none of {len(paths)} pictures could be read, the last one {paths[-1]}; check --data")
         return dict(hq=torch.stack(images), identity=torch.tensor(people), seeds=torch.stack(kept), paths=read)
@@ -1295,7 +1294,8 @@ def cpu_attention_in_float32():
 
 RUN_FILES = ("model.safetensors", "state.pt", "log.jsonl")
 # Flags that say where and how a run is made, not what it makes.
-IDLE_FLAGS = ("output", "resume_from_checkpoint", "device", "num_workers", "log_steps", "checkpointing_steps")
+IDLE_FLAGS = ("output", "resume_from_checkpoint", "device", "num_workers", "log_steps", "checkpointing_steps",
+              "checkpointing_epochs")
 
 
 class Run:
@@ -1309,6 +1309,7 @@ class Run:
     def __init__(self, cfg, fresh: bool = False, keep: tuple = ()):
         self.cfg, self.folder, self.started, self.resumed = cfg, Path(cfg.output), time.time(), False
         self.fresh, self.keep = fresh, keep
+        self.former: list = []                                    # parts that --stage NAME trains, perhaps once more
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(cfg.device)
         self.precision = pick_precision(cfg.mixed_precision, self.device)
@@ -1323,6 +1324,23 @@ class Run:
         torch.set_float32_matmul_precision("high")                # TF32 on GPUs that have it; nothing changes on a CPU
         torch.backends.cuda.enable_cudnn_sdp(False)               # its gradients were NaN for A2BFR's toy (torch 2.11)
         self.make_folder()
+
+    def drop_former(self, stage: str) -> None:
+        """At the first step of --stage NAME: until it is done, what an earlier training of it left does not count.
+
+        `self.former` leaves the `finished` of config.json, and a state.pt of that stage becomes state_before.pt: after
+        an interruption --resume_from_checkpoint takes neither for the new training.
+        """
+        path, state, former = self.folder / "config.json", self.folder / "state.pt", self.former
+        self.former = []
+        if not (self.main and former):
+            return
+        if path.exists():
+            config = json.loads(path.read_text())
+            write_json(path, dict(config, finished=[name for name in config.get("finished", []) if name not in former]))
+        if state.exists() and torch.load(state, mmap=True, weights_only=True)["stage"] == stage:
+            aside = state.replace(self.folder / "state_before.pt")
+            self.say(f"{state} is of an earlier training of this stage: kept as {aside}")
 
     @property
     def main(self) -> bool:
@@ -1373,6 +1391,10 @@ class Run:
     def peak_memory_gb(self) -> float:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2 ** 30
+        try:
+            import resource
+        except ImportError:                                       # Windows
+            return 0.0
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
@@ -1506,12 +1528,12 @@ class Stage:
         self.base_lr = {key: [group["lr"] for group in o.param_groups] for key, o in optimizers.items()}
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
         self.trained = {key: trained_tensors(module) for key, module in modules.items()}
-        self.ema = {key: {n: t.detach().clone() for n, t in tensors.items()} for key, tensors in self.trained.items()}
         self.step, self.micro, self.history, self.stop = 0, 0, [], False
         if run.world > 1:                                         # one truth to start from
             for tensors in self.trained.values():
                 for tensor in tensors.values():
                     dist.broadcast(tensor.data, 0)
+        self.ema = {key: {n: t.detach().clone() for n, t in tensors.items()} for key, tensors in self.trained.items()}
         if cfg.resume_from_checkpoint:
             self.resume(cfg.resume_from_checkpoint)
 
@@ -1522,9 +1544,11 @@ class Stage:
         cfg, run = self.run.cfg, self.run
         first, pieces = self.step, self.accumulate
         workers = getattr(cfg, "num_workers", 0)
+        if workers and not hasattr(os, "fork"):
+            raise UserError(f"--num_workers {workers}: needs processes that fork, which this system has not; give 0")
         loader = iter(torch.utils.data.DataLoader(
-            Endless(batch_at), batch_size=None, sampler=range(first * pieces, self.last * pieces),
-            num_workers=workers, worker_init_fn=leave_group if workers else None))
+            Endless(batch_at), batch_size=None, sampler=range(first * pieces, self.last * pieces), num_workers=workers,
+            multiprocessing_context="fork" if workers else None, worker_init_fn=leave_group if workers else None))
         bar = tqdm(total=self.last, initial=first, desc=self.name, dynamic_ncols=True,
                    disable=not (run.main and sys.stderr.isatty()))
         begun = logged = time.time()
@@ -1537,6 +1561,7 @@ class Stage:
                     waited += time.time() - asked
                     if isinstance(batch, UserError):
                         raise batch
+                    run.drop_former(self.name)
                     batch = {k: v.to(run.device) if torch.is_tensor(v) else v for k, v in batch.items()}
                     torch.manual_seed(mix(self.name, cfg.seed, self.step, self.micro, run.rank))
                     yield self.step, batch
@@ -1970,9 +1995,10 @@ def restore_folder(cfg, restore, size: int, device, shown=None) -> int:
                 for folder, images in results.items():
                     write_image(out / folder / f"{face['stem']}.png", images[i])
                 columns = [face["lq"], results["restored_faces"][i].cpu(), *(shown(face["stem"]) if shown else ())]
+                wanted = face["path"].stem if points is None else face["stem"]
                 try:
-                    if points is None and face["path"].stem in references:
-                        columns.append(read_image(references[face["path"].stem], size))
+                    if wanted in references:
+                        columns.append(read_image(references[wanted], size))
                 except UserError as error:
                     print(f"no reference for {face['stem']}: {error}", flush=True)
                 write_image(out / "cmp" / f"{face['stem']}.png", torch.cat(columns, dim=2))
@@ -2061,20 +2087,6 @@ def finished_parts(cfg, method: str) -> dict:
     return {part: tensors for part, tensors in parts.items() if part in config.get("finished", [])}
 
 
-def begin_again(run: Run, parts) -> None:
-    """Before `parts` are trained by --stage NAME, perhaps once more: until they are done, the old ones do not count.
-
-    They leave the `finished` of config.json, and the last state.pt becomes state_before.pt: after an interruption,
-    --resume_from_checkpoint takes neither for the new training.
-    """
-    path, state = run.folder / "config.json", run.folder / "state.pt"
-    if run.main and path.exists():
-        config = json.loads(path.read_text())
-        write_json(path, dict(config, finished=[name for name in config.get("finished", []) if name not in parts]))
-    if run.main and state.exists():
-        state.replace(state.with_name("state_before.pt"))
-
-
 def decisive(config: dict) -> dict:
     """The fields of a row's configuration that decide its numbers."""
     return {name: value for name, value in config.items() if name not in IDLE_FLAGS}
@@ -2090,6 +2102,8 @@ def run_ablation(cfg, table: dict, run_row) -> dict:
     """
     if cfg.resume_from_checkpoint:  # state.pt would be another row's
         raise UserError("--resume_from_checkpoint: ablate goes on by itself, row by row; leave it out")
+    if getattr(cfg, "stage", "all") != "all":
+        raise UserError(f"--stage {cfg.stage}: ablate trains what its rows need; choose them with --table or --rows")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("ablate runs in one process; instead of torchrun start several, each with its --rows or --seed")
     unknown = [row for row in cfg.rows if row not in table]
@@ -2122,7 +2136,7 @@ def run_ablation(cfg, table: dict, run_row) -> dict:
                     raise
                 raise UserError("stopped; the same command goes on with this row") from None
             done[key] = dict(entry, row=row, table=table[row][0], paper=table[row][2], seed=seed,
-                             argv=sys.argv, config=config, **versions("cpu"))
+                             argv=sys.argv, config=config, **versions(pick_device(cfg.device)))
             write_json(path, before() | {key: done[key]})          # another process may work on other rows
     return {key: entry for key, entry in done.items() if entry["row"] in chosen
             and decisive(entry["config"]) == decisive(settings(entry["row"], entry["seed"])[1])}
@@ -2160,9 +2174,7 @@ def shared_parts(cfg, method: str, name: str, matters: tuple, train_parts) -> di
 
 # ---------------------------------------------------------------------------------------- flags every method has
 
-# The keys of DEGRADATIONS.
-DEGRADATION_NAMES = typing.Literal["codeformer", "gfpgan", "difface", "pref_restore", "vqfr1", "vqfr2", "a2bfr",
-                                   "thumbnail", "noisy"]
+DEGRADATION_NAMES = typing.Literal[tuple(DEGRADATIONS)]
 PRECISIONS = typing.Literal["auto", "no", "bf16", "fp16"]
 
 
@@ -2200,7 +2212,7 @@ class SampleFlags:
     output: str = ""                       # folder for restored_faces/, cmp/ and args.json
     checkpoint: str = ""                   # output folder of a training run, or a hub id
     landmarks: str = ""                    # JSON {"photo.jpg": [[five (x, y)] per face]}: align, restore, paste back
-    reference: str = ""                    # folder of pictures shown beside the result in cmp/ (same file stems)
+    reference: str = ""                    # folder of pictures shown beside the result in cmp/ (with the stems of cmp/)
     batch_size: int = 8                    # faces restored at a time
     seed: int = 0                          # of the noise
     device: str = "auto"                   # auto, cpu, cuda, cuda:1, mps
@@ -2266,7 +2278,7 @@ def check_numbers(cfg) -> None:
                     raise UserError(f"--seed {number}: must be below 2 ** 63")
                 counts = (r"_size|(?<!warmup_)steps$|^seeds$|widths?$|channels|rank$|faces|_crop$|_codes$|_dim$"
                           r"|_layers$|multiples|heads$|_length$"
-                          r"|^(max_references|tries|edits|n_avg|n_max|count|time_shift)$")
+                          r"|^(max_references|tries|edits|n_avg|n_max|count|time_shift|identities|width_[abc])$")
                 if number == 0 and field.default != 0 and re.search(counts, field.name):
                     raise UserError(f"--{field.name} 0: must be at least 1")
 

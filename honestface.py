@@ -45,7 +45,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 import metrics
 from common import (DEGRADATION_NAMES, DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError,
-                    WordTokenizer, add_lora, begin_again, command_line, degrade_pair, finished_parts, list_images,
+                    WordTokenizer, add_lora, command_line, degrade_pair, finished_parts, list_images,
                     load_model, load_strict, lr_schedule, make_optimizer, merge_lora, mix, not_half, print_ablation,
                     print_table, random_crop, read_curves, read_image, read_weights, refuse_unread, restore_folder,
                     run_ablation, save_model, shared_parts, toy_faces, trained_tensors, verbalise, versions,
@@ -938,9 +938,12 @@ def album(faces: Faces) -> dict:
 
 def check_people(cfg, faces: Faces) -> None:
     """UserError where references are wanted and all faces lie in one folder, as if they were of one person."""
-    for flag, files in (("data", faces.files), ("validation_data", faces.held_out_files)):
+    folders = lambda files: {path.parent for path in files}
+    alone = dict(data=len(folders(faces.files)) == 1,              # held-out faces may be of one person
+                 validation_data=folders(faces.held_out_files) == {Path(cfg.validation_data)})
+    for flag, bad in alone.items():
         where = getattr(cfg, flag)
-        if where and cfg.ide != "none" and {path.parent for path in files} == {Path(where)}:
+        if where and bad and cfg.ide != "none":
             raise UserError(f"--{flag} {where}: has no sub-folders, one per person, so nobody has references; "
                             "sort the pictures by person, or give --ide none")
 
@@ -1189,7 +1192,7 @@ def train(cfg: Train) -> None:
             raise UserError(f"--stage {cfg.stage} needs {name}: train it first (--stage {name})")
     if cfg.stage != "all" and not cfg.resume_from_checkpoint:
         anew = [cfg.stage] + [name for name in STAGES if cfg.stage in STANDS_ON[name]]
-        begin_again(run, [part for name in anew for part in STAGES[name][0]])
+        run.former = [part for name in anew for part in STAGES[name][0]]
     for name in (n for n in wanted if STAGES[n][0][0] not in weights):
         torch.manual_seed(mix(name, cfg.seed))                    # stages one by one give what all at once gives
         trained = STAGES[name][1](cfg, run, faces, nets, eyes_on)

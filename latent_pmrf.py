@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import metrics
-from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, begin_again, command_line,
+from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, command_line,
                     decisive, degrade_pair, find_checkpoint, finished_parts, load_model, load_strict, lr_schedule,
                     make_optimizer, not_half, print_ablation, print_table, random_crop, read_curves, read_torch,
                     read_weights, refuse_unread, restore_folder, run_ablation, save_model, shared_parts, versions,
@@ -102,8 +102,8 @@ class Sample(SampleFlags):
     """Restore faces with trained weights."""
     output: str = "results/latent_pmrf"    # folder for restored_faces/, posterior_mean/, cmp/ and args.json
     checkpoint: str = "runs/latent_pmrf"   # output folder of a training run, or PMRF's released folder or hub id
-    vae: str = ""                          # released Sim-VAE instead of the checkpoint's: folder or hub id
-    mmse: str = ""                         # released SwinIR instead of the checkpoint's: file
+    vae: str = ""                          # Sim-VAE instead of the checkpoint's: folder of a run, or as --vae of train
+    mmse: str = ""                         # SwinIR instead of the checkpoint's: folder of a run, or a released file
     num_inference_steps: int = 0           # Euler steps K (0: as trained, PMRF 25); 1 is one step from the mean
     vae_memory_gb: float = 0.0             # decode in tiles that need no more than this much memory (0: whole)
 
@@ -995,7 +995,8 @@ def load_networks(cfg: Sample) -> tuple:
 
 def load_part(cfg, part: str, where: str) -> nn.Module:
     """A released Sim-VAE or SwinIR, or that of another run's folder, in place of one that is trained here."""
-    if (Path(where) / "config.json").exists() and (Path(where) / "model.safetensors").exists():
+    config = Path(where) / "config.json"
+    if config.exists() and '"method"' in config.read_text(errors="replace"):
         found = load_model(where, "latent_pmrf")[1]
         if part not in found:
             raise UserError(f"--{part} {where}: this run holds {', '.join(found)} but no {part}")
@@ -1014,7 +1015,8 @@ def load_part(cfg, part: str, where: str) -> nn.Module:
         return vae
     mmse = build(cfg, "mmse")
     if cfg.mmse_residual:
-        print(f"--mmse {where}: read as a network that adds its input; DifFace's does not (--no-mmse_residual)")
+        print(f"--mmse {where}: read as a network that adds its input; DifFace's does not (train --no-mmse_residual)",
+              flush=True)
     state = {name.removeprefix("model."): t for name, t in read_weights(where).items()}
     masks = {name: t for name, t in mmse.state_dict().items() if name.endswith("attn_mask")}  # of this size, not theirs
     load_strict(mmse, state | {name: t for name, t in masks.items() if name in state}, f"--mmse {where}")
@@ -1033,7 +1035,7 @@ def stands_on(cfg, part: str) -> list:
 
 
 # Fields that change what the weights of a part mean, but not their shapes.
-SWITCHES = {"vae": ("vae_norm", "vae_resizer", "vae_block"), "mmse": ("space", "source", "mmse_residual"),
+SWITCHES = {"vae": ("vae_norm", "vae_resizer", "vae_block"), "mmse": ("source", "mmse_residual"),
             "flow": ("space", "source", "neighborhood", "head_dim")}
 
 
@@ -1185,9 +1187,12 @@ def train(cfg: Train) -> None:
             weights[part] = saved[part]
         elif part not in wanted and part in stands_on(cfg, cfg.stage):
             raise UserError(f"--stage {cfg.stage} needs {part}: train it first (--stage {part}), or give --{part}")
+    metrics.load_reader("b", cfg.readers)                          # a missing file comes out before an old run is moved
+    if "vae" in wanted:
+        perceptual_network(cfg, run.device)
     run.start_log()
     if cfg.stage != "all" and not cfg.resume_from_checkpoint:
-        begin_again(run, [cfg.stage] + [part for part in nets if cfg.stage in stands_on(cfg, part)])
+        run.former = [cfg.stage] + [part for part in nets if cfg.stage in stands_on(cfg, part)]
     nets = {part: net.to(run.device).eval() for part, net in nets.items()}
     for part in wanted:
         if part in weights:
@@ -1223,6 +1228,8 @@ def check_sizes(cfg) -> None:
     shrink = 2 ** (len(cfg.vae_widths) - 1)
     if cfg.space == "pixel" and cfg.source == "latent_mean":
         raise UserError("--source latent_mean: the flow on pixels (--space pixel) has no latents; leave it out")
+    if cfg.source == "latent_mean" and cfg.mmse and not cfg.vae:
+        raise UserError("--mmse: with --source latent_mean it predicts latents of one autoencoder; give that as --vae")
     if cfg.space == "pixel" and cfg.vae:
         raise UserError("--vae: the flow on pixels (--space pixel) has no autoencoder; leave it out")
     if cfg.space == "latent" and min(cfg.vae_crop, cfg.image_size) % shrink:
@@ -1346,7 +1353,7 @@ def ablate(cfg: Ablate) -> None:
     check_sizes(cfg)
     if cfg.vae or cfg.mmse:
         raise UserError("--vae, --mmse: ablate trains its own; leave them out")
-    for name in ("space", "source", "stage"):                      # a row would not be what its name says
+    for name in ("space", "source"):                               # a row would not be what its name says
         if getattr(cfg, name) != getattr(Ablate(), name):
             raise UserError(f"--{name} {getattr(cfg, name)}: the rows set it; choose them with --table or --rows")
     rows = dict(ABLATIONS)

@@ -86,6 +86,11 @@ def ssim(a, b, y_channel=True):
     return ssim_maps(a, b)[0].flatten(1).mean(1)
 
 
+def ms_ssim_scales(x) -> int:
+    """How many scales, at most five, fit the side of (B, C, H, W)."""
+    return max(0, min(5, int(math.log2(max(1, min(x.shape[-2:])) / 11) + 1)))
+
+
 def ms_ssim(a, b, scales=5, y_channel=True):
     """Multi-scale SSIM, product form [Wang et al. 2003]: (B, 3, H, W) twice in [0, 1] -> (B,).
 
@@ -93,9 +98,8 @@ def ms_ssim(a, b, scales=5, y_channel=True):
     176 px. With fewer the first weights, rescaled to sum 1, make another measure: name it. Else ValueError.
     """
     same_images(a, b)
-    fit = min(5, int(math.log2(max(1, min(a.shape[-2:])) / 11) + 1))
-    if not 1 <= scales <= fit:
-        raise ValueError(f"ms_ssim: images of {tuple(a.shape[-2:])} have {max(0, fit)} scales, not {scales}")
+    if not 1 <= scales <= ms_ssim_scales(a):
+        raise ValueError(f"ms_ssim: images of {tuple(a.shape[-2:])} have {ms_ssim_scales(a)} scales, not {scales}")
     weights = a.new_tensor([0.0448, 0.2856, 0.3001, 0.2363, 0.1333])[:scales]
     a, b = (luma(a), luma(b)) if y_channel else (a, b)
     factors = []
@@ -1026,12 +1030,16 @@ def train_reader(cfg):
     """Train the readers that cfg.which names, store them, and measure what was stored."""
     if cfg.data and not cfg.readers:
         raise UserError("--data wants --readers FOLDER for what it trains: weights/ holds the readers of the toy world")
+    for name in ("image_size", "degradation", "validation_data"):
+        if getattr(cfg, name) != getattr(TrainReader(), name):
+            raise UserError(f"--{name} {getattr(cfg, name)}: not read here; readers see 64 px under every degradation, "
+                            "and a part of --data is held out")
     cfg = replace(cfg, readers=cfg.readers or str(Path(__file__).parent / "weights"))
     for number, name in enumerate("abc"):
         if cfg.which not in ("all", name):
             continue
         one = replace(cfg, which=name, output=str(Path(cfg.output) / name), seed=cfg.seed + number)
-        run = Run(one)
+        run = Run(one, fresh=not one.resume_from_checkpoint)
         if run.world > 1:
             raise UserError("train-reader runs in one process; start it without torchrun")
         data = FolderLabels(one) if cfg.data else ToyLabels(one)
@@ -1218,7 +1226,7 @@ class FIDInception(nn.Module):
 def basic_numbers(x, y):
     """What needs no network: x restored, y reference, (1, 3, H, W) in [-1, 1] -> {name: (1,)}."""
     a, b = x / 2 + 0.5, y / 2 + 0.5
-    scales = min(5, 1 + int(math.log2(min(a.shape[-2:]) / 11)))
+    scales = ms_ssim_scales(a)
     name = "ms_ssim" if scales == 5 else f"ms_ssim_{scales}_scales"
     return {"psnr": psnr(a, b), "ssim": ssim(a, b), name: ms_ssim(a, b, scales)}
 
@@ -1230,7 +1238,8 @@ def lpips_numbers(names, paths, device):
     network = lpips_network("vgg" if names[0] == "lpips-vgg" else "alex", paths[0]).to(device)
     least = 16 if names[0] == "lpips-vgg" else 31                  # px: smaller pictures vanish in the pooling
     nothing = torch.full((1,), math.nan)
-    return lambda x, y: {names[0]: network(x, y).flatten() if min(x.shape[-2:]) >= least else nothing}
+    distance = lambda x, y: lpips_distance(x / 2 + 0.5, y / 2 + 0.5, network)
+    return lambda x, y: {names[0]: distance(x, y) if min(x.shape[-2:]) >= least else nothing}
 
 
 def dists_numbers(names, paths, device):

@@ -54,7 +54,7 @@ from torch.utils.checkpoint import checkpoint
 
 import metrics
 from common import (ATTRIBUTES, DEGRADATION_NAMES, DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError,
-                    WordTokenizer, begin_again, command_line, degrade, find_checkpoint, list_images, load_model,
+                    WordTokenizer, command_line, degrade, find_checkpoint, list_images, load_model,
                     load_strict, make_optimizer, mix, not_half, print_ablation, print_table, read_curves, read_weights,
                     refuse_unread, restore_folder, run_ablation, save_model, shared_parts, verbalise, versions,
                     warmup_cosine, whole_file, write_curve, write_grid, write_json)
@@ -123,7 +123,7 @@ class Train(TrainFlags):
     preference_steps: int = 100            # epochs of roll-outs
     learning_rate: float = 2e-3            # stage 2, of the LoRA, constant; paper 3e-4
     preference_weight_decay: float = 1e-4  # of stage 2, whose optimiser is AdamW whatever --optimizer says
-    preference_checkpointing_epochs: int = 30  # epochs of stage 2 between saves of state.pt, as the authors
+    checkpointing_epochs: int = 30         # epochs of stage 2 between saves of state.pt, as the authors
     updates_per_epoch: int = 2             # optimiser steps on one set of roll-outs; paper 1
     rank: int = 16                         # of the LoRA; paper 32
     lora_alpha: float = 32.0               # paper 64
@@ -1817,15 +1817,16 @@ def train_preference(cfg, run, source, model, vocab) -> list:
     if not policy_layers(model.sana):
         add_policies(model.sana, cfg.rank, cfg.lora_alpha)
     some = next(iter(policy_layers(model.sana).values()))
-    if (rank := len(some.lora_A)) != cfg.rank or not math.isclose(some.scale.item() * rank, cfg.lora_alpha):
+    rank, alpha = len(some.lora_A), some.scale.item() * len(some.lora_A)
+    if rank != cfg.rank or not math.isclose(alpha, cfg.lora_alpha, rel_tol=1e-5):
         raise UserError(f"--rank {cfg.rank}, --lora_alpha {cfg.lora_alpha:g}: the preference LoRA that is there has "
-                        f"rank {rank} and alpha {some.scale.item() * rank:g}; repeat those")
+                        f"rank {rank} and alpha {alpha:g}; repeat those")
     update_old(model.sana, 0.0)                                    # a second phase begins where the first has ended
     optimizer = torch.optim.AdamW(route(model, "2", cfg), lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=cfg.preference_weight_decay)
     stage = Stage(run, "2", {"model": model}, {"2": optimizer}, min(cfg.preference_steps, cfg.max_train_steps))
     stage.ema_decay, curve, K = cfg.policy_ema_decay, [], cfg.group_size
-    stage.log_steps, stage.checkpointing_steps = 1, max(1, cfg.preference_checkpointing_epochs)  # an epoch is a step
+    stage.log_steps, stage.checkpointing_steps = 1, max(1, cfg.checkpointing_epochs)  # an epoch is a step
     stage.accumulate = 1                                           # an epoch is one batch, already cut into pieces
     for epoch, batch in stage.steps(batches(cfg, run, source, cfg.groups, mixture=False)):
         with run.autocast():
@@ -1974,7 +1975,7 @@ def train(cfg: Train) -> None:
     if cfg.gradient_checkpointing:
         recompute_activations(model)
     if cfg.stage != "all" and not cfg.resume_from_checkpoint:
-        begin_again(run, wanted)
+        run.former = wanted
     bank = None
     for name in wanted:
         if name in finished and (cfg.stage == "all" or cfg.resume_from_checkpoint):

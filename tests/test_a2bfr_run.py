@@ -206,6 +206,29 @@ def test_a_stage_trained_once_more_can_be_stopped_and_resumed(trained, tmp_path,
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+def test_a_retrained_stage_that_was_killed_before_it_saved_starts_anew(trained, tmp_path, monkeypatch):
+    """Not from the weights of the former training."""
+    flags = [*TINY, "--stage", "vae", "--seed", "3"]
+    killed, straight = (shutil.copytree(trained / "out", tmp_path / name) for name in ("killed", "straight"))
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Stage, "update", lambda *a, **k: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            call("train", *flags, "-o", killed)
+    call("train", *flags, "-o", killed, "--resume_from_checkpoint", "latest")
+    call("train", *flags, "-o", straight)
+    a, b = weights(killed), weights(straight)
+    assert all(torch.equal(a[name], b[name]) for name in b if name.startswith("codec"))
+
+
+def test_mistakes_leave_a_finished_run_as_it_is(trained, tmp_path, capsys):
+    out = shutil.copytree(trained / "out", tmp_path / "out")
+    before = (out / "config.json").read_bytes()
+    for flags in (["--stage", "vae", "--readers", "/nope"], ["--readers", "/nope"],
+                  ["--data", "/nope", "--no-dual_training"]):
+        refused(capsys, "train", *TINY, "-o", out, *flags)
+        assert (out / "config.json").read_bytes() == before and not (tmp_path / "out.1").exists()
+
+
 def test_pairs_resume_after_a_kill(trained, tmp_path):
     """A torn last line and a lost later half: what was listed stays as it is, the rest comes out as before."""
     folder = tmp_path / "pairs"

@@ -475,6 +475,32 @@ def test_a_run_that_was_killed_early_leaves_no_curve_to_the_next(tmp_path):
     assert (tmp_path / "a.1" / "log.jsonl").read_text() == "{}" and not (tmp_path / "a.1" / "cache").exists()
 
 
+def test_a_stage_trained_once_more_unfinishes_the_former_at_its_first_step(tmp_path):
+    """Not before: what fails on the way there must leave a finished run as it is."""
+    (tmp_path / "config.json").write_text(json.dumps(dict(finished=["a", "b", "c"])))
+    run = common.Run(Tiny(output=str(tmp_path)))
+    run.former = ["b", "c"]
+    model = nn.Linear(1, 1)
+    optimizers = {"m": torch.optim.SGD(model.parameters(), 1.0)}
+    torch.save(dict(stage="b", step=9), tmp_path / "state.pt")
+    for batch, finished in ((UserError("a bad face"), ["a", "b", "c"]), ({}, ["a"])):
+        stage = common.Stage(run, "b", {"m": model}, optimizers, 1)
+        try:
+            for _ in stage.steps(lambda k: batch):
+                stage.update(model.weight.sum())
+        except UserError:
+            pass
+        assert json.loads((tmp_path / "config.json").read_text())["finished"] == finished
+        assert (tmp_path / "state.pt").exists() == (finished != ["a"]) != (tmp_path / "state_before.pt").exists()
+
+
+def test_loaders_that_cannot_fork_are_refused_in_words(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "fork")
+    stage = common.Stage(common.Run(Tiny(output=str(tmp_path), num_workers=1)), "b", {"m": nn.Linear(1, 1)}, {}, 1)
+    with pytest.raises(UserError, match="--num_workers 1.*give 0"):
+        next(stage.steps(lambda k: {}))
+
+
 def test_resume_refuses_another_optimiser(tmp_path):
     cfg = Tiny(output=str(tmp_path), batch_size=2, steps=2, optimizer="adamw")
     tiny_run(cfg, stop_at=1)
@@ -562,6 +588,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
             temporary.write_text("half of the new")
             raise OSError(28, "No space left on device")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="asks /proc which processes live")
+def test_leftovers_of_killed_writers_are_removed_those_of_living_ones_are_not(tmp_path):
+    living, dead = (tmp_path / f".state.pt.{pid}.tmp" for pid in (os.getppid(), 2 ** 30))
+    living.touch(), dead.touch()
+    with common.whole_file(tmp_path / "state.pt") as temporary:
+        temporary.write_text("whole")
+    assert living.exists() and not dead.exists() and (tmp_path / "state.pt").read_text() == "whole"
 
 
 @contextmanager
@@ -792,6 +827,11 @@ def test_whole_photographs_every_face_is_restored_and_pasted(tmp_path):
         assert result[:, y, x].min() > 0.98                                 # both faces are white now
     assert result[:, 5, 5].max() < 0.1
     assert (tmp_path / "out" / "restored_faces" / "p_01.png").exists()
+    common.write_image(tmp_path / "clean" / "p_01.png", torch.zeros(3, 64, 64))     # a reference for the second face
+    shown = dataclasses.replace(cfg, reference=str(tmp_path / "clean"), output=str(tmp_path / "shown"))
+    common.restore_folder(shown, lambda lq, stems: {"restored_faces": lq}, 64, "cpu")
+    widths = [common.read_image(tmp_path / "shown" / "cmp" / f"p_0{i}.png").shape[2] for i in (0, 1)]
+    assert widths == [128, 192]
     (tmp_path / "points.json").write_text("[1, 2")
     with pytest.raises(UserError, match="--landmarks"):
         common.restore_folder(cfg, lambda lq, stems: {"restored_faces": lq}, 64, "cpu")

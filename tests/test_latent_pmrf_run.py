@@ -108,7 +108,7 @@ def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path, capsys):
     assert (tmp_path / "out.1" / "model.safetensors").read_bytes() == b"precious"
     assert "moved to" in capsys.readouterr().out
     kept = weights(tmp_path / "out")
-    for flags in (["--data", "/nope"], ["--vae", "/nope"]):        # a mistake moves nothing
+    for flags in (["--data", "/nope"], ["--vae", "/nope"], ["--readers", "/nope"]):        # a mistake moves nothing
         refused(capsys, "train", *TINY, "-o", tmp_path / "out", *flags)
     assert same(kept, weights(tmp_path / "out"))
 
@@ -318,7 +318,8 @@ def test_bad_flags(capsys, tmp_path, monkeypatch):
         assert f"{flag} {value}" in refused(capsys, "train", *TINY, "-o", tmp_path, flag, value)
     assert "--vgg: only read with --perceptual vgg19" in refused(capsys, "train", *TINY, "-o", tmp_path, "--vgg", "x")
     assert "--rows" in refused(capsys, "ablate", "-o", tmp_path, "--rows", "nonsense")
-    for flags in (["--space", "pixel"], ["--source", "latent_mean"], ["--stage", "flow"]):
+    assert "ablate trains what its rows need" in refused(capsys, "ablate", *TINY, "-o", tmp_path, "--stage", "flow")
+    for flags in (["--space", "pixel"], ["--source", "latent_mean"]):
         assert f"{flags[0]} {flags[1]}: the rows set it" in refused(capsys, "ablate", "-o", tmp_path, *flags)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "ablate runs in one process" in refused(capsys, "ablate", *TINY, "-o", tmp_path, "--rows", "Latent-PMRF")

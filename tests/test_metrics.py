@@ -557,6 +557,10 @@ def test_program_refuses_in_one_line(folders, capsys):
     with pytest.raises(SystemExit):
         metrics.main(["train-reader", "--data", str(folders / "clean")])
     assert "--readers FOLDER" in capsys.readouterr().err                       # weights/ is not for photographs
+    for flags in (["--validation_data", "x"], ["--image_size", "128"], ["--identities", "0"], ["--width_a", "0"]):
+        with pytest.raises(SystemExit):
+            metrics.main(["train-reader", *flags])
+        assert f"{flags[0]} {flags[1]}: " in capsys.readouterr().err
     common.write_image(folders / "restored" / "1.png", torch.zeros(3, 32, 32))
     assert "resize one of the folders" in refused(capsys, *ask)
     (folders / "restored" / "1.png").unlink()

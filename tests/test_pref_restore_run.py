@@ -65,7 +65,7 @@ def test_stage_by_stage_equals_all_at_once(trained, tmp_path):
 
 def test_a_killed_run_goes_on_to_the_same_weights(trained, tmp_path):
     """SIGKILL amid stage 2, then --resume_from_checkpoint latest: bit by bit the uninterrupted run."""
-    arguments = kill_in_stage("pref_restore.py", tmp_path, "2", *TINY, "--preference_checkpointing_epochs", "1")
+    arguments = kill_in_stage("pref_restore.py", tmp_path, "2", *TINY, "--checkpointing_epochs", "1")
     call(*arguments, "--resume_from_checkpoint", "latest")
     assert same(weights(trained / "out"), weights(tmp_path))
 
@@ -83,7 +83,8 @@ def test_stage_1_is_kept_bit_for_bit_under_stage_2(trained, tmp_path):
 
 
 def test_joint_no_semantic_and_grpo_run(trained, tmp_path):
-    call("train", *TINY, "-o", tmp_path / "joint", "--joint", "--algorithm", "grpo", "--guidance_scale", "2")
+    call("train", *TINY, "-o", tmp_path / "joint", "--joint", "--algorithm", "grpo", "--guidance_scale", "2",
+         "--rank", "3")                                            # 32 / 3 is no float32
     config = json.loads((tmp_path / "joint" / "config.json").read_text())
     assert config["finished"] == ["tokenizer", "prior", "joint", "2"]
     call("train", *TINY, "-o", tmp_path / "texture", "--no-semantic", "--nft_form", "velocity", "--anchor", "stage1")
@@ -116,6 +117,7 @@ def test_a_stage_trained_once_more_can_be_stopped_and_resumed(trained, tmp_path,
     assert same(weights(tmp_path / "new"), weights(tmp_path / "straight"))
     said = refused(capsys, "train", *TINY, "--stage", "2", "--rank", "2", "-o", tmp_path / "straight")
     assert "the preference LoRA that is there has rank 4 and alpha 32" in said
+    assert "2" in json.loads((tmp_path / "straight" / "config.json").read_text())["finished"]
 
 
 def test_what_was_stopped_while_measuring_is_measured(trained, tmp_path):
