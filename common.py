@@ -1338,7 +1338,13 @@ class Run:
         if path.exists():
             config = json.loads(path.read_text())
             write_json(path, dict(config, finished=[name for name in config.get("finished", []) if name not in former]))
-        if state.exists() and torch.load(state, mmap=True, weights_only=True)["stage"] == stage:
+        try:
+            whose = torch.load(state, map_location="cpu", mmap=True, weights_only=True)["stage"]
+        except FileNotFoundError:
+            return
+        except Exception:                                         # damaged, in one of a dozen ways
+            whose = stage
+        if whose == stage:
             aside = state.replace(self.folder / "state_before.pt")
             self.say(f"{state} is of an earlier training of this stage: kept as {aside}")
 

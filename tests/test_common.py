@@ -492,6 +492,11 @@ def test_a_stage_trained_once_more_unfinishes_the_former_at_its_first_step(tmp_p
             pass
         assert json.loads((tmp_path / "config.json").read_text())["finished"] == finished
         assert (tmp_path / "state.pt").exists() == (finished != ["a"]) != (tmp_path / "state_before.pt").exists()
+    for content, stays in ((b"cut off", False), (None, True)):     # a damaged one serves no one; another stage's stays
+        (tmp_path / "state.pt").write_bytes(content) if content else torch.save(dict(stage="z"), tmp_path / "state.pt")
+        run.former = ["b"]
+        run.drop_former("b")
+        assert (tmp_path / "state.pt").exists() == stays
 
 
 def test_loaders_that_cannot_fork_are_refused_in_words(tmp_path, monkeypatch):
