@@ -52,7 +52,7 @@ from torch.utils.checkpoint import checkpoint
 
 import metrics
 from common import (ATTRIBUTES, DEGRADATION_NAMES, DEGRADATIONS, PRECISIONS, TOY_SPLITS, Faces, LoRALinear, Run,
-                    SampleFlags, Stage, TrainFlags, UserError, WordTokenizer, command_line, degrade,
+                    SampleFlags, Stage, TrainFlags, UserError, WordTokenizer, at_once, command_line, degrade,
                     find_checkpoint, list_images, load_lora, load_model, load_strict, lr_schedule, make_optimizer, mix,
                     not_half, print_ablation, print_table, random_crop, read_curves, read_image, read_weights,
                     restore_folder, run_ablation, save_lora, save_model, shared_parts, toy_faces, verbalise, versions,
@@ -1455,7 +1455,7 @@ def train(cfg: Train) -> None:
 # ------------------------------------------------------------------------------------------------ measuring
 
 
-def in_batches(function, *columns, size: int = 32):
+def in_batches(function, *columns, size: int):
     """function of pieces of the columns (tensors or lists), results joined on the CPU."""
     pieces = range(0, len(columns[0]), size)
     return torch.cat([function(*(c[i:i + size] for c in columns)).cpu() for i in pieces])
@@ -1466,7 +1466,8 @@ def restore_many(cfg, run, nets, lq, prompts: list):
     how = Setting(cfg.guidance_scale, cfg.num_inference_steps, cfg.true_cfg_scale, "", cfg.image_guidance_scale)
     noise = nets["codec"].noise(lq.shape[-1], [mix("noise", cfg.seed, i) for i in range(len(lq))])
     with run.autocast():
-        return in_batches(lambda x, p, e: restore(nets, cfg, x.to(run.device), p, e, how), lq, prompts, noise)
+        return in_batches(lambda x, p, e: restore(nets, cfg, x.to(run.device), p, e, how), lq, prompts, noise,
+                          size=at_once(cfg.image_size))
 
 
 def prompt_scores(source, target, clean, edited: list, sign: list, reader) -> dict:
@@ -1501,7 +1502,7 @@ def prior_faces(cfg, run, nets, prompts: list):
         prompt = Prompt(*nets["text"].encode(p), cfg.guidance_scale)
         return nets["codec"].decode(euler_sample(lambda z, t: velocity(z, t, prompt), e, sigmas)).clamp(-1, 1)
     with torch.no_grad(), run.autocast():
-        return in_batches(paint, prompts, noise)
+        return in_batches(paint, prompts, noise, size=at_once(cfg.image_size))
 
 
 def evaluate(cfg, run, nets, batch: dict, baseline: bool = True) -> tuple:
@@ -1515,14 +1516,15 @@ def evaluate(cfg, run, nets, batch: dict, baseline: bool = True) -> tuple:
     images["prior"] = prior_faces(cfg, run, nets, batch["source_prompts"])
     with torch.no_grad(), run.autocast():
         recode = lambda x: nets["codec"].decode(nets["codec"].encode(x.to(run.device))).clamp(-1, 1)
-        images["autoencoder"] = in_batches(recode, hq)
+        images["autoencoder"] = in_batches(recode, hq, size=at_once(cfg.image_size))
     pairs_of = {"target": "source"}
     if baseline and not cfg.pretrained_model_name_or_path:
         editor, editing = flux_editor(nets, cfg, Pairs().num_inference_steps, cfg.image_size), Pairs(seed=cfg.seed)
         with run.autocast():
             images["edited"] = in_batches(
                 functools.partial(edit_faces, editor, editing, 1.0, run.device), images["template"],
-                batch["source_prompts"], batch["target_prompts"], [mix("edit", cfg.seed, i) for i in range(len(hq))])
+                batch["source_prompts"], batch["target_prompts"], [mix("edit", cfg.seed, i) for i in range(len(hq))],
+                size=at_once(cfg.image_size))
         pairs_of["edited"] = "template"
     rows = {}
     for name in images:

@@ -1216,6 +1216,11 @@ class Faces:
         return self.read(self.held_out_files[:count], seeds)
 
 
+def at_once(size: int) -> int:
+    """Faces of `size` px to restore and measure together: 32 toy faces, 2 of 512 px, whose decoding takes memory."""
+    return max(1, min(32, 32 * 128 ** 2 // size ** 2))
+
+
 def random_crop(x: torch.Tensor, side: int) -> torch.Tensor:
     """(..., H, W) -> (..., side, side), one place for the whole batch; smaller sides stay as they are."""
     top, left = (int(torch.randint(n - side + 1, ())) if n > side else 0 for n in x.shape[-2:])

@@ -45,7 +45,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 import metrics
 from common import (DEGRADATION_NAMES, DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError,
-                    WordTokenizer, add_lora, command_line, degrade_pair, finished_parts, list_images,
+                    WordTokenizer, add_lora, at_once, command_line, degrade_pair, finished_parts, list_images,
                     load_model, load_strict, lr_schedule, make_optimizer, merge_lora, mix, not_half, print_ablation,
                     print_table, random_crop, read_curves, read_image, read_weights, refuse_unread, restore_folder,
                     run_ablation, save_model, shared_parts, toy_faces, trained_tensors, verbalise, versions,
@@ -1266,16 +1266,11 @@ def restore(nets, cfg, eyes_on, lq, references, present, noise=torch.randn_like)
     return decode(nets["vae"], restore_latent(nets["unet"], z_l, prompt, cfg.timestep)).clamp(-1, 1)
 
 
-def at_once(cfg) -> int:
-    """Faces to restore at a time: what fits where `train` did, since a pass without gradients takes a part of that."""
-    return max(1, 32 * 64 ** 2 // cfg.image_size ** 2)
-
-
 @torch.no_grad()
 def restore_held_out(cfg, run, nets, eyes_on, lq, references, present):
     rng = torch.Generator().manual_seed(cfg.seed)
     noise = lambda like: torch.randn(like.shape, generator=rng).to(like)
-    pieces = zip(*(x.split(at_once(cfg)) for x in (lq, references, present)))
+    pieces = zip(*(x.split(at_once(cfg.image_size)) for x in (lq, references, present)))
     return torch.cat([restore(nets, cfg, eyes_on, *(x.to(run.device) for x in piece), noise).cpu() for piece in pieces])
 
 
@@ -1309,7 +1304,7 @@ def report(cfg, run, faces, nets, eyes_on) -> dict:
     rows = {name: metrics.toy_scores(x, hq, reader, lq) for name, x in (dict(lq=lq) | images).items()}
     with torch.no_grad():
         copy_hq = torch.cat([decode(nets["vae"], encode(nets["vae"], x.to(run.device))).cpu()
-                             for x in hq.split(at_once(cfg))])
+                             for x in hq.split(at_once(cfg.image_size))])
     rows["autoencoder"] = metrics.toy_scores(copy_hq, hq, reader, lq)
     parameters = {part: sum(p.numel() for p in net.parameters()) for part, net in nets.items()}
     extra = dict(faces=len(hq), seconds=round(time.time() - run.started, 1), seconds_per_face=per_face,

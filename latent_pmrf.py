@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import metrics
-from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, command_line,
+from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, at_once, command_line,
                     decisive, degrade_pair, find_checkpoint, finished_parts, load_model, load_strict, lr_schedule,
                     make_optimizer, not_half, print_ablation, print_table, random_crop, read_curves, read_torch,
                     read_weights, refuse_unread, restore_folder, run_ablation, save_model, shared_parts, versions,
@@ -1265,8 +1265,7 @@ def restore_held_out(cfg, run, nets, batch, steps: int) -> dict:
     lq, clean = degrade_pair(batch["hq"], DEGRADATIONS[cfg.degradation], batch["seeds"])
     rng, found = torch.Generator().manual_seed(cfg.seed), {"lq": [lq], "hq": [clean]}
     noise = lambda like: torch.randn(like.shape, generator=rng).to(like)
-    size = max(1, min(32, 32 * 128 ** 2 // cfg.image_size ** 2))    # 32 toy faces, 2 of 512 px: decoding takes memory
-    for x, hq in zip(lq.split(size), clean.split(size)):
+    for x, hq in zip(lq.split(at_once(cfg.image_size)), clean.split(at_once(cfg.image_size))):
         result = restore(nets, cfg, x.to(run.device), noise, steps)
         if "vae" in nets:
             with torch.no_grad():

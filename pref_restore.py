@@ -54,7 +54,7 @@ from torch.utils.checkpoint import checkpoint
 
 import metrics
 from common import (ATTRIBUTES, DEGRADATION_NAMES, DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError,
-                    WordTokenizer, command_line, degrade, find_checkpoint, list_images, load_model,
+                    WordTokenizer, at_once, command_line, degrade, find_checkpoint, list_images, load_model,
                     load_strict, make_optimizer, mix, not_half, print_ablation, print_table, read_curves, read_weights,
                     refuse_unread, restore_folder, run_ablation, save_model, shared_parts, verbalise, versions,
                     warmup_cosine, whole_file, write_curve, write_grid, write_json)
@@ -1997,12 +1997,12 @@ def train(cfg: Train) -> None:
 
 
 def restore_many(cfg, run, model, vocab, lq, captions, seed: int) -> torch.Tensor:
-    """(N, 3, S, S) in [-1, 1] -> restored, on the CPU, in batches of 32; noise and words follow from `seed`."""
-    rng, found = torch.Generator().manual_seed(seed), []
-    for i in range(0, len(lq), 32):
-        x = lq[i:i + 32].to(run.device)
+    """(N, 3, S, S) in [-1, 1] -> restored, on the CPU, in batches; noise and words follow from `seed`."""
+    rng, found, size = torch.Generator().manual_seed(seed), [], at_once(cfg.image_size)
+    for i in range(0, len(lq), size):
+        x = lq[i:i + size].to(run.device)
         with run.autocast():
-            cond = read_face(model, vocab, cfg, x, captions[i:i + 32], rng)
+            cond = read_face(model, vocab, cfg, x, captions[i:i + size], rng)
             found.append(draw_face(model, cfg, cond, noise_like(model, cfg, len(x), rng)).cpu())
     return torch.cat(found)
 
@@ -2072,7 +2072,8 @@ def measure(cfg, run, faces, model, vocab) -> tuple:
     if rewards_given(cfg):
         numbers |= reward_numbers(cfg, run, restored, batch["hq"], batch["caption"])
     with torch.no_grad():
-        rebuilt = torch.cat([model.decode(model.encode(x.to(run.device))).cpu() for x in batch["hq"].split(32)])
+        rebuilt = torch.cat([model.decode(model.encode(x.to(run.device))).cpu()
+                             for x in batch["hq"].split(at_once(cfg.image_size))])
     return numbers, dict(lq=lq, restored=restored, hq=batch["hq"], reconstruction=rebuilt, captions=batch["caption"])
 
 

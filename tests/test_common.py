@@ -499,6 +499,10 @@ def test_a_stage_trained_once_more_unfinishes_the_former_at_its_first_step(tmp_p
         assert (tmp_path / "state.pt").exists() == stays
 
 
+def test_large_faces_are_restored_a_few_at_a_time():
+    assert [common.at_once(size) for size in (16, 64, 128, 256, 512, 1024)] == [32, 32, 32, 8, 2, 1]
+
+
 def test_loaders_that_cannot_fork_are_refused_in_words(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "fork")
     stage = common.Stage(common.Run(Tiny(output=str(tmp_path), num_workers=1)), "b", {"m": nn.Linear(1, 1)}, {}, 1)

@@ -55,7 +55,8 @@ def trained(tmp_path_factory):
     def run(name):
         if name not in done:
             command_line("x", verbs(METHODS[name]),
-                         [*quick_start(name)[0], "--max_train_steps", "2", "--validation_faces", "8"])
+                         [*quick_start(name)[0], "--max_train_steps", "2", "--validation_faces", "8",
+                          *(["--bank", "64", "--consistency_seeds", "2"] if name == "pref_restore" else [])])
             done.add(name)
         return root
 
