@@ -2,9 +2,9 @@
 
 Paper: "A2BFR"; its authors published inference only (github.com/MediaX-SJTU/A2BFR). A frozen text-to-image
 transformer, FLUX, gets a third kind of token, the latents of the degraded image, and a LoRA that acts on those tokens
-alone. Two things teach it to obey the prompt: an attribute classifier reads the one-step clean image (attribute-aware
-learning, AAL), and pairs of faces that differ in one attribute share the degraded image, the time and the noise, so
-that nothing but the prompt can tell them apart (semantic dual-training, SDT).
+alone. Two things teach it to obey the prompt: an attribute encoder (AAE) reads the one-step clean image
+(attribute-aware learning, AAL), and pairs of faces that differ in one attribute share the degraded image, the time
+and the noise, so that nothing but the prompt can tell them apart (semantic dual-training, SDT).
 
     paper            name here          shape           range    meaning
     I_LQ, I_GT       lq, hq             (B, 3, S, S)    [-1, 1]  degraded and clean face
@@ -51,16 +51,16 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 import metrics
-from common import (ATTRIBUTES, DEGRADATION_NAMES, DEGRADATIONS, PRECISIONS, TOY_SPLITS, Faces, LoRALinear, Run,
-                    SampleFlags, Stage, TrainFlags, UserError, WordTokenizer, at_once, command_line, degrade,
-                    find_checkpoint, list_images, load_lora, load_model, load_strict, lr_schedule, make_optimizer, mix,
-                    not_half, print_ablation, print_table, random_crop, read_curves, read_image, read_weights,
-                    restore_folder, run_ablation, save_lora, save_model, shared_parts, toy_faces, verbalise, versions,
-                    whole_file, write_curve, write_grid, write_image, write_json)
+from common import (ATTRIBUTES, DEGRADATIONS, DEGRADATION_NAMES, PRECISIONS, SIBLINGS, SMILING, TOY_SPLITS, Faces,
+                    LoRALinear, Run, SampleFlags, Stage, TrainFlags, UserError, WordTokenizer, at_once, command_line,
+                    degrade, find_checkpoint, first_line, from_folder, list_images, load_lora, load_model, load_strict,
+                    lr_schedule, make_optimizer, mix, not_half, print_ablation, print_table, random_crop, read_curves,
+                    read_image, read_weights, restore_folder, run_ablation, save_lora, save_model, saved_flags,
+                    shared_parts, toy_faces, verbalise, versions, whole_file, write_curve, write_grid, write_image,
+                    write_json)
 
 TEMPLATE = "A photo of a human face"  # the paper's prompt where nothing is asked for
 NAMES = [name for _, name, _, _ in ATTRIBUTES]
-SIBLINGS = ((5, 6), (7, 8, 9, 10))  # wavy or straight, and the hair colours: switching one on switches the others off
 SHOWN = {"template": TEMPLATE, "smiling": "a photo of a smiling person",  # title: prompt, in prompts.png
          "older, serious": "a photo of an older serious person",
          "eyeglasses": "a photo of a person, wearing eyeglasses",
@@ -102,7 +102,7 @@ class Train(TrainFlags):
     prior_steps: int = 1200                # optimiser steps
     prior_learning_rate: float = 1.5e-2    # peak
     prior_drop_text: float = 0.1           # share of faces whose caption is dropped
-    time_shift: float = 4.0                # s of the law of t: the condition matters where noise is strong; paper 1
+    time_shift: float = 4.0                # s of the law of t: the condition matters in strong noise; OminiControl 1
     # LoRA
     rank: int = 32                         # paper 64
     lora_alpha: float = 0.0                # the change is scaled by lora_alpha / rank (0: by 1, as released); paper 4
@@ -121,8 +121,8 @@ class Train(TrainFlags):
     dual: typing.Literal["signed", "abs"] = "signed"  # the target on its side, or |gap| as in Eq. 5
     attr_t_max: float = 0.9                # UNSTATED: one-step faces from noisier latents are not read
     decoded: int = 0                       # decode only so many faces of a batch for the reader (0: all)
-    drop_text: float = 0.1                 # share of pairs whose prompts are dropped; paper 0.01
-    drop_condition: float = 0.01           # share of pairs whose degraded image is black; paper 0.01
+    drop_text: float = 0.1                 # share of pairs whose prompts are dropped; paper "dropout 0.01", read so
+    drop_condition: float = 0.01           # share of pairs whose degraded image is black; paper as drop_text
     dropped_prompt: typing.Literal["empty", "template", "both"] = "both"  # what stands for a dropped prompt
     # condition branch
     independent_condition: bool = False    # the condition sees itself alone: allows sample --kv_cache
@@ -132,10 +132,10 @@ class Train(TrainFlags):
     gradient_checkpointing: bool = False   # recompute blocks and autoencoder in the backward pass
     cache_text: bool = False               # embed all prompts to disk first; no text encoder while training
     # sampling
-    num_inference_steps: int = 4           # Euler steps; paper 28
+    num_inference_steps: int = 4           # Euler steps; release 28
     guidance_scale: float = 1.0            # embedded guidance: 1 is all a toy prior knows; FLUX 3.5, release 3.0
-    true_cfg_scale: float = 2.0            # guidance away from the empty prompt, what FLUX embeds; paper 1, off
-    image_guidance_scale: float = 1.3      # guidance away from a black degraded image; paper 1, off
+    true_cfg_scale: float = 2.0            # away from the empty prompt, what FLUX embeds; UNSTATED: paper preset 1, off
+    image_guidance_scale: float = 1.3      # away from a black degraded image; UNSTATED: paper preset 1, off
     validation_faces: int = 128            # held-out faces restored and measured at the end
 
 
@@ -210,7 +210,7 @@ class Ablate(Train):
     validation_faces: int = 128            # held-out faces restored and measured per row
 
 
-PAPER = dict(
+PAPER = dict(  # UNSTATED: degradation (heavy, by the paper's IDS of .35 and LPIPS of .27)
     image_size=512, batch_size=1, degradation="codeformer", ema_decay=0.0, mixed_precision="bf16", num_workers=4,
     checkpointing_steps=1000, log_steps=50, lr_scheduler="constant", lr_warmup_steps=0, text_length=512, time_shift=1.0,
     rank=64, lora_steps=60_000, prodigy_d0=1e-6, drop_text=0.01, drop_condition=0.01,
@@ -282,9 +282,7 @@ def add_condition_lora(transformer, rank: int, alpha: float) -> list:
     """
     transformer.requires_grad_(False)
     for name in condition_layers(transformer):
-        parent, _, leaf = name.rpartition(".")
-        layer = ConditionLinear(transformer.get_submodule(name), rank, alpha)
-        setattr(transformer.get_submodule(parent), leaf, layer)
+        transformer.set_submodule(name, ConditionLinear(transformer.get_submodule(name), rank, alpha))
     return [p for p in transformer.parameters() if p.requires_grad]
 
 
@@ -343,6 +341,7 @@ def same_type(norm, x):
 
 
 def text_qkv(attn, x):
+    """The same of the text tokens (B, L), which have layers of their own."""
     q, k, v = (f(x).unflatten(-1, (attn.heads, -1)) for f in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
     return same_type(attn.norm_added_q, q), same_type(attn.norm_added_k, k), v
 
@@ -483,11 +482,12 @@ class FluxText:
 
     def __init__(self, where: str, length: int, device, dtype=torch.bfloat16):
         from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+        part = functools.partial(from_folder, where=where, flag="pretrained_model_name_or_path")
         self.length, self.device = length, device
-        self.clip_words = from_folder(AutoTokenizer, where, "tokenizer")
-        self.t5_words = from_folder(AutoTokenizer, where, "tokenizer_2")
-        self.clip = from_folder(CLIPTextModel, where, "text_encoder", dtype=dtype).to(device).eval()
-        self.t5 = from_folder(T5EncoderModel, where, "text_encoder_2", dtype=dtype).to(device).eval()
+        self.clip_words = part(AutoTokenizer, subfolder="tokenizer")
+        self.t5_words = part(AutoTokenizer, subfolder="tokenizer_2")
+        self.clip = part(CLIPTextModel, subfolder="text_encoder", dtype=dtype).to(device).eval()
+        self.t5 = part(T5EncoderModel, subfolder="text_encoder_2", dtype=dtype).to(device).eval()
 
     @torch.no_grad()
     def encode(self, prompts: list):
@@ -556,25 +556,6 @@ def check_prompt(text, prompt: str, flag: str = "--prompt") -> None:
     if not prompt.strip():
         raise UserError(f"{flag} is empty: leave it out for {TEMPLATE!r}")
     text.check(prompt, flag)
-
-
-def from_folder(cls, where: str, subfolder: str, **options):
-    """from_pretrained of a part of a diffusers folder or hub id; UserError, one line, where it is missing, broken or
-    lacks weights, which the libraries would draw at random."""
-    path = Path(where).expanduser()
-    if path.exists() and not (path / subfolder).is_dir():
-        raise UserError(f"--pretrained_model_name_or_path {where}: no folder {subfolder}/ in it; is it a whole model?")
-    load = functools.partial(cls.from_pretrained, str(path) if path.exists() else where, subfolder=subfolder, **options)
-    try:
-        if not hasattr(cls, "named_parameters"):  # a tokenizer
-            return load()
-        model, found = load(output_loading_info=True)
-        if found["missing_keys"]:
-            raise ValueError(f"it lacks weights such as {sorted(found['missing_keys'])[0]}")
-        return model
-    except Exception as error:  # missing files, other sizes, offline, gated: a dozen kinds
-        raise UserError(f"--pretrained_model_name_or_path {where}: {subfolder} cannot be loaded "
-                        f"({first_line(error)})") from None
 
 
 # ------------------------------------------------------------------------------------------------ losses
@@ -866,8 +847,8 @@ def build_toy(cfg) -> dict:
 def load_flux(where: str, dtype) -> dict:
     """Codec and transformer of FLUX.1-dev, frozen. UserError where the folder is incomplete."""
     from diffusers import AutoencoderKL, FluxTransformer2DModel
-    prior = from_folder(FluxTransformer2DModel, where, "transformer", dtype=dtype)
-    vae = from_folder(AutoencoderKL, where, "vae", dtype=dtype)
+    prior = from_folder(FluxTransformer2DModel, where, "pretrained_model_name_or_path", "transformer", dtype=dtype)
+    vae = from_folder(AutoencoderKL, where, "pretrained_model_name_or_path", "vae", dtype=dtype)
     if prior.config.in_channels != 4 * vae.config.latent_channels:
         raise UserError(f"--pretrained_model_name_or_path {where}: the transformer takes {prior.config.in_channels} "
                         f"channels, the vae makes {4 * vae.config.latent_channels}; FLUX.1-dev is meant, not a variant")
@@ -880,15 +861,10 @@ def weight_type(run):
     return torch.bfloat16 if run.precision == "bf16" else torch.float32
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-
-
 def load_run(where: str) -> tuple:
     """(nets, Train configuration, finished stages) of a training run; nets without LoRA, none if it used real FLUX."""
     config, saved = load_model(where, "a2bfr")
-    known = {f.name for f in dataclasses.fields(Train)}
-    trained = Train(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["train"].items() if k in known})
+    trained = saved_flags(Train, config, f"--checkpoint {where}")
     if trained.pretrained_model_name_or_path:
         return {}, trained, config["finished"]
     nets = build_toy(trained)
@@ -920,7 +896,7 @@ def load_encoder(cfg, device):
     """The frozen attribute encoder: FaRL where its file is given, else reader_a."""
     if cfg.farl:
         return metrics.load_weights(metrics.FaRLAttributes(), cfg.farl).requires_grad_(False).to(device)
-    return metrics.load_reader("a", cfg.readers or None).to(device)
+    return metrics.load_reader("a", cfg.readers).to(device)
 
 
 # ------------------------------------------------------------------------------------------------ data: pairs of faces
@@ -1119,7 +1095,8 @@ class Singles:
     def make(self, batch: dict) -> dict:
         with torch.no_grad():
             scores = read_attributes(self.encoder, batch["hq"]).sigmoid().tolist()
-        edited = [(choice := editable(s) or [1])[int(seed) % len(choice)] for s, seed in zip(scores, batch["seeds"])]
+        choices = [editable(s) or [SMILING] for s in scores]                      # where the encoder is sure of nothing
+        edited = [choice[int(seed) % len(choice)] for choice, seed in zip(choices, batch["seeds"])]
         after = [switch(s, i) for s, i in zip(scores, edited)]
         return dict(hq=batch["hq"], seeds=batch["seeds"], edited=torch.tensor(edited),
                     sign=torch.tensor([float(sign) for _, sign in after]),
@@ -1165,7 +1142,7 @@ def degraded(cfg, batch: dict):
 def train_vae(cfg, run, nets, encoder):
     """Stage 1 of the toy preset: the autoencoder, on crops; then its latents are measured and normalised."""
     faces, codec = Faces(cfg.data, cfg.image_size, cfg.validation_data), nets["codec"].requires_grad_(True)
-    reader = metrics.load_reader("a", cfg.readers or None).to(run.device)
+    reader = metrics.load_reader("a", cfg.readers).to(run.device)
     steps = min(cfg.vae_steps, cfg.max_train_steps)
     optimizer = make_optimizer(cfg, codec.parameters(), cfg.vae_learning_rate, betas=(0.9, 0.99))
     stage = Stage(run, "vae", {"codec": codec}, {"codec": optimizer}, steps, lr_schedule(cfg, steps))
@@ -1175,8 +1152,8 @@ def train_vae(cfg, run, nets, encoder):
             posterior = codec.vae.encode(hq).latent_dist
             seen = codec.vae.decode(posterior.sample()).sample.float()
         l1, kl = (seen - hq).abs().mean(), posterior.kl().mean()
-        likeness = sum((x - y).abs().mean() for x, y in zip(reader.stages(seen), reader.stages(hq)))
-        stage.update(l1 + cfg.perceptual_weight * likeness + cfg.kl_weight * kl, l1=l1, likeness=likeness, kl=kl)
+        perceptual = metrics.feature_distance(reader, seen, hq)
+        stage.update(l1 + cfg.perceptual_weight * perceptual + cfg.kl_weight * kl, l1=l1, perceptual=perceptual, kl=kl)
     codec.load_state_dict(stage.ema["codec"])
     codec.requires_grad_(False)
     with torch.no_grad():
@@ -1330,6 +1307,7 @@ STAGE_OF = {"codec": "vae", "text": "prior", "prior": "prior"}     # where the p
 
 
 def stages_of(cfg) -> list:
+    """All stages of this configuration, in order."""
     return ["lora"] if cfg.pretrained_model_name_or_path or cfg.prior else ["vae", "prior", "lora"]
 
 
@@ -1418,6 +1396,7 @@ def save_run(cfg, run, nets, finished: list) -> None:
 
 
 def train(cfg: Train) -> None:
+    """The stages asked for, in order: each is saved when it ends; then held-out faces are restored and measured."""
     check_sizes(cfg)
     stages = stages_of(cfg)
     wanted = stages if cfg.stage == "all" else [cfg.stage]
@@ -1432,7 +1411,7 @@ def train(cfg: Train) -> None:
     nets = {name: net.to(run.device).requires_grad_(False) if isinstance(net, nn.Module) else net
             for name, net in nets.items()}
     source = source_of(nets["text"]) if "lora" in wanted else None
-    metrics.load_reader("b", cfg.readers or None)                  # a missing file comes out before an old run is moved
+    metrics.load_reader("b", cfg.readers)                  # a missing file comes out before an old run is moved
     run.start_log()
     if cfg.stage != "all" and not cfg.resume_from_checkpoint:
         run.former = stages[stages.index(cfg.stage):]
@@ -1461,7 +1440,7 @@ def in_batches(function, *columns, size: int):
     return torch.cat([function(*(c[i:i + size] for c in columns)).cpu() for i in pieces])
 
 
-def restore_many(cfg, run, nets, lq, prompts: list):
+def restore_held_out(cfg, run, nets, lq, prompts: list):
     """Faces (N, 3, S, S) on the CPU; face i has the same noise under every prompt."""
     how = Setting(cfg.guidance_scale, cfg.num_inference_steps, cfg.true_cfg_scale, "", cfg.image_guidance_scale)
     noise = nets["codec"].noise(lq.shape[-1], [mix("noise", cfg.seed, i) for i in range(len(lq))])
@@ -1509,10 +1488,10 @@ def evaluate(cfg, run, nets, batch: dict, baseline: bool = True) -> tuple:
     """(rows of numbers, {title: images}) of held-out faces: degraded, restored with the source's prompt, the target's
     and the template, through the autoencoder, painted by the prior from the source's prompt alone; with `baseline`, on
     a toy prior, also Table 3's: restored with the template and then edited."""
-    reader, hq = metrics.load_reader("b", cfg.readers or None).to(run.device), batch["hq"]
+    reader, hq = metrics.load_reader("b", cfg.readers).to(run.device), batch["hq"]
     asked = dict(source=batch["source_prompts"], target=batch["target_prompts"], template=[TEMPLATE] * len(hq))
     images = {"lq": degraded(cfg, batch)}
-    images |= {title: restore_many(cfg, run, nets, images["lq"], prompts) for title, prompts in asked.items()}
+    images |= {title: restore_held_out(cfg, run, nets, images["lq"], prompts) for title, prompts in asked.items()}
     images["prior"] = prior_faces(cfg, run, nets, batch["source_prompts"])
     with torch.no_grad(), run.autocast():
         recode = lambda x: nets["codec"].decode(nets["codec"].encode(x.to(run.device))).clamp(-1, 1)
@@ -1551,17 +1530,15 @@ def report(cfg, run, nets, source, encoder) -> dict:
         rows["target"]["attribute_accuracy_farl"] = (asked > 0).float().mean().item()
     per_attribute = {name: row.pop("per_attribute") for name, row in rows.items() if "per_attribute" in row}
     folder, count = run.folder, len(batch["hq"])
-    parameters = {n: sum(p.numel() for p in net.parameters()) for n, net in nets.items() if isinstance(net, nn.Module)}
-    extra = dict(faces=count, seconds=round(time.time() - run.started, 1),
-                 peak_memory_gb=round(run.peak_memory_gb(), 2), parameters=parameters)
+    extra = dict(faces=count, **run.account(nets))
     protocol = metrics.toy_protocol(cfg.pairs or cfg.validation_data or cfg.data, cfg.degradation, count,
                                     cfg.readers)
     write_json(folder / "metrics.json", dict(rows=rows, per_attribute=per_attribute, **extra, protocol=protocol,
                                              **versions(run.device)))
     write_grid(folder / "samples.png", images)
     lq = images["lq"][:6]
-    columns = {title: restore_many(cfg, run, nets, lq, [prompt] * len(lq)) for title, prompt in SHOWN.items()}
-    write_grid(folder / "prompts.png", {"degraded": lq} | columns)
+    columns = {title: restore_held_out(cfg, run, nets, lq, [prompt] * len(lq)) for title, prompt in SHOWN.items()}
+    write_grid(folder / "prompts.png", {"lq": lq} | columns)
     names = ("l1", "loss", "diffusion_src", "attribute_kl_src", "dual")
     write_curve(folder / "curves.png", read_curves(folder / "log.jsonl", names))
     shown = ("psnr", "psnr_gain", "fid_toy", "deg_toy", "attr_toy", "attribute_accuracy_toy", "leakage_toy",
@@ -1578,10 +1555,11 @@ def report(cfg, run, nets, source, encoder) -> dict:
 
 
 def sample(cfg: Sample) -> None:
+    """Restore a picture or a folder with trained weights under --prompt, into --output."""
     run = Run(cfg)
     if not cfg.prompt.strip():
         raise UserError(f"--prompt is empty: leave it out for {TEMPLATE!r}")
-    nets, trained = load_restorer(cfg, run)
+    nets, trained = load_networks(cfg, run)
     if cfg.kv_cache and not trained.independent_condition:
         raise UserError("--kv_cache: this LoRA lets the condition see the image, so it changes with every step; "
                         "train with --independent_condition")
@@ -1600,7 +1578,7 @@ def sample(cfg: Sample) -> None:
     restore_folder(cfg, restore_batch, trained.image_size, run.device)
 
 
-def load_restorer(cfg: Sample, run) -> tuple:
+def load_networks(cfg: Sample, run) -> tuple:
     """(nets with their LoRA, Train configuration): a training run, or FLUX and any LoRA file."""
     if cfg.lora and cfg.pretrained_model_name_or_path:  # the release: no run of ours, OminiControl's settings
         trained = Train(**dict(PAPER, image_size=cfg.image_size, text_length=cfg.text_length, guidance_scale=3.0,
@@ -1762,7 +1740,7 @@ class Judge:
 
     def __init__(self, cfg: Pairs, device):
         self.encoder, self.device = load_encoder(cfg, device), device
-        self.reader = metrics.load_reader("a", cfg.readers or None).to(device)
+        self.reader = metrics.load_reader("a", cfg.readers).to(device)
         self.identity = self.detector = self.reader
         if cfg.arcface:
             self.identity = metrics.load_iresnet(cfg.arcface).requires_grad_(False).to(device)
@@ -1795,11 +1773,8 @@ class LLMVerbaliser:
         if not where:
             raise UserError("--verbaliser llm needs --llm: a folder or hub id of a chat model")
         from transformers import AutoModelForCausalLM, AutoTokenizer
-        try:
-            self.words = AutoTokenizer.from_pretrained(where)
-            self.model = AutoModelForCausalLM.from_pretrained(where).to(device).eval()
-        except Exception as error:  # missing files, offline, gated: a dozen kinds
-            raise UserError(f"--llm {where}: cannot be loaded ({first_line(error)})") from None
+        self.words = from_folder(AutoTokenizer, where, "llm")
+        self.model = from_folder(AutoModelForCausalLM, where, "llm").to(device).eval()
 
     @torch.no_grad()
     def __call__(self, scores) -> str:
@@ -1964,7 +1939,7 @@ def pairs_report(cfg: Pairs, run, tried: int) -> None:
     source, target = (torch.stack([read_image(run.folder / row[key], side) for row in some])
                       for key in ("source", "target"))
     edited, sign = [NAMES.index(row["attribute"]) for row in some], [row["sign"] for row in some]
-    numbers = prompt_scores(source, target, source, edited, sign, metrics.load_reader("b", cfg.readers or None))
+    numbers = prompt_scores(source, target, source, edited, sign, metrics.load_reader("b", cfg.readers))
     numbers.pop("identity_toy")                                    # of the source and itself
     minutes = (time.time() - run.started) / 60 / tried * 1000 if tried else None
     numbers |= dict(measured=len(some), accepted=len(good), tried=len(rows), acceptance=len(good) / len(rows),
@@ -2031,9 +2006,9 @@ def ablation_row(cfg: Ablate, done: dict) -> dict:
     rows, images = evaluate(cfg, run, nets, batch, baseline=whole)
     # Text guidance lifts every row towards the ceiling: what training alone has taught is seen without it.
     plain, asked = dataclasses.replace(cfg, true_cfg_scale=1.0), ("source_prompts", "target_prompts")
-    both = [restore_many(plain, run, nets, images["lq"], batch[prompts]) for prompts in asked]
+    both = [restore_held_out(plain, run, nets, images["lq"], batch[prompts]) for prompts in asked]
     unguided = prompt_scores(*both, batch["hq"], batch["edited"].tolist(), batch["sign"].tolist(),
-                             metrics.load_reader("b", cfg.readers or None).to(run.device))
+                             metrics.load_reader("b", cfg.readers).to(run.device))
     extra = dict(source_psnr_gain=rows["source"]["psnr_gain"], template_attr_toy=rows["template"]["attr_toy"],
                  unguided_accuracy_toy=unguided["attribute_accuracy_toy"])
     return dict(scores=rows["target"] | extra, seconds=seconds, **({"edited": rows["edited"]} if whole else {}))

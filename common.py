@@ -90,6 +90,7 @@ ATTRIBUTES = (
     (35, "Wearing_Hat", "a hat", ""),
 )
 YOUNG, SMILING, OPEN, GLASSES, BANGS, WAVY, STRAIGHT, BLACK, BLOND, BROWN, GRAY, HAT = range(12)
+SIBLINGS = ((WAVY, STRAIGHT), (BLACK, BLOND, BROWN, GRAY))        # switching one on switches the others off
 TOY_SPLITS = {  # identities
     "train": range(2**30), "val": range(2**30, 2**30 + 2**20), "test": range(2**31, 2**31 + 2**20)}
 
@@ -113,7 +114,7 @@ def verbalise(scores) -> str:
         return say(max(group, key=lambda i: scores[i]))
 
     person = " ".join(say(YOUNG) + say(SMILING) + ["person"])
-    hair = " ".join(best((WAVY, STRAIGHT)) + best((BLACK, BLOND, BROWN, GRAY)) + ["hair"])
+    hair = " ".join([phrase for group in SIBLINGS for phrase in best(group)] + ["hair"])
     hair = " and ".join(([hair] if hair != "hair" else []) + say(BANGS))
     wears = " and ".join(say(GLASSES) + say(HAT))
     article = "an" if person[0] in "aeiou" else "a"
@@ -914,8 +915,9 @@ def degrade(hq: torch.Tensor, spec: Degradation, seeds) -> torch.Tensor:
 
     hq (B, 3, S, S) in [-1, 1] on any device, spec a `Degradation`, seeds B integers -> lq, same shape, 8-bit values
     in [-1, 1]. Image i depends on (hq[i], spec, seeds[i]) alone, so any test set can be rebuilt from its seeds.
+    Never grey: hq stays in colour, and a grey lq beside it would teach to guess colours; `degrade_pair` turns both.
     """
-    return degrade_pair(hq, spec, seeds)[0]
+    return degrade_pair(hq, dataclasses.replace(spec, grey=0.0), seeds)[0]
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -1399,6 +1401,13 @@ class Run:
                 dist.barrier()
         self.log(argv=sys.argv, config=dataclasses.asdict(self.cfg), **versions(self.device), world=self.world)
 
+    def account(self, nets: dict) -> dict:
+        """What metrics.json says of a run: seconds since its start, peak memory, parameters of each network."""
+        parameters = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()
+                      if isinstance(net, nn.Module)}
+        return dict(seconds=round(time.time() - self.started, 1), peak_memory_gb=round(self.peak_memory_gb(), 2),
+                    parameters=parameters)
+
     def peak_memory_gb(self) -> float:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2 ** 30
@@ -1840,6 +1849,22 @@ def load_model(where: str, method: str) -> tuple:
     return config, parts
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder, or the weights in it, comes from a training here and not from a release."""
+    config = path / "config.json" if path.is_dir() else path.with_name("config.json")
+    return config.exists() and '"method"' in config.read_text(errors="replace")
+
+
+def saved_flags(cls, config: dict, where):
+    """The `cls` (a method's Train) a run was made with, from its config.json; flags that are gone are left out."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    try:
+        saved = {name: value for name, value in config["train"].items() if name in known}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{where}: config.json lacks what a training run writes; train again") from None
+
+
 def find_checkpoint(where: str, flag: str = "checkpoint") -> Path:
     """A local file or folder as it is; `owner/name` is fetched from the hub. UserError, naming `flag`, if neither."""
     path = Path(where).expanduser()
@@ -1853,6 +1878,31 @@ def find_checkpoint(where: str, flag: str = "checkpoint") -> Path:
     except Exception as error:                                    # offline, gated, misspelt: a dozen kinds of exception
         raise UserError(f"--{flag} {where}: not a local path, and the hub says {type(error).__name__}; "
                         "check the name and your connection") from None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
+def from_folder(cls, where: str, flag: str, subfolder: str = "", **options):
+    """`cls.from_pretrained` (transformers, diffusers) of a local folder or hub id; one line, a UserError that names
+    `flag`, where it is missing, broken or lacks weights, which the libraries would draw at random."""
+    path = Path(where).expanduser()
+    if path.exists() and not (path / subfolder).is_dir():
+        raise UserError(f"--{flag} {where}: no folder {subfolder}/ in it; is it a whole model?")
+    if cls.__module__.startswith("diffusers"):
+        options["low_cpu_mem_usage"] = False                      # True would need the accelerate package
+    load = functools.partial(cls.from_pretrained, str(path) if path.exists() else where, subfolder=subfolder, **options)
+    try:
+        if "Tokenizer" in cls.__name__:
+            return load()
+        model, found = load(output_loading_info=True)
+        if found["missing_keys"]:
+            raise ValueError(f"it lacks weights such as {sorted(found['missing_keys'])[0]}")
+        return model
+    except Exception as error:                                    # missing files, other sizes, offline, gated: a dozen
+        raise UserError(f"--{flag} {where}: {subfolder or cls.__name__} cannot be loaded "
+                        f"({first_line(error)})") from None
 
 
 # ------------------------------------------------------------------------------------------------ LoRA
@@ -1908,9 +1958,8 @@ def add_lora(module: nn.Module, names: tuple, rank: int, alpha: float) -> list:
     if not targets:
         raise ValueError(f"no Linear or Conv2d in {type(module).__name__} has a name that ends with one of {names}")
     for name in targets:
-        parent, _, leaf = name.rpartition(".")
         layer = module.get_submodule(name)
-        setattr(module.get_submodule(parent), leaf, LORA_OF[type(layer)](layer, rank, alpha))
+        module.set_submodule(name, LORA_OF[type(layer)](layer, rank, alpha))
     return [p for p in module.parameters() if p.requires_grad]
 
 
@@ -1923,8 +1972,7 @@ def merge_lora(module: nn.Module) -> None:
     for name, layer in lora_layers(module).items():
         a, b = layer.lora_A.weight.data, layer.lora_B.weight.data
         layer.base.weight.data += layer.scale * (b.flatten(1) @ a.flatten(1)).view_as(layer.base.weight)
-        parent, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, layer.base)
+        module.set_submodule(name, layer.base)
 
 
 def save_lora(module: nn.Module, path, prefix: str = "transformer.") -> None:

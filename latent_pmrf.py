@@ -2,13 +2,13 @@
 
 Paper: "Latent-PMRF" (arXiv 2507.00447 v1); baseline: PMRF (arXiv 2410.00418). Among all estimators whose outputs
 look real, the one with the least squared error transports the posterior mean to the distribution of clean images.
-PMRF learns that transport with a rectified flow on pixels; here it runs between latents of Sim-VAE, an autoencoder
-plain enough (3x3 convolutions, per-pixel LayerNorm, no attention) to reconstruct faces almost exactly: its error
-bounds the distortion.
+PMRF (posterior-mean rectified flow) learns that transport on pixels; here it runs between latents of Sim-VAE, an
+autoencoder plain enough (3x3 convolutions, per-pixel LayerNorm, no attention) to reconstruct faces almost exactly: its
+error bounds the distortion.
 
     paper      name here   shape                range     meaning
     y, x       lq, hq      (B, 3, S, S)         [-1, 1]   degraded and clean face
-    x_hat      estimate    (B, 3, S, S)         [-1, 1]   posterior mean E[X | Y = y], here the MMSE network SwinIR
+    x_hat      estimate    (B, 3, S, S)         [-1, 1]   posterior mean E[X | Y = y], here SwinIR (`mmse`)
     E, D       vae         (B, 3, S, S) <-> (B, c, S/f, S/f)    Sim-VAE; latents are not rescaled
     z_0        z0          (B, c, h, w)         t = 0     source: latent of the posterior mean + noise of std sigma_s
     z_1        z1          (B, c, h, w)         t = 1     target: latent of the clean face
@@ -36,10 +36,10 @@ from torch.utils.checkpoint import checkpoint
 
 import metrics
 from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, at_once, command_line,
-                    decisive, degrade_pair, find_checkpoint, finished_parts, load_model, load_strict, lr_schedule,
-                    make_optimizer, not_half, print_ablation, print_table, random_crop, read_curves, read_torch,
-                    read_weights, refuse_unread, restore_folder, run_ablation, save_model, shared_parts, versions,
-                    warmup_cosine, write_curve, write_grid, write_json)
+                    decisive, degrade_pair, find_checkpoint, finished_parts, is_run, load_model, load_strict,
+                    lr_schedule, make_optimizer, not_half, print_ablation, print_table, random_crop, read_curves,
+                    read_torch, read_weights, refuse_unread, restore_folder, run_ablation, save_model, saved_flags,
+                    shared_parts, versions, warmup_cosine, write_curve, write_grid, write_json)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -123,7 +123,7 @@ class Ablate(Train):
     validation_faces: int = 128            # held-out faces restored and measured per row
 
 
-PAPER = dict(
+PAPER = dict(  # UNSTATED: degradation; "difface" is PMRF's. mmse_steps: PMRF's 1000 epochs of FFHQ at its batch of 256
     image_size=512, batch_size=8, degradation="difface", ema_decay=0.9999, mixed_precision="bf16", num_workers=8,
     checkpointing_steps=5000, log_steps=100, optimizer="adamw", lr_scheduler="constant", lr_warmup_steps=0,
     latent_channels=32, vae_widths=(128, 256, 512, 512), perceptual="vgg19", vae_steps=150_000, vae_learning_rate=1e-4,
@@ -420,6 +420,7 @@ class SwinIR(nn.Module):
     Default: DifFace's SwinIR-L (15,792,587 parameters, its names). PMRF's "swinir_M": dim=120, depths=(6,) * 5.
     `latent_channels` > 0 predicts latents at 1 / unshuffle of the resolution instead (option 1 of sec. 3.2). `residual`
     adds the input to the output and starts there, as SwinIR does for denoising.
+    DIFFERS: DifFace's weights were trained with L1, so they are nearer to a median; stage `mmse` minimises the squares.
     """
 
     def __init__(self, dim=180, depths=(6,) * 8, heads=6, window=8, mlp_ratio=2, unshuffle=8, features=64, tokens=64,
@@ -968,35 +969,9 @@ def load_pmrf(where: Path) -> dict:
     return nets
 
 
-def load_networks(cfg: Sample) -> tuple:
-    """(nets, Train configuration) for `sample`: a training run, PMRF's release, or a run with released parts put in."""
-    path = find_checkpoint(cfg.checkpoint)
-    config = path / "config.json" if path.is_dir() else path.with_name("config.json")
-    if config.exists() and '"method"' in config.read_text(errors="replace"):
-        parts, trained = load_model(cfg.checkpoint, "latent_pmrf")[1], read_train(config)
-    else:
-        if cfg.vae or cfg.mmse:
-            raise UserError(f"--vae, --mmse: {cfg.checkpoint} is PMRF's release, which brings its own networks")
-        nets = load_pmrf(path)
-        return nets, dataclasses.replace(Train(**PAPER), space="pixel")
-    nets = {}
-    for part in parts_of(trained):
-        given = getattr(cfg, part, "")
-        if given:
-            nets[part] = load_part(trained, part, given)
-            continue
-        if part not in parts:
-            raise UserError(f"--checkpoint {cfg.checkpoint}: holds {', '.join(parts)} but no {part}; train it with "
-                            f"--stage {part}")
-        nets[part] = build(trained, part)
-        load_strict(nets[part], parts[part], f"--checkpoint {cfg.checkpoint}, {part}")
-    return nets, trained
-
-
 def load_part(cfg, part: str, where: str) -> nn.Module:
     """A released Sim-VAE or SwinIR, or that of another run's folder, in place of one that is trained here."""
-    config = Path(where) / "config.json"
-    if config.exists() and '"method"' in config.read_text(errors="replace"):
+    if is_run(Path(where)):
         found = load_model(where, "latent_pmrf")[1]
         if part not in found:
             raise UserError(f"--{part} {where}: this run holds {', '.join(found)} but no {part}")
@@ -1023,14 +998,15 @@ def load_part(cfg, part: str, where: str) -> nn.Module:
     return mmse
 
 
-def parts_of(cfg) -> list:
+def stages_of(cfg) -> list:
+    """All stages of this configuration, in order; each trains the network of its name."""
     return ["mmse", "flow"] if cfg.space == "pixel" else ["vae", "mmse", "flow"]
 
 
 def stands_on(cfg, part: str) -> list:
     """The parts that must be trained before `part`: the posterior mean needs the autoencoder only for latents."""
     if part == "flow":
-        return parts_of(cfg)[:-1]
+        return stages_of(cfg)[:-1]
     return ["vae"] if part == "mmse" and cfg.source == "latent_mean" else []
 
 
@@ -1041,21 +1017,11 @@ SWITCHES = {"vae": ("vae_norm", "vae_resizer", "vae_block"), "mmse": ("source", 
 
 def same_switches(cfg, folder, parts, flag: str) -> None:
     """UserError where the networks in a run's folder, which --`flag` names, mean something else than cfg says."""
-    path = Path(folder) / "config.json"
-    before = read_train(path) if path.exists() else cfg
+    before = saved_flags(Train, load_model(str(folder), "latent_pmrf")[0], f"--{flag} {folder}")
     for name in dict.fromkeys(name for part in parts for name in SWITCHES[part]):
         if getattr(before, name) != getattr(cfg, name):
             raise UserError(f"--{name} {getattr(cfg, name)}: {folder} was trained with {getattr(before, name)}; "
                             f"repeat that, or choose another --{flag}")
-
-
-def read_train(path: Path) -> Train:
-    """The Train configuration in a run's config.json. UserError if it holds none."""
-    try:
-        saved, known = json.loads(path.read_text())["train"], {f.name for f in dataclasses.fields(Train)}
-        return Train(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known})
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: lacks what a training run writes; train again") from None
 
 
 # ------------------------------------------------------------------------------------------------ training stages
@@ -1068,7 +1034,7 @@ def perceptual_network(cfg, device):
     if cfg.perceptual == "vgg19":
         return VGGLoss(cfg.vgg).to(device)
     reader = metrics.load_reader("a", cfg.readers).to(device)
-    return lambda a, b: sum((x - y).abs().mean() for x, y in zip(reader.stages(a), reader.stages(b)))
+    return functools.partial(metrics.feature_distance, reader)
 
 
 def batches(cfg, run, faces, degraded: bool):
@@ -1085,8 +1051,9 @@ def batches(cfg, run, faces, degraded: bool):
 def train_vae(cfg, run, faces, nets):
     """Stage 1: Sim-VAE on clean crops, without autocast. A sample of the posterior is decoded, not its mean.
 
-    DIFFERS: one place of the crop for a whole batch, where the authors draw one per image; on a GPU TF32 multiplies,
-    which they turn off.
+    DIFFERS: AdamW (0.9, 0.99) with weight decay 0.01 and clipped gradients, as the authors' code; the paper says Adam
+    with its defaults. One place of the crop for a whole batch, where they draw one per image; on a GPU TF32
+    multiplies, which they turn off.
     """
     vae, perceptual = nets["vae"], perceptual_network(cfg, run.device)
     optimizer = make_optimizer(cfg, vae.parameters(), cfg.vae_learning_rate, betas=(0.9, 0.99))
@@ -1143,7 +1110,7 @@ def train_flow(cfg, run, faces, nets, watch=None):
             if cfg.space == "pixel":
                 z1 = batch["hq"] * 0.5 + 0.5
             else:
-                z1 = latent_source(vae, batch["hq"], True, torch.randn_like)
+                z1 = latent_source(vae, batch["hq"], True, torch.randn_like)  # UNSTATED: the target is a draw, too
             z0 = z0.float() + cfg.source_noise * torch.randn_like(z0, dtype=torch.float32)
         pieces = cfg.gradient_accumulation_steps                   # strata of the whole step, over processes and pieces
         t = stratified_time(len(z0), run.rank * pieces + stage.micro, run.world * pieces).to(run.device)
@@ -1162,18 +1129,11 @@ def train_flow(cfg, run, faces, nets, watch=None):
 TRAINERS = {"vae": train_vae, "mmse": train_mmse, "flow": train_flow}
 
 
-def train(cfg: Train) -> None:
-    wanted = parts_of(cfg) if cfg.stage == "all" else [cfg.stage]
-    if cfg.stage not in ["all"] + parts_of(cfg):
-        raise UserError(f"--stage {cfg.stage}: --space {cfg.space} has no such stage, only {', '.join(parts_of(cfg))}")
-    if getattr(cfg, cfg.stage, ""):
-        raise UserError(f"--stage {cfg.stage}: --{cfg.stage} gives that network, there is nothing to train")
-    check_sizes(cfg)
-    run = Run(cfg, fresh=cfg.stage == "all" and not cfg.resume_from_checkpoint)
-    faces = Faces(cfg.data, cfg.image_size, cfg.validation_data)
+def start(cfg, wanted: list) -> tuple:
+    """(nets, weights of those that are given or finished) of all stages, fresh where there is nothing yet."""
     torch.manual_seed(cfg.seed)
-    nets, weights = {part: build(cfg, part) for part in parts_of(cfg)}, {}
-    reuse = [part for part in parts_of(cfg) if part not in wanted or cfg.resume_from_checkpoint]
+    nets, weights = {part: build(cfg, part) for part in stages_of(cfg)}, {}
+    reuse = [part for part in nets if part not in wanted or cfg.resume_from_checkpoint]
     saved = finished_parts(cfg, "latent_pmrf") if reuse else {}
     if saved:
         same_switches(cfg, cfg.output, SWITCHES, "output")
@@ -1187,6 +1147,20 @@ def train(cfg: Train) -> None:
             weights[part] = saved[part]
         elif part not in wanted and part in stands_on(cfg, cfg.stage):
             raise UserError(f"--stage {cfg.stage} needs {part}: train it first (--stage {part}), or give --{part}")
+    return nets, weights
+
+
+def train(cfg: Train) -> None:
+    """The stages asked for, in order: each is saved when it ends; then held-out faces are restored and measured."""
+    wanted = stages_of(cfg) if cfg.stage == "all" else [cfg.stage]
+    if cfg.stage not in ["all"] + stages_of(cfg):
+        raise UserError(f"--stage {cfg.stage}: --space {cfg.space} has no such stage, only {', '.join(stages_of(cfg))}")
+    if getattr(cfg, cfg.stage, ""):
+        raise UserError(f"--stage {cfg.stage}: --{cfg.stage} gives that network, there is nothing to train")
+    check_sizes(cfg)
+    run = Run(cfg, fresh=cfg.stage == "all" and not cfg.resume_from_checkpoint)
+    faces = Faces(cfg.data, cfg.image_size, cfg.validation_data)
+    nets, weights = start(cfg, wanted)
     metrics.load_reader("b", cfg.readers)                          # a missing file comes out before an old run is moved
     if "vae" in wanted:
         perceptual_network(cfg, run.device)
@@ -1203,7 +1177,7 @@ def train(cfg: Train) -> None:
         nets[part].load_state_dict(stage.ema[part])
         nets[part].eval().requires_grad_(False)
         weights[part] = nets[part].state_dict()
-        for later in parts_of(cfg) if cfg.stage != "all" else ():
+        for later in stages_of(cfg) if cfg.stage != "all" else ():
             if part in stands_on(cfg, later) and weights.pop(later, None):  # trained on what has just been replaced
                 run.say(f"stage {later} was trained on the former {part} and is dropped; train it again")
         if run.main:
@@ -1284,9 +1258,7 @@ def report(cfg, run, faces, nets) -> dict:
     rows = {name: metrics.toy_scores(found[name], hq, reader) for name in ("lq", "posterior_mean", "restored_faces")}
     if "vae" in nets:
         rows["reconstruction"] = metrics.toy_scores(found["reconstruction"], hq, reader)
-    parameters = {part: sum(p.numel() for p in net.parameters()) for part, net in nets.items()}
-    extra = dict(faces=len(hq), seconds=round(time.time() - run.started, 1),
-                 peak_memory_gb=round(run.peak_memory_gb(), 2), parameters=parameters)
+    extra = dict(faces=len(hq), **run.account(nets))
     if "vae" in nets:  # [Eq. 5]: how far option 2 can be from the posterior mean
         extra["bound_psnr"] = mean_psnr(found["bound"], found["posterior_mean"])
     folder = Path(cfg.output)
@@ -1308,7 +1280,33 @@ def mean_psnr(a, b) -> float:
 # ------------------------------------------------------------------------------------------------ restore
 
 
+def load_networks(cfg: Sample) -> tuple:
+    """(nets, Train configuration) for `sample`: a training run, PMRF's release, or a run with released parts put in."""
+    path = find_checkpoint(cfg.checkpoint)
+    if is_run(path):
+        config, parts = load_model(cfg.checkpoint, "latent_pmrf")
+        trained = saved_flags(Train, config, f"--checkpoint {cfg.checkpoint}")
+    else:
+        if cfg.vae or cfg.mmse:
+            raise UserError(f"--vae, --mmse: {cfg.checkpoint} is PMRF's release, which brings its own networks")
+        nets = load_pmrf(path)
+        return nets, dataclasses.replace(Train(**PAPER), space="pixel")
+    nets = {}
+    for part in stages_of(trained):
+        given = getattr(cfg, part, "")
+        if given:
+            nets[part] = load_part(trained, part, given)
+            continue
+        if part not in parts:
+            raise UserError(f"--checkpoint {cfg.checkpoint}: holds {', '.join(parts)} but no {part}; train it with "
+                            f"--stage {part}")
+        nets[part] = build(trained, part)
+        load_strict(nets[part], parts[part], f"--checkpoint {cfg.checkpoint}, {part}")
+    return nets, trained
+
+
 def sample(cfg: Sample) -> None:
+    """Restore a picture or a folder with trained weights, into --output."""
     run = Run(cfg)
     nets, trained = load_networks(cfg)
     nets = {part: net.to(run.device).eval() for part, net in nets.items()}
@@ -1384,7 +1382,7 @@ def ablation_row(cfg, done: dict) -> dict:
     held, reader = faces.held_out(cfg.validation_faces), metrics.load_reader("b", cfg.readers)
     torch.manual_seed(cfg.seed)
     nets = {}
-    for part in parts_of(cfg):
+    for part in stages_of(cfg):
         nets[part] = build(cfg, part).to(run.device).eval()
         if part != "flow":
             shared_network(cfg, run, faces, nets, part)

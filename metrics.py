@@ -832,6 +832,17 @@ def load_reader(name="b", folder=None):
     return reader.eval().requires_grad_(False)
 
 
+def feature_distance(reader, a, b):
+    """The VGG losses' stand-in: mean distance of features, sum over stages. Pictures in [-1, 1] -> scalar."""
+    return sum((x - y).abs().mean() for x, y in zip(reader.stages(a), reader.stages(b)))
+
+
+def reader_lpips(reader, a, b):
+    """LPIPS' stand-in: squared distance of unit feature vectors, mean over places, sum over stages. -> (B,)"""
+    pairs = zip(reader.stages(a), reader.stages(b))
+    return sum((F.normalize(x.float()) - F.normalize(y.float())).square().sum(1).mean((1, 2)) for x, y in pairs)
+
+
 # ------------------------------------------------------------------------ training the reader
 
 

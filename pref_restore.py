@@ -4,8 +4,8 @@ Paper: "Pref-Restore" (arXiv 2601.19506 v1). A degraded face is read twice. TA-T
 given those words and perhaps a caption, writes the words of the clean face: its hidden states are the semantic tokens.
 The encoder of the autoencoder, tuned on degraded faces, gives the texture tokens. Both go into the cross-attention of
 SANA, a flow on latents. Training is staged (meaning, texture, preference): trained at once, the parts disturb each
-other. Stage 2 (DiffusionNFT) draws groups of restorations, rewards looks *and* likeness, and moves the velocity field
-towards the better half of each group.
+other. Stage 2 (DiffusionNFT: negative-aware fine-tuning) draws groups of restorations, rewards looks *and* likeness,
+and moves the velocity field towards the better half of each group.
 
     paper         name here    shape              range       meaning
     x_LQ, x_HQ    lq, hq       (B, 3, S, S)       [-1, 1]     degraded and clean face
@@ -36,7 +36,6 @@ import json
 import math
 import pickle
 import re
-import time
 import typing
 from collections import Counter
 from contextlib import contextmanager
@@ -53,11 +52,11 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 import metrics
-from common import (ATTRIBUTES, DEGRADATION_NAMES, DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError,
-                    WordTokenizer, at_once, command_line, degrade, find_checkpoint, list_images, load_model,
-                    load_strict, make_optimizer, mix, not_half, print_ablation, print_table, read_curves, read_weights,
-                    refuse_unread, restore_folder, run_ablation, save_model, shared_parts, verbalise, versions,
-                    warmup_cosine, whole_file, write_curve, write_grid, write_json)
+from common import (ATTRIBUTES, DEGRADATIONS, DEGRADATION_NAMES, SIBLINGS, Faces, Run, SampleFlags, Stage, TrainFlags,
+                    UserError, WordTokenizer, at_once, command_line, degrade, find_checkpoint, from_folder, is_run,
+                    list_images, load_model, load_strict, make_optimizer, mix, not_half, print_ablation, print_table,
+                    read_curves, read_weights, refuse_unread, restore_folder, run_ablation, save_model, saved_flags,
+                    shared_parts, verbalise, versions, warmup_cosine, whole_file, write_curve, write_grid, write_json)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -604,12 +603,116 @@ def route(model, stage: str, cfg) -> list:
     """Freeze all but what the stage trains; returns those parameters. SimVQ's random table never learns."""
     chosen = TRAINED[stage]
     if not cfg.train_caption_projection:
-        chosen = tuple(name for name in chosen if stage == "prior" or name != "sana.caption_")
+        chosen = tuple(name for name in chosen if name != "sana.caption_")
     for name, parameter in model.named_parameters():
         wanted = name.startswith(chosen) if chosen else ".lora_" in name
         tied = cfg.tie_connector_norm and name == "texture.3.weight"
         parameter.requires_grad_(wanted and not tied and "regularizer.embedding.weight" not in name)
     return [p for p in model.parameters() if p.requires_grad]
+
+
+# ------------------------------------------------------------------------------------------------ model: policies
+
+
+class PolicyLinear(nn.Module):
+    """One frozen linear layer and two low-rank changes: `current` is trained, `old` lags and draws the roll-outs.
+
+    active "current", "old" or "base": W x + (alpha / rank) B A x, or W x, which is Stage 1 bit for bit. `old` is held
+    in buffers, so no gradient can ever reach it. A ~ N(0, (1 / rank)^2), B = 0, both float32.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.base, self.active = base.requires_grad_(False), "current"
+        self.register_buffer("scale", torch.tensor(alpha / rank, device=base.weight.device))
+        make = lambda *shape: torch.zeros(*shape, device=base.weight.device)
+        self.lora_A = nn.Parameter(make(rank, base.in_features).normal_(std=1 / rank))
+        self.lora_B = nn.Parameter(make(base.out_features, rank))
+        self.register_buffer("old_A", self.lora_A.detach().clone())
+        self.register_buffer("old_B", self.lora_B.detach().clone())
+
+    def forward(self, x):
+        y = self.base(x)
+        if self.active == "base":
+            return y
+        A, B = (self.lora_A, self.lora_B) if self.active == "current" else (self.old_A, self.old_B)
+        return y + (self.scale * F.linear(F.linear(x.to(A.dtype), A), B)).to(y.dtype)
+
+
+def policy_layers(module) -> dict:
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, PolicyLinear)}
+
+
+def add_policies(sana, rank: int, alpha: float) -> None:
+    """PolicyLinear on attn1 and attn2's to_q, to_k, to_v, to_out.0 of every block; SANA-1.5 at rank 32: 22 937 600."""
+    names = [name for name, layer in sana.named_modules() if isinstance(layer, nn.Linear)
+             and re.search(r"transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$", name)]
+    for name in names:
+        sana.set_submodule(name, PolicyLinear(sana.get_submodule(name), rank, alpha))
+
+
+@contextmanager
+def acting(sana, policy: str):
+    """Inside, the velocity is that of `policy`: current, old or base."""
+    layers = policy_layers(sana).values()
+    before = [layer.active for layer in layers]
+    for layer in layers:
+        layer.active = policy
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before):
+            layer.active = was
+
+
+@torch.no_grad()
+def update_old(sana, decay: float) -> None:
+    """theta_old <- decay theta_old + (1 - decay) theta."""
+    for layer in policy_layers(sana).values():
+        layer.old_A.lerp_(layer.lora_A, 1 - decay)
+        layer.old_B.lerp_(layer.lora_B, 1 - decay)
+
+
+def save_peft(sana, folder) -> None:
+    """adapter_model.safetensors + adapter_config.json, as peft writes and the authors' release has them."""
+    state, layers = {}, policy_layers(sana)
+    for name, layer in layers.items():
+        for part in "AB":
+            weight = getattr(layer, f"lora_{part}").detach().cpu().contiguous()
+            state[f"base_model.model.{name}.lora_{part}.weight"] = weight
+    some = next(iter(layers.values()))
+    rank = len(some.lora_A)
+    with whole_file(Path(folder) / "adapter_model.safetensors") as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
+    write_json(Path(folder) / "adapter_config.json",
+               dict(peft_type="LORA", r=rank, lora_alpha=some.scale.item() * rank, lora_dropout=0.0, bias="none",
+                    target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights="gaussian"))
+
+
+def load_peft(sana, where: str) -> None:
+    """Put a preference LoRA in as the current and the old policy. UserError where it does not fit."""
+    folder = find_checkpoint(where, "lora")
+    folder = folder / "lora" if (folder / "lora").is_dir() else folder
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--lora {where}: no readable adapter_config.json; give a folder that peft has saved") from None
+    state = read_weights(folder / "adapter_model.safetensors")
+    if not policy_layers(sana):
+        add_policies(sana, rank, alpha)
+    wanted = {f"base_model.model.{name}.lora_{part}.weight" for name in policy_layers(sana) for part in "AB"}
+    if extra := set(state) - wanted:
+        raise UserError(f"--lora {where}: {len(extra)} unknown weights, e.g. {min(extra)}")
+    for name, layer in policy_layers(sana).items():
+        layer.scale.fill_(alpha / rank)
+        for part in "AB":
+            key = f"base_model.model.{name}.lora_{part}.weight"
+            own = getattr(layer, f"lora_{part}")
+            if key not in state or state[key].shape != own.shape:
+                raise UserError(f"--lora {where}: {key} is missing or of another size; was it made for another SANA?")
+            own.data.copy_(state[key])
+            getattr(layer, f"old_{part}").copy_(state[key])
 
 
 # ------------------------------------------------------------------------------------------------ losses: stage 1
@@ -808,109 +911,36 @@ def guided(velocity, cond, scale: float):
     return field
 
 
-# ------------------------------------------------------------------------------------------------ policies
-
-
-class PolicyLinear(nn.Module):
-    """One frozen linear layer and two low-rank changes: `current` is trained, `old` lags and draws the roll-outs.
-
-    active "current", "old" or "base": W x + (alpha / rank) B A x, or W x, which is Stage 1 bit for bit. `old` is held
-    in buffers, so no gradient can ever reach it. A ~ N(0, (1 / rank)^2), B = 0, both float32.
-    """
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float):
-        super().__init__()
-        self.base, self.active = base.requires_grad_(False), "current"
-        self.register_buffer("scale", torch.tensor(alpha / rank, device=base.weight.device))
-        make = lambda *shape: torch.zeros(*shape, device=base.weight.device)
-        self.lora_A = nn.Parameter(make(rank, base.in_features).normal_(std=1 / rank))
-        self.lora_B = nn.Parameter(make(base.out_features, rank))
-        self.register_buffer("old_A", self.lora_A.detach().clone())
-        self.register_buffer("old_B", self.lora_B.detach().clone())
-
-    def forward(self, x):
-        y = self.base(x)
-        if self.active == "base":
-            return y
-        A, B = (self.lora_A, self.lora_B) if self.active == "current" else (self.old_A, self.old_B)
-        return y + (self.scale * F.linear(F.linear(x.to(A.dtype), A), B)).to(y.dtype)
-
-
-def policy_layers(module) -> dict:
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, PolicyLinear)}
-
-
-def add_policies(sana, rank: int, alpha: float) -> None:
-    """PolicyLinear on attn1 and attn2's to_q, to_k, to_v, to_out.0 of every block; SANA-1.5 at rank 32: 22 937 600."""
-    names = [name for name, layer in sana.named_modules() if isinstance(layer, nn.Linear)
-             and re.search(r"transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$", name)]
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        setattr(sana.get_submodule(parent), leaf, PolicyLinear(sana.get_submodule(name), rank, alpha))
-
-
-@contextmanager
-def acting(sana, policy: str):
-    """Inside, the velocity is that of `policy`: current, old or base."""
-    layers = policy_layers(sana).values()
-    before = [layer.active for layer in layers]
-    for layer in layers:
-        layer.active = policy
-    try:
-        yield
-    finally:
-        for layer, was in zip(layers, before):
-            layer.active = was
+@torch.no_grad()
+def read_face(model, vocab, cfg, lq, captions, generator=None):
+    """Degraded faces (B, 3, S, S) -> C: the language model writes the answer's words, E_psi reads the texture."""
+    states = None
+    if "semantic" in model.uses:
+        tokens = model.tatok.encode(lq)
+        sequence = build_sequence(vocab, tokens, captions, context=cfg.context)
+        choice = dict(top_k=cfg.top_k, top_p=cfg.top_p, temperature=cfg.temperature) if cfg.ar == "sample" else {}
+        states = model.integrator.generate(sequence, vocab, model.tatok.count, generator=generator, **choice)[1]
+    return model.condition(states, model.encode_lq(lq) if "texture" in model.uses else None)
 
 
 @torch.no_grad()
-def update_old(sana, decay: float) -> None:
-    """theta_old <- decay theta_old + (1 - decay) theta."""
-    for layer in policy_layers(sana).values():
-        layer.old_A.lerp_(layer.lora_A, 1 - decay)
-        layer.old_B.lerp_(layer.lora_B, 1 - decay)
+def draw_face(model, cfg, cond, noise):
+    """C and noise (B, c, h, w) -> faces (B, 3, S, S)."""
+    sampler = euler_sample if cfg.solver == "euler" else dpm_solver_sample
+    x0 = sampler(guided(model.velocity, cond, cfg.guidance_scale), noise, sigma_grid(cfg.num_inference_steps))
+    return model.decode(x0)
 
 
-def save_peft(sana, folder) -> None:
-    """adapter_model.safetensors + adapter_config.json, as peft writes and the authors' release has them."""
-    state, layers = {}, policy_layers(sana)
-    for name, layer in layers.items():
-        for part in "AB":
-            weight = getattr(layer, f"lora_{part}").detach().cpu().contiguous()
-            state[f"base_model.model.{name}.lora_{part}.weight"] = weight
-    some = next(iter(layers.values()))
-    rank = len(some.lora_A)
-    with whole_file(Path(folder) / "adapter_model.safetensors") as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
-    write_json(Path(folder) / "adapter_config.json",
-               dict(peft_type="LORA", r=rank, lora_alpha=some.scale.item() * rank, lora_dropout=0.0, bias="none",
-                    target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights="gaussian"))
+def latent_shape(model, cfg) -> tuple:
+    """(c, h, w) of a face's latent."""
+    side = cfg.image_size // 2 ** (len(model.vae.config.encoder_block_out_channels) - 1)
+    return model.vae.config.latent_channels, side, side
 
 
-def load_peft(sana, where: str) -> None:
-    """Put a preference LoRA in as the current and the old policy. UserError where it does not fit."""
-    folder = find_checkpoint(where, "lora")
-    folder = folder / "lora" if (folder / "lora").is_dir() else folder
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--lora {where}: no readable adapter_config.json; give a folder that peft has saved") from None
-    state = read_weights(folder / "adapter_model.safetensors")
-    if not policy_layers(sana):
-        add_policies(sana, rank, alpha)
-    wanted = {f"base_model.model.{name}.lora_{part}.weight" for name in policy_layers(sana) for part in "AB"}
-    if extra := set(state) - wanted:
-        raise UserError(f"--lora {where}: {len(extra)} unknown weights, e.g. {min(extra)}")
-    for name, layer in policy_layers(sana).items():
-        layer.scale.fill_(alpha / rank)
-        for part in "AB":
-            key = f"base_model.model.{name}.lora_{part}.weight"
-            own = getattr(layer, f"lora_{part}")
-            if key not in state or state[key].shape != own.shape:
-                raise UserError(f"--lora {where}: {key} is missing or of another size; was it made for another SANA?")
-            own.data.copy_(state[key])
-            getattr(layer, f"old_{part}").copy_(state[key])
+def noise_like(model, cfg, count: int, generator, shared: bool = False):
+    """(count, c, h, w) standard normal on the model's device, from a CPU generator: the same on every machine."""
+    noise = torch.randn((1 if shared else count), *latent_shape(model, cfg), generator=generator)
+    return noise.expand(count, -1, -1, -1).to(model.latent_scale.device)
 
 
 # ------------------------------------------------------------------------------------------------ rewards
@@ -924,9 +954,9 @@ def caption_targets(caption: str) -> torch.Tensor:
             found[i] = 0.0
         if f" {on} " in text:
             found[i] = 1.0
-    for colours in (slice(5, 7), slice(7, 11)):                    # wavy or straight; one hair colour
-        if (found[colours] == 1).any():
-            found[colours] = (found[colours] == 1).float()
+    for group in map(list, SIBLINGS):
+        if (found[group] == 1).any():
+            found[group] = (found[group] == 1).float()
     return found
 
 
@@ -945,17 +975,12 @@ def toy_rewards(*readers) -> dict:
         said = ~wanted.isnan()
         return torch.where(said.any(1), (right * said).sum(1) / said.sum(1).clamp(min=1), 0.5)
 
-    def perceptual(reader, x, reference):  # LPIPS's form: unit-length features, squared difference, means, sum
-        unit = lambda f: F.normalize(f, dim=1)
-        pairs = zip(reader.stages(x), reader.stages(reference))
-        return -sum((unit(a) - unit(b)).square().sum(1).mean((1, 2)) for a, b in pairs) / 2
-
     rewards = dict(
         hps=lambda reader, x, reference, _: reader.quality(x),
         clip=lambda reader, x, reference, captions: agreement(reader, x, captions),
         pick=lambda reader, x, reference, captions: reader.quality(x) * agreement(reader, x, captions),
         identity=lambda reader, x, reference, _: metrics.identity_similarity(reader.embed(x), reader.embed(reference)),
-        lpips=lambda reader, x, reference, _: perceptual(reader, x, reference),
+        lpips=lambda reader, x, reference, _: -metrics.reader_lpips(reader, x, reference) / 2,
         lmd=lambda reader, x, reference, captions: landmark_reward(reader)(x, reference, captions))
     mean_of = lambda reward: lambda *given: sum(reward(reader, *given) for reader in readers) / len(readers)
     return {name: mean_of(reward) for name, reward in rewards.items()}
@@ -1020,15 +1045,16 @@ class ClipReward:
 
 def real_reward(cfg, name: str, device):
     """One of the paper's reward networks from the files on the command line; nothing is fetched."""
+    if name in ("hps", "clip", "pick"):
+        from transformers import AutoTokenizer, CLIPConfig, CLIPModel
     if name == "hps":
-        from transformers import CLIPConfig, CLIPModel
         model, state = CLIPModel(CLIPConfig(**HPS_CLIP)), convert_open_clip(read_weights(cfg.hps))
         load_strict(model, state, f"--hps {cfg.hps}")
-        return ClipReward(model.to(device), from_folder("AutoTokenizer", cfg.clip, "clip"))
+        return ClipReward(model.to(device), from_folder(AutoTokenizer, cfg.clip, "clip"))
     if name in ("clip", "pick"):
-        model = from_folder("CLIPModel", getattr(cfg, name), name).to(device)
+        model = from_folder(CLIPModel, getattr(cfg, name), name).to(device)
         scale = model.logit_scale.exp().item() / 26 if name == "pick" else 1.0
-        return ClipReward(model, from_folder("AutoTokenizer", cfg.clip, "clip"), scale)
+        return ClipReward(model, from_folder(AutoTokenizer, cfg.clip, "clip"), scale)
     if name == "identity":
         network = metrics.load_weights(metrics.ArcFaceGray(), cfg.arcface).to(device)
         return lambda x, reference, captions: metrics.identity_similarity(network.embed(x), network.embed(reference))
@@ -1043,6 +1069,7 @@ REWARD_FILES = {"hps": ("hps", "clip"), "clip": ("clip",), "pick": ("pick", "cli
 
 
 def reward_weights(cfg) -> dict:
+    """{name: weight} of the rewards that count."""
     return {name: getattr(cfg, f"{name}_weight") for name in REWARD_FILES if getattr(cfg, f"{name}_weight")}
 
 
@@ -1085,40 +1112,6 @@ def score(rewards: dict, images, reference, captions, size: int = 32) -> dict:
               for i in range(0, len(images), size)]
     found = [{name: reward(*piece).float() for name, reward in rewards.items()} for piece in pieces]
     return {name: torch.cat([scores[name] for scores in found]) for name in rewards}
-
-
-# ------------------------------------------------------------------------------------------------ sampler: one face
-
-
-@torch.no_grad()
-def read_face(model, vocab, cfg, lq, captions, generator=None):
-    """Degraded faces (B, 3, S, S) -> C: the language model writes the answer's words, E_psi reads the texture."""
-    states = None
-    if "semantic" in model.uses:
-        tokens = model.tatok.encode(lq)
-        sequence = build_sequence(vocab, tokens, captions, context=cfg.context)
-        choice = dict(top_k=cfg.top_k, top_p=cfg.top_p, temperature=cfg.temperature) if cfg.ar == "sample" else {}
-        states = model.integrator.generate(sequence, vocab, model.tatok.count, generator=generator, **choice)[1]
-    return model.condition(states, model.encode_lq(lq) if "texture" in model.uses else None)
-
-
-@torch.no_grad()
-def draw_face(model, cfg, cond, noise):
-    """C and noise (B, c, h, w) -> faces (B, 3, S, S)."""
-    sampler = euler_sample if cfg.solver == "euler" else dpm_solver_sample
-    x0 = sampler(guided(model.velocity, cond, cfg.guidance_scale), noise, sigma_grid(cfg.num_inference_steps))
-    return model.decode(x0)
-
-
-def latent_shape(model, cfg) -> tuple:
-    side = cfg.image_size // 2 ** (len(model.vae.config.encoder_block_out_channels) - 1)
-    return model.vae.config.latent_channels, side, side
-
-
-def noise_like(model, cfg, count: int, generator, shared: bool = False):
-    """(count, c, h, w) standard normal on the model's device, from a CPU generator: the same on every machine."""
-    noise = torch.randn((1 if shared else count), *latent_shape(model, cfg), generator=generator)
-    return noise.expand(count, -1, -1, -1).to(model.latent_scale.device)
 
 
 # ------------------------------------------------------------------------------------------------ networks, weights
@@ -1169,23 +1162,10 @@ def diffusers_sizes(folder: Path) -> tuple:
                  for part in ("transformer", "vae"))
 
 
-def from_folder(name: str, where, flag: str, **options):
-    """`from_pretrained` of the class `name` of transformers or diffusers, for a folder or hub id. UserError."""
-    import diffusers
-    import transformers
-    kind = getattr(transformers if hasattr(transformers, name) else diffusers, name)
-    try:
-        return kind.from_pretrained(find_checkpoint(str(where), flag), **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
-        raise UserError(f"--{flag} {where}: {name} cannot be read from it ({reason})") from None
-
-
 def text_tokenizer(where, flag: str = "checkpoint"):
     """The tokenizer of a folder; "" is the toy one."""
-    return from_folder("AutoTokenizer", where, flag) if where else ToyTokenizer()
+    from transformers import AutoTokenizer
+    return from_folder(AutoTokenizer, str(where), flag) if where else ToyTokenizer()
 
 
 class Inert:
@@ -1328,7 +1308,8 @@ def load_vaes(model, tuned: dict, fixed: dict, sana: str, where) -> None:
     """E_psi and the decoder from the checkpoint's VAE; E_0 from its frozen copy, else SANA's folder, else the same."""
     original = fixed
     if not original and sana:
-        original = from_folder("AutoencoderDC", sana, "sana", subfolder="vae").state_dict()
+        from diffusers import AutoencoderDC
+        original = from_folder(AutoencoderDC, sana, "sana", subfolder="vae").state_dict()
     tuned = tuned or original
     load_strict(model.vae, original or tuned, f"{where}, VAE")
     pick = lambda prefix: {n.removeprefix(prefix): t for n, t in tuned.items() if n.startswith(prefix)}
@@ -1368,13 +1349,15 @@ def build(cfg) -> tuple:
         sizes["tatok"] = tower[0]
     model = PrefRestore(sizes)
     if cfg.sana:
-        model.sana = from_folder("SanaTransformer2DModel", cfg.sana, "sana", subfolder="transformer")
-        model.vae = from_folder("AutoencoderDC", cfg.sana, "sana", subfolder="vae")
+        from diffusers import AutoencoderDC, SanaTransformer2DModel
+        model.sana = from_folder(SanaTransformer2DModel, cfg.sana, "sana", subfolder="transformer")
+        model.vae = from_folder(AutoencoderDC, cfg.sana, "sana", subfolder="vae")
         model.lq_encoder = copy.deepcopy(model.vae.encoder)
     if tower:
         load_strict(model.tatok, tower[1], f"--ta_tok {cfg.ta_tok}")
     if cfg.llm:
-        source = from_folder("AutoModelForCausalLM", cfg.llm, "llm", dtype=torch.float32)
+        from transformers import AutoModelForCausalLM
+        source = from_folder(AutoModelForCausalLM, cfg.llm, "llm", dtype=torch.float32)
         state = source.model.state_dict()
         state["embed_tokens.weight"] = extend_embedding(state["embed_tokens.weight"], vocab.image_start, vocab.size)
         load_strict(model.integrator.llm, state, f"--llm {cfg.llm}")
@@ -1413,14 +1396,13 @@ def save_networks(folder, model, vocab, sizes: dict, cfg, finished: list) -> Non
         save_peft(model.sana, Path(folder) / "lora")
 
 
-def load_networks(where: str) -> tuple:
+def load_run(where: str) -> tuple:
     """(model, vocab, finished stages, sizes, Train configuration) of a `save_networks` folder."""
     config, parts = load_model(where, "pref_restore")
     folder = find_checkpoint(where)
     folder = folder.parent if folder.is_file() else folder
-    known = {f.name for f in dataclasses.fields(Train)}
+    cfg = saved_flags(Train, config, f"--checkpoint {where}")
     try:
-        cfg = Train(**{k: tuples(v) for k, v in config["train"].items() if k in known})
         sizes = {part: {k: tuples(v) for k, v in values.items()} if isinstance(values, dict) else values
                  for part, values in config["sizes"].items()}
         finished, uses = config["finished"], tuple(config["uses"])
@@ -1432,12 +1414,6 @@ def load_networks(where: str) -> tuple:
     vocab = Vocabulary(text_tokenizer("" if config["toy_words"] else folder / "tokenizer"), sizes["tatok"]["codes"],
                        sizes["first_word"])
     return model, vocab, finished, sizes, cfg
-
-
-def is_ours(where: str) -> bool:
-    path = find_checkpoint(where)
-    config = path / "config.json" if path.is_dir() else path.with_name("config.json")
-    return config.exists() and '"pref_restore"' in config.read_text(errors="replace")
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -1574,13 +1550,13 @@ def train_tokenizer(cfg, run, faces, model) -> None:
             code, ids, commitment = model.tatok(x)
             small, features = decoder(code)
         seen, real = reader.stages(rebuilt), reader.stages(x)
-        l1, likeness = (rebuilt - x).abs().mean(), sum((a - b).abs().mean() for a, b in zip(seen, real))
+        l1, perceptual = (rebuilt - x).abs().mean(), sum((a - b).abs().mean() for a, b in zip(seen, real))
         target = F.layer_norm(F.adaptive_avg_pool2d(real[4], side).flatten(2).mT, real[4].shape[1:2])   # (B, N, 8w)
         pixel = (small.float() - F.interpolate(x, small.shape[-2:], mode="area")).abs().mean()
         meaning = (features.float() - target).square().mean()
         used = torch.tensor(float(len(ids.unique())))
-        stage.update(l1 + cfg.perceptual_weight * likeness + pixel + meaning + commitment,
-                     l1=l1, likeness=likeness, pixel=pixel, meaning=meaning, commitment=commitment, codes_used=used)
+        stage.update(l1 + cfg.perceptual_weight * perceptual + pixel + meaning + commitment,
+                     l1=l1, perceptual=perceptual, pixel=pixel, meaning=meaning, commitment=commitment, codes_used=used)
     take_average(model, stage)
     with torch.no_grad():                                          # latents of deviation 1, as the scaling factor does
         z = model.vae.encoder(faces.training(64, cfg.seed, 0)["hq"].to(run.device))
@@ -1805,6 +1781,18 @@ def roll_out(cfg, run, model, cond, policy: str) -> tuple:
     return path, torch.cat(log_probs) if log_probs else None
 
 
+def ready_policies(cfg, sana) -> None:
+    """The preference LoRA, fresh or as it is there, old equal to current. UserError where it is of another size."""
+    if not policy_layers(sana):
+        add_policies(sana, cfg.rank, cfg.lora_alpha)
+    some = next(iter(policy_layers(sana).values()))
+    rank, alpha = len(some.lora_A), some.scale.item() * len(some.lora_A)
+    if rank != cfg.rank or not math.isclose(alpha, cfg.lora_alpha, rel_tol=1e-5):
+        raise UserError(f"--rank {cfg.rank}, --lora_alpha {cfg.lora_alpha:g}: the preference LoRA that is there has "
+                        f"rank {rank} and alpha {alpha:g}; repeat those")
+    update_old(sana, 0.0)                                          # a second phase begins where the first has ended
+
+
 def train_preference(cfg, run, source, model, vocab) -> list:
     """Stage 2: fidelity-constrained preference optimisation of a LoRA on SANA. Returns the mean reward of every epoch.
 
@@ -1814,14 +1802,7 @@ def train_preference(cfg, run, source, model, vocab) -> list:
     """
     rewards, weights = build_rewards(cfg, run.device), reward_weights(cfg)
     reading = dataclasses.replace(cfg, ar="greedy")                # roll-outs of a face differ in their noise alone
-    if not policy_layers(model.sana):
-        add_policies(model.sana, cfg.rank, cfg.lora_alpha)
-    some = next(iter(policy_layers(model.sana).values()))
-    rank, alpha = len(some.lora_A), some.scale.item() * len(some.lora_A)
-    if rank != cfg.rank or not math.isclose(alpha, cfg.lora_alpha, rel_tol=1e-5):
-        raise UserError(f"--rank {cfg.rank}, --lora_alpha {cfg.lora_alpha:g}: the preference LoRA that is there has "
-                        f"rank {rank} and alpha {alpha:g}; repeat those")
-    update_old(model.sana, 0.0)                                    # a second phase begins where the first has ended
+    ready_policies(cfg, model.sana)
     optimizer = torch.optim.AdamW(route(model, "2", cfg), lr=cfg.learning_rate, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=cfg.preference_weight_decay)
     stage = Stage(run, "2", {"model": model}, {"2": optimizer}, min(cfg.preference_steps, cfg.max_train_steps))
@@ -1860,7 +1841,7 @@ def train_preference(cfg, run, source, model, vocab) -> list:
 # ------------------------------------------------------------------------------------------------ training stages
 
 
-def plan(cfg) -> list:
+def stages_of(cfg) -> list:
     """All stages of this configuration, in order."""
     middle = ["joint"] if cfg.joint else ["1.1", "1.2"] if cfg.semantic else ["1.2"]
     return ["tokenizer", "prior", *middle, "2"]
@@ -1870,7 +1851,7 @@ def check_sizes(cfg) -> None:
     """Sizes that cannot work together, in words, before anything is built. Raises UserError."""
     if cfg.rewards == "toy":
         refuse_unread(cfg, ("hps", "clip", "pick", "arcface", "fan", "vgg"), "rewards real")
-    factor, widths, stages = 2 ** (len(cfg.vae_widths) - 1), cfg.vae_widths, plan(cfg)
+    factor, widths, stages = 2 ** (len(cfg.vae_widths) - 1), cfg.vae_widths, stages_of(cfg)
     wrong = {
         f"--image_size {cfg.image_size}: must be a multiple of {factor}, the autoencoder's factor":
             cfg.image_size % factor,
@@ -1905,7 +1886,7 @@ def start(cfg, wanted: list) -> tuple:
     """(model, vocab, finished, sizes) to begin with: what --output holds, else --pretrained, else fresh networks."""
     going_on = cfg.resume_from_checkpoint or cfg.stage != "all"
     if going_on and (Path(cfg.output) / "config.json").exists():
-        *found, before = load_networks(cfg.output)
+        *found, before = load_run(cfg.output)
         for name in ("image_size", "context"):
             if getattr(before, name) != getattr(cfg, name):
                 raise UserError(f"--output {cfg.output}: was trained with --{name} {getattr(before, name)}; "
@@ -1916,16 +1897,17 @@ def start(cfg, wanted: list) -> tuple:
         if cfg.llm:
             raise UserError(f"--llm {cfg.llm}: is not read with --pretrained {cfg.pretrained}, which brings its own; "
                             "leave one of them out (of the paper preset: --pretrained \"\")")
-        found = load_networks(cfg.pretrained)[:4] if is_ours(cfg.pretrained) else \
+        found = load_run(cfg.pretrained)[:4] if is_run(find_checkpoint(cfg.pretrained, "pretrained")) else \
             load_release(cfg.pretrained, cfg.sana, cfg.ta_tok)
         found = (*found[:2], [name for name in found[2] if name != cfg.stage], found[3])  # a stage asked for is trained
     else:
         found = build(cfg)
-    before = [s for s in plan(cfg) if s not in found[2] and plan(cfg).index(s) < plan(cfg).index(wanted[0])]
+    stages = stages_of(cfg)
+    before = [s for s in stages[:stages.index(wanted[0])] if s not in found[2]]
     if before:
         raise UserError(f"--stage {cfg.stage} needs stage {before[0]}: train it first (--stage {before[0]}), or give a "
                         "finished run with --pretrained")
-    after = [s for s in found[2] if s in plan(cfg) and plan(cfg).index(s) > plan(cfg).index(wanted[-1])]
+    after = [s for s in stages[stages.index(wanted[-1]) + 1:] if s in found[2]]
     if after and not cfg.resume_from_checkpoint:
         raise UserError(f"--stage {cfg.stage}: {cfg.output} is already past it (stage {after[-1]}); choose another "
                         "--output with --pretrained")
@@ -1955,8 +1937,9 @@ def run_stage(name, cfg, run, faces, bank, model, vocab) -> list:
 
 
 def train(cfg: Train) -> None:
+    """The stages asked for, in order: each is saved when it ends, and from 1.1 on measured on held-out faces."""
     check_sizes(cfg)
-    wanted = plan(cfg) if cfg.stage == "all" else [cfg.stage]
+    wanted = stages_of(cfg) if cfg.stage == "all" else [cfg.stage]
     faces = CaptionedFaces(cfg)
     if "2" in wanted or cfg.rewards == "toy":                      # the toy rewards measure every stage
         check_rewards(cfg)                                         # a missing network should not come out after days
@@ -1996,7 +1979,7 @@ def train(cfg: Train) -> None:
 # ------------------------------------------------------------------------------------------------ measuring
 
 
-def restore_many(cfg, run, model, vocab, lq, captions, seed: int) -> torch.Tensor:
+def restore_held_out(cfg, run, model, vocab, lq, captions, seed: int) -> torch.Tensor:
     """(N, 3, S, S) in [-1, 1] -> restored, on the CPU, in batches; noise and words follow from `seed`."""
     rng, found, size = torch.Generator().manual_seed(seed), [], at_once(cfg.image_size)
     for i in range(0, len(lq), size):
@@ -2051,7 +2034,7 @@ def consistency(cfg, run, model, vocab, found) -> dict:
     rewards, rows = build_rewards(cfg, run.device) if real else toy_rewards(reader), {}
     spoken = {name: rewards[name] for name in ("hps", "pick", "clip") if name in rewards}
     for seed in range(cfg.consistency_seeds):
-        images = restore_many(cfg, run, model, vocab, lq, [""] * len(lq), mix("consistency", cfg.seed, seed))
+        images = restore_held_out(cfg, run, model, vocab, lq, [""] * len(lq), mix("consistency", cfg.seed, seed))
         images, clean = images.to(run.device), hq.to(run.device)
         numbers = score(spoken, images, clean, captions)
         with torch.no_grad():
@@ -2067,7 +2050,7 @@ def measure(cfg, run, faces, model, vocab) -> tuple:
     batch, reader = faces.held_out(cfg.validation_faces), metrics.load_reader("b", cfg.readers).to(run.device)
     lq = degrade(batch["hq"], DEGRADATIONS[cfg.degradation], batch["seeds"])
     given = text_condition(cfg.text, batch, lq, metrics.load_reader("a", cfg.readers))
-    restored = restore_many(cfg, run, model, vocab, lq, given, cfg.seed)
+    restored = restore_held_out(cfg, run, model, vocab, lq, given, cfg.seed)
     numbers = metrics.toy_scores(restored, batch["hq"], reader)
     if rewards_given(cfg):
         numbers |= reward_numbers(cfg, run, restored, batch["hq"], batch["caption"])
@@ -2100,10 +2083,9 @@ def report(cfg, run, faces, model, vocab, name: str) -> dict:
         save_file({k: v.contiguous() for k, v in columns.items()}, temporary)
     order = ["lq", *(k for k in rows if k in columns and k != "lq"), "hq"]
     write_grid(folder / "samples.png", {k: columns[k] for k in order})
-    write_curve(folder / "curves.png", read_curves(folder / "log.jsonl", CURVES))
-    parameters = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
-    extra = dict(faces=len(found["hq"]), seconds=round(time.time() - run.started, 1), parameters=parameters,
-                 peak_memory_gb=round(run.peak_memory_gb(), 2))
+    write_curve(folder / "curves.png", read_curves(folder / "log.jsonl", (
+        "l1", "meaning", "ce", "diffusion", "vae", "reward", "reward_toy")))
+    extra = dict(faces=len(found["hq"]), **run.account(dict(model.named_children())))
     protocol = metrics.toy_protocol(
         cfg.validation_data or cfg.data, cfg.degradation, len(found["hq"]), cfg.readers) | dict(
         text=f"captions in the prompt: {cfg.text}; rewards see the true one", words=f"chosen by --ar {cfg.ar}",
@@ -2117,18 +2099,15 @@ def report(cfg, run, faces, model, vocab, name: str) -> dict:
     return rows
 
 
-CURVES = ("l1", "meaning", "ce", "diffusion", "vae", "reward", "reward_toy")
-
-
 # ------------------------------------------------------------------------------------------------ restore
 
 
-def for_sampling(cfg: Sample) -> tuple:
+def load_networks(cfg: Sample) -> tuple:
     """(model, vocab, Train configuration) of a run of ours or of the authors' checkpoint, with its LoRA if given."""
-    if is_ours(cfg.checkpoint):
+    if is_run(find_checkpoint(cfg.checkpoint)):
         if cfg.sana or cfg.ta_tok:
             raise UserError(f"--sana, --ta_tok: {cfg.checkpoint} brings its own; leave them out")
-        model, vocab, finished, _, trained = load_networks(cfg.checkpoint)
+        model, vocab, finished, _, trained = load_run(cfg.checkpoint)
     else:
         model, vocab, finished, _ = load_release(cfg.checkpoint, cfg.sana, cfg.ta_tok)
         trained = Train(**PAPER)
@@ -2148,6 +2127,7 @@ def for_sampling(cfg: Sample) -> tuple:
 
 
 def sample(cfg: Sample) -> None:
+    """Restore a picture or a folder with trained weights, into --output."""
     if cfg.caption and cfg.captions:
         raise UserError("--captions: goes not together with --caption, give one of them")
     captions = read_captions(cfg.captions)
@@ -2156,7 +2136,7 @@ def sample(cfg: Sample) -> None:
     files = list_images(cfg.input)
     files = {path.stem: path for path in reversed(files)} | {path.name: path for path in files}  # by the output's name
     run = Run(cfg)
-    model, vocab, trained = for_sampling(cfg)
+    model, vocab, trained = load_networks(cfg)
     model.to(run.device).eval().requires_grad_(False)
     room = caption_room(vocab, model.tatok.count, trained.context)
 
@@ -2254,7 +2234,7 @@ def ablation_row(cfg, done: dict) -> dict:
         reward = run_stage(name, cfg, run, faces, bank, model, vocab)
         return network_parts(model) | ({"curve": {"reward": torch.tensor(reward)}} if reward else {})
 
-    stages = plan(cfg)[:plan(cfg).index("2" if cfg.stage == "all" else cfg.stage) + 1]
+    stages = stages_of(cfg)[:stages_of(cfg).index("2" if cfg.stage == "all" else cfg.stage) + 1]
     for name in (s for s in stages if s not in finished):
         parts = shared_parts(cfg, "pref_restore", name, matters(cfg, name), train_parts)
         curve = parts.pop("curve", {}).get("reward", torch.zeros(0)).tolist()

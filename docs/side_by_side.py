@@ -68,10 +68,10 @@ def read_faces(folder: Path, count: int):
 
 
 def scores(restored, found: dict, reader) -> dict:
-    perceptual = pref_restore.toy_rewards(reader)["lpips"]         # minus LPIPS, on the reader's features
-    with torch.no_grad():
-        likeness = torch.cat([-perceptual(x, y, None) for x, y in zip(restored.split(64), found["hq"].split(64))])
-    return metrics.toy_scores(restored, found["hq"], reader, found["lq"]) | {"lpips_toy": likeness.mean().item()}
+    with torch.no_grad():                                          # halved: as the reward of Pref-Restore is
+        distance = torch.cat([metrics.reader_lpips(reader, x, y) / 2
+                              for x, y in zip(restored.split(64), found["hq"].split(64))])
+    return metrics.toy_scores(restored, found["hq"], reader, found["lq"]) | {"lpips_toy": distance.mean().item()}
 
 
 def main(argv=None):

@@ -164,8 +164,8 @@ def toy_restorers(device) -> dict:
     lq = common.degrade(batch["hq"], common.DEGRADATIONS["thumbnail"], batch["seeds"]).to(device)
     pmrf, one, flux, pref = lp.Train(), hf.Train(), a2.Train(), pr.Train()
     flow = {part: lp.build(pmrf, part).to(device).eval() for part in ("vae", "mmse", "flow")}
-    eyes_on = hf.face_networks(one, device, losses=False)
-    nets = hf.prepare(one, eyes_on, device)
+    face_nets = hf.face_networks(one, device, losses=False)
+    nets = hf.prepare(one, face_nets, device)
     references, present = (x.to(device) for x in hf.draw_references(faces, {}, batch, one.max_references))
     prior = {name: net.to(device) for name, net in a2.build_toy(flux).items()}
     a2.add_condition_lora(prior["prior"], flux.rank, flux.lora_alpha)
@@ -179,8 +179,8 @@ def toy_restorers(device) -> dict:
         return pr.draw_face(model, pref, pr.read_face(model, vocab, pref, lq, [""] * 32), start)
 
     return {"Latent-PMRF, 25 steps": lambda: lp.restore(flow, pmrf, lq, torch.randn_like, 25),
-            "HonestFace, 4 references": lambda: hf.restore(nets, one, eyes_on, lq, references, present),
-            "HonestFace, no references": lambda: hf.restore(nets, one, eyes_on, lq, references, present & False),
+            "HonestFace, 4 references": lambda: hf.restore(nets, one, face_nets, lq, references, present),
+            "HonestFace, no references": lambda: hf.restore(nets, one, face_nets, lq, references, present & False),
             "A2BFR": lambda: a2.restore(prior, flux, lq, [a2.TEMPLATE] * 32, noise.to(device), how),
             "Pref-Restore": pref_restore}
 
@@ -211,7 +211,7 @@ def paper_run(method, folder, device, steps, **switches) -> tuple:
 
 def latent_pmrf_at_full_size(folder, device, steps) -> tuple:
     cfg, run = paper_run(lp, folder, device, steps)
-    nets = {part: lp.build(cfg, part).to(device).eval() for part in lp.parts_of(cfg)}
+    nets = {part: lp.build(cfg, part).to(device).eval() for part in lp.stages_of(cfg)}
     batch = lp.batches(cfg, run, common.Faces("", cfg.image_size, ""), degraded=True)(0)
     lp.batches = lambda *_, **__: lambda step: batch
     lq = batch["lq"][:1].to(device)
@@ -232,13 +232,13 @@ def honestface_at_full_size(folder, device, steps) -> tuple:
             return dict(vae=AutoencoderKL(**hf.SD21_VAE), unet=UNet2DConditionModel(**hf.SD21_UNET))
 
     hf.load_stable_diffusion = random_stable_diffusion
-    eyes_on = hf.face_networks(cfg, device)
-    nets = hf.prepare(cfg, eyes_on, device)
+    face_nets = hf.face_networks(cfg, device)
+    nets = hf.prepare(cfg, face_nets, device)
     batch = hf.batches(cfg, run, common.Faces("", cfg.image_size, ""), "references")(0)
     hf.batches = lambda *_, **__: lambda step: batch
     given = [batch[name].to(device) for name in ("lq", "references", "present")]
-    return (run, {f"onestep, {cfg.batch_size} face": lambda: hf.train_onestep(cfg, run, None, nets, eyes_on)},
-            lambda: hf.restore(nets, cfg, eyes_on, *given))
+    return (run, {f"onestep, {cfg.batch_size} face": lambda: hf.train_onestep(cfg, run, None, nets, face_nets)},
+            lambda: hf.restore(nets, cfg, face_nets, *given))
 
 
 class RandomText:

@@ -192,6 +192,14 @@ def test_grey_turns_both_images_grey():
     assert (clean[:, 0] - clean[:, 1]).abs().max() < 1e-6 and (lq[:, 0] - lq[:, 2]).abs().max() < 1e-6
 
 
+def test_lq_alone_is_never_grey():
+    """`degrade` leaves hq in colour, so a grey lq beside it would teach to guess colours; nothing else changes."""
+    hq, spec = toy_faces(torch.arange(3), torch.arange(3)).image, DEGRADATIONS["difface"]
+    grey = degrade(hq, dataclasses.replace(spec, grey=1.0), range(3))
+    assert torch.equal(grey, degrade(hq, dataclasses.replace(spec, grey=0.0), range(3)))
+    assert (grey[:, 0] - grey[:, 2]).abs().mean() > 0.05
+
+
 def test_every_preset_is_a_flag():
     choices = common.typing.get_args(common.typing.get_type_hints(common.TrainFlags)["degradation"])
     assert set(choices) == set(DEGRADATIONS)
@@ -714,6 +722,40 @@ class Rows(Tiny):
 
 
 ROWS = {"a": ("", {}, "first"), "b": ("", dict(learning_rate=2.0), "second")}
+
+
+@pytest.mark.parametrize("kind", ["clip", "vae", "unet"])
+def test_a_folder_that_lacks_weights_is_refused(tmp_path, kind):
+    """transformers and diffusers would draw what a file lacks at random, and say so in a note only."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPConfig, CLIPModel
+    small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    make, lost, file = {
+        "clip": (lambda: CLIPModel(CLIPConfig(text_config=small, vision_config=dict(small, image_size=8, patch_size=4),
+                                              projection_dim=8)), "visual_projection.weight", "model.safetensors"),
+        "vae": (lambda: AutoencoderKL(block_out_channels=(8,), norm_num_groups=4), "decoder.conv_out.weight",
+                "diffusion_pytorch_model.safetensors"),
+        "unet": (lambda: UNet2DConditionModel(
+            sample_size=8, block_out_channels=(32,), layers_per_block=1, down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",), cross_attention_dim=8, attention_head_dim=8), "conv_out.weight",
+            "diffusion_pytorch_model.safetensors")}[kind]
+    net = make()
+    net.save_pretrained(tmp_path / "part")
+    load = lambda: common.from_folder(type(net), str(tmp_path), "flag", "part")
+    for name, tensor in load().state_dict().items():
+        assert torch.equal(tensor, net.state_dict()[name]), name
+    state = load_file(tmp_path / "part" / file)
+    del state[lost]
+    save_file(state, tmp_path / "part" / file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"--flag .*part cannot be loaded .it lacks weights such as {lost}"):
+        load()
+
+
+def test_a_config_without_flags_is_one_line():
+    with pytest.raises(UserError, match="somewhere: config.json lacks what a training run writes"):
+        common.saved_flags(common.SampleFlags, {"method": "m"}, "somewhere")
+    found = common.saved_flags(common.SampleFlags, {"train": {"input": "x", "seed": 5, "long_gone": 1}}, "somewhere")
+    assert found.seed == 5
 
 
 def test_an_ablation_repeats_rows_of_other_settings_and_no_others(tmp_path, capsys):

@@ -92,21 +92,21 @@ def test_sample_with_an_album_per_face(trained, tmp_path, capsys):
 
 
 def test_merged_lora_restores_as_the_unmerged_one(trained):
-    nets, cfg, eyes_on = hf.load_networks(hf.Sample(input="", checkpoint=str(trained / "out")), "cpu")
-    apart = hf.prepare(cfg, eyes_on, "cpu")
+    nets, cfg, face_nets = hf.load_networks(hf.Sample(input="", checkpoint=str(trained / "out")), "cpu")
+    apart = hf.prepare(cfg, face_nets, "cpu")
     _, parts = common.load_model(str(trained / "out"), "honestface")
     for part in ("vae", "unet", "vre", "lora", "prompt"):
         hf.put(apart, part, parts[part], cfg, "test")
     faces = common.toy_faces([5, 6], [0, 0], size=32)
     references, present = faces.image[:, None], torch.ones(2, 1, dtype=torch.bool)
-    a, b = (hf.restore(n, cfg, eyes_on, faces.image, references, present, torch.zeros_like) for n in (nets, apart))
+    a, b = (hf.restore(n, cfg, face_nets, faces.image, references, present, torch.zeros_like) for n in (nets, apart))
     assert common.lora_layers(apart["unet"]) and not common.lora_layers(nets["unet"])
     assert torch.allclose(a, b, atol=1e-4)
 
 
-def perturbed(cfg, eyes_on):
+def perturbed(cfg, face_nets):
     """Networks whose every path matters: nothing is at its zero start."""
-    nets = hf.prepare(cfg, eyes_on, "cpu")
+    nets = hf.prepare(cfg, face_nets, "cpu")
     with torch.no_grad():
         for p in nets["prompt"].parameters():
             p.add_(0.3 * torch.randn_like(p)) if p.requires_grad else None
@@ -117,11 +117,11 @@ def test_null_references_reproduce_the_model_without_references():
     """What stands in an absent slot never matters, and an empty album gives the same face as none."""
     torch.manual_seed(0)
     cfg = tiny_config()
-    eyes_on = hf.face_networks(cfg, "cpu")
-    nets = perturbed(cfg, eyes_on)
+    face_nets = hf.face_networks(cfg, "cpu")
+    nets = perturbed(cfg, face_nets)
     faces = common.toy_faces([1, 2, 3, 4], [0, 0, 0, 0], size=32)
     lq, references = faces.image[:2], faces.image[2:][:, None].expand(-1, 3, -1, -1, -1)
-    run = lambda r, m: hf.restore(nets, cfg, eyes_on, lq, r, m, torch.zeros_like)
+    run = lambda r, m: hf.restore(nets, cfg, face_nets, lq, r, m, torch.zeros_like)
     none = run(references, torch.zeros(2, 3, dtype=torch.bool))
     assert torch.equal(none, run(torch.zeros_like(references[:, :1]), torch.zeros(2, 1, dtype=torch.bool)))
     first = torch.tensor([[True, False, False]] * 2)
@@ -202,13 +202,13 @@ def test_turns_leave_no_gradients_in_the_other_network():
     """Eq. 5: the restorer's turn fills no gradient of D, D's turn none of the restorer; frozen networks get none."""
     torch.manual_seed(0)
     cfg = tiny_config()
-    eyes_on = hf.face_networks(cfg, "cpu")
-    nets = perturbed(cfg, eyes_on)
+    face_nets = hf.face_networks(cfg, "cpu")
+    nets = perturbed(cfg, face_nets)
     judge = hf.LatentDiscriminator(nets["unet"], cfg.lora_layers, 2, 2.0)
     common.add_lora(nets["unet"], cfg.lora_layers, 2, 2.0)
     faces = common.toy_faces([1, 2], [0, 0], size=32)
     references = torch.stack([faces.image, faces.image.flip(0)], 1)  # two: among one there is nothing to weigh
-    prompt = hf.make_prompt(nets, eyes_on, faces.image, references, torch.ones(2, 2, dtype=torch.bool))
+    prompt = hf.make_prompt(nets, face_nets, faces.image, references, torch.ones(2, 2, dtype=torch.bool))
     z = hf.encode(nets["vae"], faces.image)
     z_hat, t = hf.restore_latent(nets["unet"], z, prompt, 399), torch.tensor([10, 700])
     with hf.frozen(judge):
@@ -227,8 +227,8 @@ def test_turns_leave_no_gradients_in_the_other_network():
 def test_the_restorer_overfits_one_batch():
     torch.manual_seed(0)
     cfg = tiny_config()
-    eyes_on = hf.face_networks(cfg, "cpu")
-    nets = hf.prepare(cfg, eyes_on, "cpu")
+    face_nets = hf.face_networks(cfg, "cpu")
+    nets = hf.prepare(cfg, face_nets, "cpu")
     own = common.add_lora(nets["unet"], cfg.lora_layers, 16, 16.0)
     own += [p for p in nets["prompt"].parameters() if p.requires_grad]
     optimizer = common.Muon(own, lr=5e-3)
@@ -237,7 +237,7 @@ def test_the_restorer_overfits_one_batch():
     z_l, z_h = hf.encode(nets["vae"], lq).detach(), hf.encode(nets["vae"], faces.image).detach()
     losses = []
     for _ in range(40):
-        prompt = hf.make_prompt(nets, eyes_on, lq, faces.image[:, None], torch.ones(2, 1, dtype=torch.bool))
+        prompt = hf.make_prompt(nets, face_nets, lq, faces.image[:, None], torch.ones(2, 1, dtype=torch.bool))
         loss = (hf.restore_latent(nets["unet"], z_l, prompt, 399) - z_h).square().mean() / z_h.var()
         optimizer.zero_grad()
         loss.backward()
