@@ -390,9 +390,9 @@ def flux_velocity(transformer, noisy, condition, text, pooled, t, guidance, imag
     noisy, condition, text, pooled = (u.to(dtype) for u in (noisy, condition, text, pooled))
     n_text, n_image, n_condition = text.shape[1], noisy.shape[1], condition.shape[1]
 
-    def clock(t, guidance):  # -> (B, D)
-        times = (1000 * t, 1000 * guidance) if net.config.guidance_embeds else (1000 * t,)
-        return net.time_text_embed(*times, pooled)
+    def clock(t, guidance):  # -> (B, D); rounded to bf16 as in diffusers, with which FLUX and the LoRA were made
+        times = (t, guidance) if net.config.guidance_embeds else (t,)
+        return net.time_text_embed(*(1000 * u.to(dtype) for u in times), pooled)
 
     signal = [clock(t, guidance)] + ([clock(0 * t, 0 * t + 1)] if n_condition else [])
     time, signal = signal[0], F.silu(torch.stack(signal, 1))                     # (B, D), (B, 1 or 2, D)
@@ -1315,6 +1315,8 @@ def check_sizes(cfg) -> None:
     """Flags that cannot work together, in words, before anything is built. Raises UserError."""
     if cfg.stage not in ["all"] + stages_of(cfg):
         raise UserError(f"--stage {cfg.stage}: with a given prior there is only the stage lora")
+    if not cfg.time_shift:
+        raise UserError("--time_shift 0: must be more than 0")
     if cfg.condition_scale not in (1, 2, 4):
         raise UserError(f"--condition_scale {cfg.condition_scale}: must be 1, 2 or 4")
     side = 16 if cfg.pretrained_model_name_or_path else 2 ** len(cfg.vae_widths)

@@ -993,7 +993,7 @@ def whole_file(path):
     temporary = path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix in (".pt", ".safetensors"):                # left by a process that was killed while writing
+        if path.suffix in (".pt", ".safetensors") and Path("/proc").exists():  # left by a process killed while writing
             for left in path.parent.glob(f".{path.name[:60]}.*.tmp"):
                 if not Path("/proc", left.suffixes[-2][1:]).exists():
                     left.unlink(missing_ok=True)
@@ -1002,8 +1002,7 @@ def whole_file(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:     # torch and safetensors word a full disk differently
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason}); what was there is unchanged. "
+        raise UserError(f"{path}: cannot be written ({first_line(error)}); what was there is unchanged. "
                         "Free space or choose another --output") from None
     finally:
         try:
@@ -1038,8 +1037,9 @@ def write_grid(path, columns: dict, rows: int = 8, cell: int = 128) -> None:
         sheet.save(temporary, format="PNG")
 
 
-def write_curve(path, curves: dict, width: int = 480, height: int = 260, per_row: int = 4) -> None:
+def write_curve(path, curves: dict) -> None:
     """One panel per curve {name: [(step, value), ...]}; logarithmic when all values are positive."""
+    width, height, per_row = 480, 260, 4
     rows, columns = max(1, -(-len(curves) // per_row)), max(1, min(len(curves), per_row))
     sheet = Image.new("RGB", (width * columns, height * rows), "white")
     draw = ImageDraw.Draw(sheet)
@@ -1110,7 +1110,7 @@ def align_face(image: torch.Tensor, five_points, size: int = 512) -> tuple:
     if points.shape != (5, 2) or not points.isfinite().all():
         raise UserError(f"a face needs five finite (x, y) points, got shape {tuple(points.shape)}")
     transform = similarity(points, torch.tensor(FFHQ_512, dtype=torch.float64) * size / 512)
-    return warp(image, transform, size, size, [v / 127.5 - 1 for v in (135, 133, 132)]), transform
+    return warp(image, transform, size, size, [v / 127.5 - 1 for v in (132, 133, 135)]), transform  # facexlib's grey
 
 
 def paste_face(photo: torch.Tensor, restored: torch.Tensor, transform: torch.Tensor) -> torch.Tensor:
@@ -1299,7 +1299,6 @@ def cpu_attention_in_float32():
     return library
 
 
-RUN_FILES = ("model.safetensors", "state.pt", "log.jsonl")
 # Flags that say where and how a run is made, not what it makes.
 IDLE_FLAGS = ("output", "resume_from_checkpoint", "device", "num_workers", "log_steps", "checkpointing_steps",
               "checkpointing_epochs")
@@ -1380,7 +1379,8 @@ class Run:
     def make_folder(self, move: bool = False) -> None:
         """Make --output; with `move`, an earlier run in it goes aside first. UserError where that cannot be."""
         try:
-            if move and self.main and any((self.folder / name).exists() for name in RUN_FILES):
+            earlier = ("model.safetensors", "state.pt", "log.jsonl")
+            if move and self.main and any((self.folder / name).exists() for name in earlier):
                 number = next(n for n in range(1, 10 ** 6) if not Path(f"{self.folder}.{n}").exists())
                 aside = self.folder.rename(f"{self.folder}.{number}")
                 self.say(f"{self.folder} held an earlier run: moved to {aside}")
@@ -1506,10 +1506,7 @@ def make_optimizer(cfg, params, lr: float, betas: tuple = (0.9, 0.95), weight_de
 
 
 def warmup_cosine(steps: int, warmup: int = 0, floor: float = 0.0, first: float = 0.0):
-    """lr_at(step) for `Stage`, a multiple of the peak: linear from `first` in `warmup` steps, then a cosine to `floor`
-
-    at step warmup + steps, and flat after it.
-    """
+    """lr_at(step) for `Stage`, times the peak: `warmup` steps from `first` up, `steps` of a cosine to `floor`, flat."""
     def at(step):
         if step < warmup:
             return first + (1 - first) * step / warmup
@@ -1528,7 +1525,7 @@ def lr_schedule(cfg, steps: int):
 class Stage:
     """One training stage: trainable modules, their EMA, their optimisers, the checkpoint, the log and the progress bar.
 
-        stage = Stage(run, "flow", {"flow": model}, {"flow": optimizer})
+        stage = Stage(run, "flow", {"flow": model}, {"flow": optimizer}, steps)
         for step, batch in stage.steps(batch_at):        # batch_at(k): micro-batch k, a pure function
             with run.autocast():
                 loss = ...
@@ -1563,7 +1560,7 @@ class Stage:
         """Yield (step, batch) from where the checkpoint left off; save, log and stop cleanly on Ctrl-C or SIGTERM."""
         cfg, run = self.run.cfg, self.run
         first, pieces = self.step, self.accumulate
-        workers = getattr(cfg, "num_workers", 0)
+        workers = cfg.num_workers
         if workers and not hasattr(os, "fork"):
             raise UserError(f"--num_workers {workers}: needs processes that fork, which this system has not; give 0")
         loader = iter(torch.utils.data.DataLoader(
@@ -1587,11 +1584,11 @@ class Stage:
                     yield self.step, batch
                 self.step += 1
                 bar.update(1)
-                at_log = self.step % self.log_steps == 0 or self.step == self.last
                 at_save = self.step % self.checkpointing_steps == 0
+                at_log = at_save or self.step % self.log_steps == 0 or self.step == self.last
                 # several processes ask each other only at steps where all of them do
-                stop = agree(self.stop, run) if run.world == 1 or at_log or at_save else False
-                if at_log:
+                stop = self.stop if run.world == 1 else at_log and agree(self.stop, run)
+                if at_log or stop:                                # before a save: `check` ends a run that is not finite
                     losses = self.check()
                     rate = (time.time() - begun) / (self.step - first)
                     run.log(stage=self.name, step=self.step, **losses, seconds_per_step=round(rate, 5),
@@ -1603,7 +1600,6 @@ class Stage:
                                 f"{rate * (self.last - self.step):.0f} s left")
                         logged = time.time()
                 if at_save or stop:
-                    self.check()
                     self.save()
                     if stop:
                         bar.close()
@@ -1642,15 +1638,15 @@ class Stage:
         for key, tensors in self.trained.items():
             for name, tensor in tensors.items():
                 average = self.ema[key][name]
-                average.lerp_(tensor.detach(), 1 - decay) if average.is_floating_point() else average.copy_(tensor)
+                if average.is_floating_point():
+                    average.lerp_(tensor.detach(), 1 - decay)
+                else:
+                    average.copy_(tensor)
 
     def check(self) -> dict:
         """Means of the losses since the last call, read from the device once. One that is not finite ends the run."""
-        if not self.history:
-            return {}
-        names = list(dict.fromkeys(name for _, row in self.history for name in row))
         means = {}
-        for name in names:
+        for name in dict.fromkeys(name for _, row in self.history for name in row):
             steps = [step for step, row in self.history if name in row]
             values = torch.stack([row[name].float() for _, row in self.history if name in row]).cpu()
             bad = ~values.isfinite()
@@ -1666,13 +1662,16 @@ class Stage:
 
     # -- the checkpoint
 
+    def kinds(self) -> dict:
+        return {key: type(optimizer).__name__ for key, optimizer in self.optimizers.items()}
+
     def save(self) -> None:
         """state.pt: everything a resumed run needs, as plain tensors and numbers (readable with weights_only=True)."""
         if not self.run.main:
             return
         state = dict(stage=self.name, step=self.step, config=json.loads(json.dumps(dataclasses.asdict(self.run.cfg))),
                      modules=self.trained, ema=self.ema, scaler=self.scaler.state_dict(),
-                     optimizers={key: o.state_dict() for key, o in self.optimizers.items()})
+                     optimizers={key: o.state_dict() for key, o in self.optimizers.items()}, kinds=self.kinds())
         with whole_file(self.run.folder / "state.pt") as temporary:
             torch.save(state, temporary)
 
@@ -1683,7 +1682,8 @@ class Stage:
         if where == "latest" and not path.exists():
             return
         state = read_torch(path)
-        if not isinstance(state, dict) or not {"stage", "step", "modules", "ema", "optimizers"} <= state.keys():
+        wanted = {"stage", "step", "modules", "ema", "optimizers", "kinds"}
+        if not isinstance(state, dict) or not wanted <= state.keys():
             raise UserError(f"{path}: not a training state of this project; "
                             "--resume_from_checkpoint wants a state.pt or its folder")
         if state["stage"] != self.name:
@@ -1691,9 +1691,7 @@ class Stage:
                 raise UserError(f"{path}: is at stage {state['stage']}, whose earlier stages are in its folder; "
                                 f"go on there with --output {path.parent}")
             return
-        if (set(state["optimizers"]) != set(self.optimizers)
-                or any(state.get("config", {}).get(name) != getattr(self.run.cfg, name, None)
-                       for name in ("optimizer", "lora_optimizer"))):
+        if state["kinds"] != self.kinds():
             raise UserError(f"{path}: made with other optimisers; resume with the flags of that run")
         for key, tensors in self.trained.items():
             saved = state["modules"].get(key, {})
@@ -1708,7 +1706,8 @@ class Stage:
                     self.ema[key][name].copy_(state["ema"][key][name])
         for key, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][key])
-        self.scaler.load_state_dict(state["scaler"]) if state["scaler"] else None
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.run.resumed = state["step"], True
         now = json.loads(json.dumps(dataclasses.asdict(self.run.cfg)))
         other = [name for name, value in state.get("config", {}).items()
@@ -1735,8 +1734,6 @@ def average_gradients(parameters: list, world: int) -> None:
 
 def agree(flag: bool, run: Run) -> bool:
     """True in all processes if it is true in one: they must stop at the same step."""
-    if run.world == 1:
-        return flag
     shared = torch.tensor(float(flag), device=run.device)
     dist.all_reduce(shared)
     return shared.item() > 0
@@ -1771,12 +1768,10 @@ def read_torch(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except pickle.UnpicklingError as error:
-        if "weights only" in str(error).lower() or "Unsupported" in str(error):
+    except Exception as error:                                    # a damaged file fails in a dozen ways
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported operand" not in str(error):  # that is no pickle
             raise UserError(f"{path}: refused, it holds Python objects beside tensors and reading it could run code; "
                             "convert it to safetensors") from None
-        raise UserError(f"{path}: damaged or not a checkpoint; download or train it again") from None
-    except Exception as error:                                    # a damaged file fails in a dozen ways
         raise UserError(f"{path}: damaged or not a checkpoint ({type(error).__name__}); "
                         "download or train it again") from None
 
@@ -1839,8 +1834,8 @@ def load_model(where: str, method: str) -> tuple:
                         "give the output folder of a training run") from None
     except (ValueError, OSError) as error:
         raise UserError(f"--checkpoint {where}: config.json is damaged ({error})") from None
-    if not isinstance(config, dict) or config.get("method") != method:
-        found = config.get("method", "an unknown method") if isinstance(config, dict) else "something else"
+    found = config.get("method", "an unknown method") if isinstance(config, dict) else "something else"
+    if found != method:
         raise UserError(f"--checkpoint {where}: belongs to {found}, not to {method}")
     parts: dict = {}
     for name, tensor in read_weights(folder / "model.safetensors").items():
@@ -1908,13 +1903,25 @@ def from_folder(cls, where: str, flag: str, subfolder: str = "", **options):
 # ------------------------------------------------------------------------------------------------ LoRA
 
 class LoRALinear(nn.Module):
-    """y = W x + (alpha / rank) B A x with W frozen, A ~ N(0, (1 / rank)^2), B = 0: it starts as W [LoRA, Eq. 3]."""
+    """y = W x + (alpha / rank) B A x with W frozen, A ~ N(0, (1 / rank)^2), B = 0: it starts as W [LoRA, Eq. 3].
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+    Of a convolution A keeps kernel, stride and padding, and B is 1x1 [layout of diffusers and peft]; ValueError for a
+    grouped one.
+    """
+
+    def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float):
         super().__init__()
         self.base, self.scale = base.requires_grad_(False), alpha / rank
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=base.weight.device)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=base.weight.device)
+        own = dict(bias=False, device=base.weight.device)
+        if isinstance(base, nn.Linear):
+            self.lora_A = nn.Linear(base.in_features, rank, **own)
+            self.lora_B = nn.Linear(rank, base.out_features, **own)
+        elif base.groups > 1:
+            raise ValueError("LoRA of a grouped convolution is not a product of two convolutions")
+        else:
+            self.lora_A = nn.Conv2d(base.in_channels, rank, base.kernel_size, base.stride, base.padding, base.dilation,
+                                    padding_mode=base.padding_mode, **own)
+            self.lora_B = nn.Conv2d(rank, base.out_channels, 1, **own)
         nn.init.normal_(self.lora_A.weight, std=1 / rank)
         nn.init.zeros_(self.lora_B.weight)
 
@@ -1924,29 +1931,6 @@ class LoRALinear(nn.Module):
         return y + (self.scale * change).to(y.dtype)
 
 
-class LoRAConv2d(nn.Module):
-    """The same for a convolution: A keeps its kernel, stride and padding, B is 1x1 [layout of diffusers and peft].
-
-    Raises ValueError for a grouped convolution.
-    """
-
-    def __init__(self, base: nn.Conv2d, rank: int, alpha: float):
-        super().__init__()
-        if base.groups > 1:
-            raise ValueError("LoRA of a grouped convolution is not a product of two convolutions")
-        self.base, self.scale = base.requires_grad_(False), alpha / rank
-        self.lora_A = nn.Conv2d(base.in_channels, rank, base.kernel_size, base.stride, base.padding, base.dilation,
-                                bias=False, padding_mode=base.padding_mode, device=base.weight.device)
-        self.lora_B = nn.Conv2d(rank, base.out_channels, 1, bias=False, device=base.weight.device)
-        nn.init.normal_(self.lora_A.weight, std=1 / rank)
-        nn.init.zeros_(self.lora_B.weight)
-
-    forward = LoRALinear.forward
-
-
-LORA_OF = {nn.Linear: LoRALinear, nn.Conv2d: LoRAConv2d}
-
-
 def add_lora(module: nn.Module, names: tuple, rank: int, alpha: float) -> list:
     """Wrap every Linear or Conv2d whose dotted name ends with one of `names`; freeze all else. Returns new parameters.
 
@@ -1954,17 +1938,16 @@ def add_lora(module: nn.Module, names: tuple, rank: int, alpha: float) -> list:
     """
     module.requires_grad_(False)
     targets = [n for n, m in module.named_modules()
-               if type(m) in LORA_OF and any(("." + n).endswith("." + end) for end in names)]
+               if type(m) in (nn.Linear, nn.Conv2d) and any(("." + n).endswith("." + end) for end in names)]
     if not targets:
         raise ValueError(f"no Linear or Conv2d in {type(module).__name__} has a name that ends with one of {names}")
     for name in targets:
-        layer = module.get_submodule(name)
-        module.set_submodule(name, LORA_OF[type(layer)](layer, rank, alpha))
+        module.set_submodule(name, LoRALinear(module.get_submodule(name), rank, alpha))
     return [p for p in module.parameters() if p.requires_grad]
 
 
 def lora_layers(module: nn.Module) -> dict:
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, (LoRALinear, LoRAConv2d))}
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRALinear)}
 
 
 def merge_lora(module: nn.Module) -> None:
@@ -2251,7 +2234,7 @@ class TrainFlags:
     max_grad_norm: float = 1.0             # clip the gradient to this norm (0: off)
     optimizer: typing.Literal["muon", "adamw"] = "muon"  # muon learns the toy world in half the time; papers adamw
     lr_scheduler: typing.Literal["cosine", "constant"] = "cosine"  # of every stage that has no schedule of its own
-    lr_warmup_steps: int = 50              # steps in which the learning rate rises from 0
+    lr_warmup_steps: int = 50              # steps in which the learning rate rises to its peak
     ema_decay: float = 0.999               # of the averaged weights that are saved and sampled
     max_train_steps: int = 10_000_000      # cap on the optimiser steps of each stage
     mixed_precision: PRECISIONS = "auto"   # autocast type; auto: bf16 where the processor has it, else no
@@ -2280,7 +2263,6 @@ class SampleFlags:
 
 # ------------------------------------------------------------------------------------------------ command line
 
-@functools.lru_cache
 def field_help(cls) -> dict:
     """{field: the comment beside it} for a dataclass and its parents: comment and --help text cannot differ."""
     return {m[1]: m[2] for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)
@@ -2323,7 +2305,7 @@ def add_flags(parser: argparse.ArgumentParser, cls, preset=None) -> None:
 
 
 def check_numbers(cfg) -> None:
-    """Counts and sizes are at least 1 unless 0 is their default, rates and weights at least 0 and finite.
+    """Counts and sizes are at least 1 unless 0 means something, rates and weights at least 0 and finite.
 
     Raises UserError naming the flag.
     """
@@ -2335,10 +2317,8 @@ def check_numbers(cfg) -> None:
                     raise UserError(f"--{field.name} {number}: must be a finite number, 0 or more")
                 if field.name == "seed" and number >= 2 ** 63:
                     raise UserError(f"--seed {number}: must be below 2 ** 63")
-                counts = (r"_size|(?<!warmup_)steps$|^seeds$|widths?$|channels|rank$|faces|_crop$|_codes$|_dim$"
-                          r"|_layers$|multiples|heads$|_length$"
-                          r"|^(max_references|tries|edits|n_avg|n_max|count|time_shift|identities|width_[abc])$")
-                if number == 0 and field.default != 0 and re.search(counts, field.name):
+                off = r"warmup|workers|^(bank|top_k|timestep|decay_kind|consistency_seeds|checkpointing_epochs)$"
+                if number == 0 and type(number) is int and field.default != 0 and not re.search(off, field.name):
                     raise UserError(f"--{field.name} 0: must be at least 1")
 
 

@@ -882,7 +882,8 @@ def load_adapter(adapter: PromptAdapter, path: str) -> None:
     load_strict(adapter, state, path)
 
 
-LORA_NAME = re.compile(r"(?:unet\.)?(?P<layer>.+?)\.(?:lora_|lora\.)(?P<kind>A|B|down|up)(?:\.\w+)?\.weight")
+LORA_NAME = re.compile(r"(?:base_model\.model\.)?(?:unet\.)?(?P<layer>.+?)\.(?:lora_|lora\.)(?P<kind>A|B|down|up)"
+                       r"(?:\.\w+)?\.weight")
 
 
 def load_unet_lora(unet, path: str, alpha: float) -> None:
@@ -1258,8 +1259,6 @@ def check_sizes(cfg) -> None:
     shrink = 2 ** (len(cfg.vae_widths) - 1)
     if not cfg.pretrained_model_name_or_path and cfg.vae_crop % shrink:
         raise UserError(f"--vae_crop {cfg.vae_crop}: must be a multiple of {shrink}, the autoencoder's factor")
-    if cfg.max_references < 1:
-        raise UserError(f"--max_references {cfg.max_references}: must be at least 1; --ide none uses no references")
 
 
 # ------------------------------------------------------------------------------------------------ measuring

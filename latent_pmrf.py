@@ -971,7 +971,7 @@ def load_pmrf(where: Path) -> dict:
 
 def load_part(cfg, part: str, where: str) -> nn.Module:
     """A released Sim-VAE or SwinIR, or that of another run's folder, in place of one that is trained here."""
-    if is_run(Path(where)):
+    if Path(where).is_dir() and is_run(Path(where)):
         found = load_model(where, "latent_pmrf")[1]
         if part not in found:
             raise UserError(f"--{part} {where}: this run holds {', '.join(found)} but no {part}")
@@ -1189,10 +1189,8 @@ def train(cfg: Train) -> None:
 
 def check_sizes(cfg) -> None:
     """Sizes that cannot work together, in words, before anything is built. Raises UserError."""
-    for name in ("mmse_unshuffle", "mmse_heads", "mmse_dim", "mmse_features", "flow_patch", "pixel_patch", "head_dim",
-                 "mapping_width", "vae_crop", "vae_learning_rate"):
-        if getattr(cfg, name) <= 0:
-            raise UserError(f"--{name} {getattr(cfg, name)}: must be more than 0")
+    if not cfg.vae_learning_rate:
+        raise UserError("--vae_learning_rate 0: must be more than 0")
     if cfg.perceptual != "vgg19":
         refuse_unread(cfg, ("vgg",), "perceptual vgg19")
     if cfg.mmse_unshuffle & (cfg.mmse_unshuffle - 1):

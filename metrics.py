@@ -1,6 +1,6 @@
 """Numbers that say how good a restored face is, and the networks that measure faces.
 
-    full reference  psnr, ssim, ms_ssim, lpips_distance, DISTS    two images in [0, 1] -> one number per image
+    full reference  psnr, ssim, ms_ssim, lpips_network, DISTS    two images in [0, 1] -> one number per image
     distributions   frechet_distance, mmd_rbf                     two sets of features (N, D) -> one number
     faces           identity_angle, landmark_distance, affine_fit, affine_landmark_distance, ...
     real networks   ArcFaceGray, IResNet, FAN98, FaRLAttributes   released parameter names, for load_weights
@@ -73,17 +73,17 @@ def ssim_maps(a, b):
     return structure * (2 * mu_a * mu_b + 0.01**2) / (mu_a**2 + mu_b**2 + 0.01**2), structure
 
 
-def ssim(a, b, y_channel=True):
+def ssim(a, b):
     """Structural similarity [Wang et al. 2004]: (B, 3, H, W) twice in [0, 1] -> (B,), 1 for equal images.
 
-    Mean over the windows, of luma as pyiqa's `ssim`, or averaged over RGB. ValueError below 11 px.
-    DIFFERS: pyiqa first rounds luma to 8 bits, which moves the fourth digit.
+    Mean over the windows, of luma as pyiqa's `ssim`. ValueError below 11 px. DIFFERS: pyiqa first rounds luma to 8
+    bits, which moves the fourth digit, and lifts negative structure to 0 window by window, which the definition does
+    not: up to 0.008 more on degraded faces at 256 px, 0.03 under strong noise.
     """
     same_images(a, b)
     if min(a.shape[-2:]) < 11:
         raise ValueError(f"ssim needs images of 11 px or more, got {tuple(a.shape[-2:])}")
-    a, b = (luma(a), luma(b)) if y_channel else (a, b)
-    return ssim_maps(a, b)[0].flatten(1).mean(1)
+    return ssim_maps(luma(a), luma(b))[0].flatten(1).mean(1)
 
 
 def ms_ssim_scales(x) -> int:
@@ -91,7 +91,7 @@ def ms_ssim_scales(x) -> int:
     return max(0, min(5, int(math.log2(max(1, min(x.shape[-2:])) / 11) + 1)))
 
 
-def ms_ssim(a, b, scales=5, y_channel=True):
+def ms_ssim(a, b, scales=5):
     """Multi-scale SSIM, product form [Wang et al. 2003]: (B, 3, H, W) twice in [0, 1] -> (B,).
 
     prod_j mean(structure_j)^w_j mean(SSIM_M)^w_M, images halved by 2x2 means between scales. Five scales need
@@ -101,12 +101,12 @@ def ms_ssim(a, b, scales=5, y_channel=True):
     if not 1 <= scales <= ms_ssim_scales(a):
         raise ValueError(f"ms_ssim: images of {tuple(a.shape[-2:])} have {ms_ssim_scales(a)} scales, not {scales}")
     weights = a.new_tensor([0.0448, 0.2856, 0.3001, 0.2363, 0.1333])[:scales]
-    a, b = (luma(a), luma(b)) if y_channel else (a, b)
-    factors = []
+    factors, a, b = [], luma(a), luma(b)
     for scale in range(scales):
         full, structure = ssim_maps(a, b)
         factors.append((full if scale == scales - 1 else structure).flatten(1).mean(1).clamp(min=0))
-        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+        odd = [side % 2 for side in a.shape[-2:]]                 # an odd side gets zeros around it, as in pyiqa
+        a, b = F.avg_pool2d(a, 2, padding=odd), F.avg_pool2d(b, 2, padding=odd)
     return (torch.stack(factors, 1) ** (weights / weights.sum())).prod(1)
 
 
@@ -123,7 +123,7 @@ def lpips_network(net="alex", backbone=""):
     """lpips.LPIPS v0.1 with its trained heads, frozen; `net` alex (pyiqa's `lpips`) or vgg (the usual loss).
 
     backbone: file of torchvision's alexnet or vgg16; by default torch hub's cache is searched, and nothing is
-    ever fetched. Call it with images in [-1, 1] as a loss, or use lpips_distance. UserError without file.
+    ever fetched. Call it with images in [-1, 1]. UserError without file.
     """
     path = lpips_file(net, backbone)
     with warnings.catch_warnings():
@@ -134,13 +134,6 @@ def lpips_network(net="alex", backbone=""):
     names = {name: "features." + name.split(".", 1)[1] for name in network.net.state_dict()}
     load_strict(network.net, {name: state[theirs] for name, theirs in names.items() if theirs in state}, path)
     return network.eval().requires_grad_(False)
-
-
-def lpips_distance(a, b, network=None):
-    """LPIPS [Zhang et al. 2018]: (B, 3, H, W) twice in [0, 1] -> (B,); default network alex."""
-    same_images(a, b)
-    network = network or lpips_network().to(a.device)
-    return network(2 * a - 1, 2 * b - 1).flatten()
 
 
 class L2Pool(nn.Module):
@@ -159,8 +152,8 @@ class DISTS(nn.Module):
     relu5_3: l = (2 mu_a mu_b + c) / (mu_a^2 + mu_b^2 + c) compares texture, s = (2 cov + c) / (var_a + var_b
     + c) structure [DISTS Eq. 5-7; released code]. The image is not resized to 256 px. weights: the authors'
     file of alpha and beta; without it each stage gets its trained total in equal parts, which is an
-    approximation. vgg_weights: file of torchvision's vgg16; without it `pretrained` is False and the features
-    are random: a texture distance that means something within one run only. UserError for a bad file.
+    approximation. vgg_weights: file of torchvision's vgg16; without it the features are random: a texture
+    distance that means something within one run only. UserError for a bad file.
     """
     TAPS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # index in VGG16's features -> channels
     ALPHA = (0.0632, 0.0386, 0.0779, 0.1531, 0.2747, 0.2686)  # sums of the trained weights per stage
@@ -170,8 +163,7 @@ class DISTS(nn.Module):
         super().__init__()
         layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])[:30]
         self.features = nn.Sequential(*[L2Pool() if isinstance(m, nn.MaxPool2d) else m for m in layers])
-        self.pretrained = vgg_weights is not None
-        if self.pretrained:
+        if vgg_weights is not None:
             state = {k.removeprefix("features."): v for k, v in read_weights(vgg_weights).items()}
             load_strict(self.features, {k: v for k, v in state.items() if k[0].isdigit()}, vgg_weights)
         for name, sums in (("alpha", self.ALPHA), ("beta", self.BETA)):  # (1, 1475, 1, 1), as released
@@ -358,7 +350,7 @@ def decode_heatmaps(heatmaps, size):
 # ------------------------------------------------------------------------ networks that measure faces
 
 
-def resized(x, side, antialias=False):
+def bilinear(x, side, antialias=False):
     """(B, C, H, W) -> (B, C, side, side), bilinear, pixel centres at +0.5; default: no antialias, as cv2."""
     if x.shape[-2:] == (side, side):
         return x
@@ -425,7 +417,7 @@ class ArcFaceGray(nn.Module):
     def embed(self, x):
         """(B, 3, S, S) aligned faces in [-1, 1] -> (B, 512) unit vectors; whole, grey, at 128 px [VQFR]."""
         gray = (x * x.new_tensor([0.2989, 0.5870, 0.1140]).view(3, 1, 1)).sum(1, keepdim=True)
-        return F.normalize(self(resized(gray, 128)))
+        return F.normalize(self(bilinear(gray, 128)))
 
 
 class SqueezeExcite(nn.Module):
@@ -440,16 +432,17 @@ class SqueezeExcite(nn.Module):
 
 
 class IRBlock(nn.Module):
-    """x -> shortcut(x) + BN conv BN PReLU conv(stride) BN(x), no activation after. se: gated, no BN in the middle."""
+    """x -> shortcut(x) + BN conv BN PReLU conv(stride) BN(x), no activation after. Layouts: see `IResNet`."""
 
-    def __init__(self, width, out, stride, se=False):
+    def __init__(self, width, out, stride, layout="adaface"):
         super().__init__()
         self.shortcut_layer = nn.MaxPool2d(1, stride) if width == out else nn.Sequential(
             nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out))
         self.res_layer = nn.Sequential(
-            nn.BatchNorm2d(width), nn.Conv2d(width, out, 3, 1, 1, bias=False), *([] if se else [nn.BatchNorm2d(out)]),
+            nn.BatchNorm2d(width), nn.Conv2d(width, out, 3, 1, 1, bias=False),
+            *([nn.BatchNorm2d(out)] if layout == "adaface" else []),
             nn.PReLU(out), nn.Conv2d(out, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out),
-            *([SqueezeExcite(out)] if se else []))
+            *([SqueezeExcite(out)] if layout == "ir_se" else []))
 
     def forward(self, x):
         return self.res_layer(x) + self.shortcut_layer(x)
@@ -458,13 +451,13 @@ class IRBlock(nn.Module):
 class IResNet(nn.Module):
     """IR-18/34/50/101 of AdaFace and TFace: (B, 3, 112, 112) in [-1, 1] -> (B, 512), not normalised.
 
-    AdaFace's pair (unit vector, norm) is `embed_with_norm`. bgr: AdaFace's weights expect BGR, ArcFace's RGB;
-    the wrong order costs accuracy without any error, so it is an argument. se: IR-SE-50 of InsightFace_Pytorch, which
-    facexlib has (recognition_arcface_ir_se50.pth). ValueError for another depth.
+    bgr: AdaFace's weights expect BGR, ArcFace's RGB; the wrong order costs accuracy without any error, so it is an
+    argument. layout "ir" or "ir_se": InsightFace_Pytorch's, without the block's middle norm, and with gates: IR-SE-50,
+    which facexlib has (recognition_arcface_ir_se50.pth). ValueError for another depth.
     """
     UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 101: (3, 13, 30, 3)}
 
-    def __init__(self, depth=50, bgr=False, se=False):
+    def __init__(self, depth=50, bgr=False, layout="adaface"):
         super().__init__()
         if depth not in self.UNITS:
             raise ValueError(f"IResNet depth must be one of {sorted(self.UNITS)}, got {depth}")
@@ -474,32 +467,29 @@ class IResNet(nn.Module):
         blocks, width = [], 64
         for out, units in zip((64, 128, 256, 512), self.UNITS[depth]):
             for k in range(units):  # the first unit of every stage halves the resolution, even of the first
-                blocks.append(IRBlock(width, out, 2 if k == 0 else 1, se))
+                blocks.append(IRBlock(width, out, 2 if k == 0 else 1, layout))
                 width = out
         self.body = nn.Sequential(*blocks)
         self.output_layer = nn.Sequential(nn.BatchNorm2d(512), nn.Dropout(0.4), nn.Flatten(),
-                                          nn.Linear(512 * 7 * 7, 512), nn.BatchNorm1d(512, affine=se))
+                                          nn.Linear(512 * 7 * 7, 512), nn.BatchNorm1d(512, affine=layout != "adaface"))
 
     def forward(self, x):
         return self.output_layer(self.body(self.input_layer(x)))
 
-    def embed_with_norm(self, x):
-        """(B, 3, S, S) FFHQ-aligned faces in [-1, 1] -> unit vectors (B, 512), former norms (B, 1)."""
-        x = crop_112(x)
-        feature = self(x.flip(1) if self.bgr else x)
-        return F.normalize(feature), feature.norm(dim=1, keepdim=True)
-
     def embed(self, x):
         """(B, 3, S, S) FFHQ-aligned faces in [-1, 1] -> (B, 512) unit vectors."""
-        return self.embed_with_norm(x)[0]
+        x = crop_112(x)
+        return F.normalize(self(x.flip(1) if self.bgr else x))
 
 
 def load_iresnet(path, bgr=False):
-    """An `IResNet` with the depth its file has. UserError as `load_weights`."""
+    """An `IResNet` with the depth and layout its file has. UserError as `load_weights`."""
     state = read_weights(path)
     units = {name.partition("body.")[2].split(".")[0] for name in state if "body." in name}
     depth = {sum(units): depth for depth, units in IResNet.UNITS.items()}.get(len(units), 50)
-    return load_weights(IResNet(depth, bgr, se=any(name.endswith("res_layer.5.fc1.weight") for name in state)), path)
+    has = lambda ending: any(name.endswith(ending) for name in state)
+    layout = "ir_se" if has("res_layer.5.fc1.weight") else "adaface" if has("res_layer.2.running_mean") else "ir"
+    return load_weights(IResNet(depth, bgr, layout), path)
 
 
 CROP_112 = (65, 61, 448, 445)  # left, top, right, bottom of ArcFace's 112 px template in FFHQ's 512 px one
@@ -511,7 +501,7 @@ def crop_112(x):
     The least-squares similarity between the two five-point templates is this box to 0.01 degree of rotation.
     """
     left, top, right, bottom = [round(v * x.shape[-1] / 512) for v in CROP_112]
-    return resized(x[..., top:bottom, left:right], 112, antialias=True)
+    return bilinear(x[..., top:bottom, left:right], 112, antialias=True)
 
 
 class CoordConv(nn.Module):
@@ -579,8 +569,8 @@ class Hourglass(nn.Module):
 class FAN98(nn.Module):
     """Four stacked hourglasses of AdaptiveWingLoss: (B, 3, 256, 256) RGB in [0, 1] -> (B, 98, 64, 64).
 
-    Peaks are near 1. File: alignment_WFLW_4HG.pth of facexlib. `stacks` returns what the authors return, four
-    times (B, 99, 64, 64): the last channel is the outline of the face.
+    Peaks are near 1. File: alignment_WFLW_4HG.pth of facexlib. The authors return the maps of all four, each with a
+    99th channel for the outline of the face; here it is the last one's points.
     """
 
     def __init__(self):
@@ -597,25 +587,22 @@ class FAN98(nn.Module):
                 self.add_module(f"bl{i}", nn.Conv2d(256, 256, 1))
                 self.add_module(f"al{i}", nn.Conv2d(99, 256, 1))
 
-    def stacks(self, x):
+    def forward(self, x):
         x = F.relu(self.bn1(self.conv1(x)))                                       # (B, 64, 128, 128)
         x = self.conv4(self.conv3(F.avg_pool2d(self.conv2(x), 2)))                # (B, 256, 64, 64)
-        maps = [None]
+        maps = None
         for i in range(4):
             part = lambda name: getattr(self, f"{name}{i}")
-            h = part("top_m_")(part("m")(x, maps[-1]))
+            h = part("top_m_")(part("m")(x, maps))
             h = F.relu(part("bn_end")(part("conv_last")(h)))
-            maps.append(part("l")(h))
+            maps = part("l")(h)
             if i < 3:
-                x = x + part("bl")(h) + part("al")(maps[-1])
-        return maps[1:]
-
-    def forward(self, x):
-        return self.stacks(x)[-1][:, :98]
+                x = x + part("bl")(h) + part("al")(maps)
+        return maps[:, :98]
 
     def heatmaps(self, x):
         """(B, 3, S, S) faces in [-1, 1] -> (B, 98, 64, 64)."""
-        return self(resized(x, 256) * 0.5 + 0.5)
+        return self(bilinear(x, 256) * 0.5 + 0.5)
 
     def landmarks(self, x):
         """(B, 3, S, S) faces in [-1, 1] -> (B, 98, 2) pixels of x, on a grid of S / 256 px; no gradient."""
@@ -726,8 +713,7 @@ class Residual(nn.Sequential):
 
 
 class FaceReader(nn.Module):
-    """One small CNN that reads identity, 12 attributes, 98 landmarks and quality from (B, 3, S, S) in [-1,
-    1].
+    """One small CNN that reads identity, 12 attributes, 98 landmarks and quality from (B, 3, S, S) in [-1, 1].
 
     Stands in for ArcFace, FaRL, AWing-FAN and quality networks in the toy preset, under their calls. Trained
     by `train-reader` on clean and degraded toy faces; any size is resized to 64 px. SiLU and frozen BatchNorm
@@ -752,7 +738,7 @@ class FaceReader(nn.Module):
 
     def stages(self, x):
         """Features at five resolutions, (B, w, 64, 64) to (B, 8 w, 4, 4): what a perceptual loss compares."""
-        x = resized(x, self.SIDE, antialias=True)
+        x = bilinear(x, self.SIDE, antialias=True)
         found = []
         for stage in (self.stem, self.stage1, self.stage2, self.stage3, self.stage4):
             x = stage(x)
@@ -786,8 +772,7 @@ class FaceReader(nn.Module):
     def forward(self, x) -> Reading:
         stages = self.stages(x)
         whole, shares = stages[4].flatten(1), self.point_logits(stages).softmax(-1)
-        # A Gaussian of sigma 1 and sum 1 has its peak at 1 / 2 pi: the factor brings sure points to 1, as
-        # FAN's are.
+        # A Gaussian of sigma 1 and sum 1 has its peak at 1 / 2 pi: the factor brings sure points to 1, as FAN's are.
         maps = (2 * math.pi * shares).clamp(max=1).unflatten(2, (self.GRID, self.GRID))
         return Reading(F.normalize(self.identity(whole)), self.attributes(whole), maps, self.score(stages))
 
@@ -856,7 +841,7 @@ class TrainReader(TrainFlags):
     width_b: int = 16                      # channels of reader b
     width_c: int = 12                      # channels of reader c
     optimizer: typing.Literal["muon", "adamw"] = "adamw"  # muon for c: half the steps
-    lr_warmup_steps: int = 100             # steps in which the learning rate rises from 0
+    lr_warmup_steps: int = 100             # steps in which the learning rate rises to its peak
     steps: int = 1000                      # optimiser steps of each reader
     learning_rate: float = 3e-3            # of AdamW
     weight_decay: float = 0.02             # of AdamW
@@ -876,8 +861,8 @@ class TrainReader(TrainFlags):
 def spoil(hq, seeds):
     """Faces of every quality: (B, 3, S, S) in [-1, 1], seeds (B,) -> (image (B, 3, S, S), quality (B,)).
 
-    A quarter stays clean; the others are hq + u (degrade(hq) - hq), u = 1 for half of them, uniform for the
-    rest.
+    A quarter stays clean; the others are hq + u (degrade(hq) - hq), u = 1 for half of them, uniform for the rest.
+
     UNSTATED: no paper trains such a network. The label is 1 - sqrt(1 - SSIM to the clean face): 1 for that
     face, falling with blur, noise and blocks alike, readable from the picture because SSIM is relative to the
     picture's own contrast, and stretched by the root where faces are almost clean.
@@ -942,8 +927,7 @@ def label_rows(attributes, landmarks, size):
 
 
 class FolderLabels:
-    """Real faces of a folder with the labels it has: identity -1 and NaN where it has none. Calls as
-    ToyLabels.
+    """Real faces of a folder with the labels it has: identity -1 and NaN where it has none. Calls as ToyLabels.
 
     Sub-folders of two pictures or more are people, if there are three such at least. attributes.csv (CelebA's
     names, -1/1) and landmarks*.csv (x0,y0,x1,... of 68 or 98 points, pixels of the file) lie in the folder or
@@ -961,7 +945,7 @@ class FolderLabels:
             for path in files:
                 image, place = read_image(path), path.resolve()
                 labels.append(label_rows(attributes.get(place), landmarks.get(place), image.shape[:0:-1]))
-                small = resized(image[None], FaceReader.SIDE, antialias=True)[0]
+                small = bilinear(image[None], FaceReader.SIDE, antialias=True)[0]
                 images.append((small.clamp(-1, 1) * 127.5 + 127.5).round().byte())
                 people.append(persons.get(path.parent, -1))
         except (ValueError, RuntimeError, csv.Error) as error:  # an unreadable picture, text where a number should be
@@ -992,8 +976,7 @@ class FolderLabels:
 
 
 def identity_loss(embeddings, classes, identity, margin, scale):
-    """ArcFace: cross-entropy of s cos(theta + m) for the right class, s cos(theta) for the others [ArcFace
-    Eq. 3].
+    """ArcFace: cross-entropy of s cos(theta + m) for the right class, s cos(theta) for the others [ArcFace Eq. 3].
 
     embeddings (B, D) and classes (N, D) of any length, identity (B,) -> scalar.
     """
@@ -1246,11 +1229,9 @@ def basic_numbers(x, y):
 
 
 def lpips_numbers(names, paths, device):
-    network = lpips_network("vgg" if names[0] == "lpips-vgg" else "alex", paths[0]).to(device)
-    least = 16 if names[0] == "lpips-vgg" else 31                  # px: smaller pictures vanish in the pooling
-    nothing = torch.full((1,), math.nan)
-    distance = lambda x, y: lpips_distance(x / 2 + 0.5, y / 2 + 0.5, network)
-    return lambda x, y: {names[0]: distance(x, y) if min(x.shape[-2:]) >= least else nothing}
+    net, least = ("vgg", 16) if names[0] == "lpips-vgg" else ("alex", 31)  # px: smaller ones vanish in the pooling
+    network, nothing = lpips_network(net, paths[0]).to(device), torch.full((1,), math.nan)
+    return lambda x, y: {names[0]: network(x, y).flatten() if min(x.shape[-2:]) >= least else nothing}
 
 
 def dists_numbers(names, paths, device):
@@ -1295,7 +1276,8 @@ def inception_features(paths, device):
 
 
 def dino_features(paths, device):
-    """DINOv2's normalised class token; paths[0] is a folder of transformers."""
+    """DINOv2's normalised class token; paths[0] is a folder of transformers. DIFFERS: positions are resampled to 224 px
+    by transformers; Meta's module (pyiqa) aims 0.1 of a patch beyond, which moves features by up to 1 %."""
     from transformers import AutoModel, logging
 
     logging.disable_progress_bar()
@@ -1347,7 +1329,7 @@ def find_files(folder, patterns):
     found = []
     for pattern in patterns if folder else ():
         found += [path for glob in pattern.split("|") for path in sorted(Path(folder).glob(glob))][:1]
-    return found if found and len(found) == len(patterns) else None
+    return found if len(found) == len(patterns) else None
 
 
 def pair_files(restored, reference):
@@ -1477,7 +1459,7 @@ def measure(cfg):
             estimate, _ = read_pair(estimates[stem], restored, device)
             values["indrmse"].append(ind_rmse(x / 2 + 0.5, estimate / 2 + 0.5).item())
         if cfg.toy or max(x.shape[-2:]) <= FaceReader.SIDE:
-            small.append([resized(v, FaceReader.SIDE, antialias=True).cpu() for v in (x, y)])
+            small.append([bilinear(v, FaceReader.SIDE, antialias=True).cpu() for v in (x, y)])
     rows = []
     for name, column in values.items():
         finite = [value for value in column if math.isfinite(value)]  # identical pictures have an infinite PSNR

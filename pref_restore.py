@@ -48,15 +48,17 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 import metrics
 from common import (ATTRIBUTES, DEGRADATIONS, DEGRADATION_NAMES, SIBLINGS, Faces, Run, SampleFlags, Stage, TrainFlags,
-                    UserError, WordTokenizer, at_once, command_line, degrade, find_checkpoint, from_folder, is_run,
-                    list_images, load_model, load_strict, make_optimizer, mix, not_half, print_ablation, print_table,
-                    read_curves, read_weights, refuse_unread, restore_folder, run_ablation, save_model, saved_flags,
-                    shared_parts, verbalise, versions, warmup_cosine, whole_file, write_curve, write_grid, write_json)
+                    UserError, WordTokenizer, at_once, command_line, degrade, find_checkpoint, from_folder, from_pil,
+                    is_run, list_images, load_model, load_strict, make_optimizer, mix, not_half, print_ablation,
+                    print_table, read_curves, read_weights, refuse_unread, restore_folder, run_ablation, save_model,
+                    saved_flags, shared_parts, to_pil, verbalise, versions, warmup_cosine, whole_file, write_curve,
+                    write_grid, write_json)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -407,7 +409,8 @@ class TATok(nn.Module):
         self.count = (siglip["image_size"] // siglip["patch_size"]) ** 2
 
     def features(self, images, scale: int = 1):
-        """(B, 3, S, S) -> (B, N, d) before the quantiser."""
+        """(B, 3, S, S) -> (B, N, d) before the quantiser. DIFFERS: SigLIP's processor resizes 8-bit pictures; pixels
+        are at most one level of 255 apart."""
         if images.shape[-1] != self.size:
             images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1)
         x = self.encoder(images, output_hidden_states=True).hidden_states[-2]                # (B, N, width), no post-LN
@@ -1024,17 +1027,24 @@ def convert_open_clip(state: dict) -> dict:
     return found
 
 
+# How each CLIP gets to its size [their own code]: tensors, by torchvision's default in CLIPScore; 8-bit pictures.
+RESIZE = dict(
+    hps=lambda x, side: F.interpolate(x, (side, side), mode="bicubic", antialias=True),
+    clip=lambda x, side: F.interpolate(x, (side, side), mode="bilinear", antialias=True),
+    pick=lambda x, side: torch.stack([from_pil(to_pil(face).resize((side, side), Image.BICUBIC)) for face in x]).to(x))
+
+
 class ClipReward:
     """cos(text, image) x scale of a CLIPModel: CLIPScore (1), PickScore (exp(logit_scale) / 26), HPSv2.1 (1)."""
     MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-    def __init__(self, model, tokenizer, scale: float = 1.0):
-        self.model, self.tokenizer, self.scale = model.eval().requires_grad_(False), tokenizer, scale
+    def __init__(self, name: str, model, tokenizer, scale: float = 1.0):
+        self.resize, self.tokenizer, self.scale = RESIZE[name], tokenizer, scale
+        self.model = model.eval().requires_grad_(False)
         self.side, self.length = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
 
     def __call__(self, images, reference, captions):
-        x = ((images + 1) * 127.5).round()                                                   # as 8-bit pictures
-        x = F.interpolate(x, (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 255) / 255
+        x = self.resize(images, self.side) / 2 + 0.5
         x = (x - x.new_tensor(self.MEAN).view(3, 1, 1)) / x.new_tensor(self.STD).view(3, 1, 1)
         words = self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=self.length,
                                return_tensors="pt").to(images.device)
@@ -1050,11 +1060,11 @@ def real_reward(cfg, name: str, device):
     if name == "hps":
         model, state = CLIPModel(CLIPConfig(**HPS_CLIP)), convert_open_clip(read_weights(cfg.hps))
         load_strict(model, state, f"--hps {cfg.hps}")
-        return ClipReward(model.to(device), from_folder(AutoTokenizer, cfg.clip, "clip"))
+        return ClipReward(name, model.to(device), from_folder(AutoTokenizer, cfg.clip, "clip"))
     if name in ("clip", "pick"):
         model = from_folder(CLIPModel, getattr(cfg, name), name).to(device)
         scale = model.logit_scale.exp().item() / 26 if name == "pick" else 1.0
-        return ClipReward(model, from_folder(AutoTokenizer, cfg.clip, "clip"), scale)
+        return ClipReward(name, model, from_folder(AutoTokenizer, cfg.clip, "clip"), scale)
     if name == "identity":
         network = metrics.load_weights(metrics.ArcFaceGray(), cfg.arcface).to(device)
         return lambda x, reference, captions: metrics.identity_similarity(network.embed(x), network.embed(reference))
@@ -1766,7 +1776,10 @@ def grpo_epoch(cfg, run, field, path, log_probs, advantage) -> tuple:
 
 
 def roll_out(cfg, run, model, cond, policy: str) -> tuple:
-    """(path of latents, log-probabilities or None), a row per row of cond, no guidance; NFT keeps the last latent."""
+    """(path of latents, log-probabilities or None), a row per row of cond, no guidance; NFT keeps the last latent.
+
+    DIFFERS: SANA's clock gets 1000 sigma, where the authors' roll-outs cut it to an integer (the same at 10 steps).
+    """
     sigmas, paths, log_probs = sigma_grid(cfg.rollout_steps), [], []
     first = torch.randn(len(cond), *latent_shape(model, cfg), device=cond.device)
     with acting(model.sana, policy), torch.no_grad(), run.autocast():
@@ -1874,8 +1887,7 @@ def check_sizes(cfg) -> None:
         f"--stage {cfg.stage}: with these --joint and --semantic the stages are {', '.join(stages)}":
             cfg.stage not in ["all", *stages],
     }
-    for name in ("codes", "code_dim", "llm_layers", "sana_heads", "sana_layers", "groups", "rollout_batch",
-                 "updates_per_epoch", "nft_beta", "adv_clip", "grpo_noise", "tokenizer_width"):
+    for name in ("nft_beta", "adv_clip", "grpo_noise"):
         wrong[f"--{name} 0: must be more than 0"] = not getattr(cfg, name)
     for message, bad in wrong.items():
         if bad:

@@ -220,7 +220,7 @@ def latent_pmrf_at_full_size(folder, device, steps) -> tuple:
 
 
 def honestface_at_full_size(folder, device, steps) -> tuple:
-    nets = dict(arcface=metrics.IResNet(50, se=True), adaface=metrics.IResNet(50), fan=metrics.FAN98(),
+    nets = dict(arcface=metrics.IResNet(50, layout="ir_se"), adaface=metrics.IResNet(50), fan=metrics.FAN98(),
                 vgg=torch.nn.ModuleDict(dict(features=torchvision.models.vgg16(weights=None).features)))
     for name, net in nets.items():
         torch.save(net.state_dict(), f"{folder}/{name}.pth")

@@ -125,6 +125,19 @@ def test_without_condition_and_lora_it_is_flux(guidance):
             torch.testing.assert_close(now, then, atol=2e-6, rtol=0)
 
 
+def test_in_bf16_its_clock_is_rounded_as_that_of_diffusers():
+    """diffusers gives t and guidance the type of the weights before it multiplies by 1000: 3.5 becomes 3504."""
+    net = tiny_flux(guidance_embeds=True).bfloat16()
+    noisy, _, text, pooled, t, _, ids, _ = inputs()
+    g = torch.full_like(t, 3.5)
+    low = [u.bfloat16() for u in (noisy, text, pooled)]
+    with torch.no_grad():
+        wanted = net(hidden_states=low[0], encoder_hidden_states=low[1], pooled_projections=low[2], timestep=t,
+                     img_ids=ids, txt_ids=torch.zeros(5, 3), guidance=g).sample.float()
+        ours = ab.flux_velocity(net, noisy, None, text, pooled, t, g, ids, None)
+    torch.testing.assert_close(ours, wanted, atol=2 ** -7 * wanted.abs().max().item(), rtol=0)
+
+
 def branch(net, adapted, text, image, condition, temb, temb0, ids, independent):
     """OminiControl with three separate branches, plain loops: `net` for text and image, `adapted` (LoRA merged) for the
     condition. Written apart from a2bfr.flux_velocity."""

@@ -322,7 +322,7 @@ def tiny_run(cfg, stop_at=None):
     """Fit noise with a dropout network: any difference in draws, order or state shows in the weights."""
     run = common.Run(cfg)
     model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.3), nn.Linear(16, 4))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    optimizer = common.make_optimizer(cfg, model.parameters(), 1e-2)
     stage = common.Stage(run, "tiny", {"m": model}, {"m": optimizer}, cfg.steps)
     faces = common.Faces("", 16)
     for step, batch in stage.steps(lambda k: faces.training(cfg.batch_size, cfg.seed, k, run.rank, run.world)):
@@ -592,9 +592,13 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     (tmp_path / "evil.pt").write_bytes(pickle.dumps({"params": Evil()}))
     torch.save({"x": Evil()}, tmp_path / "evil2.pt")
     for name in ("evil.pt", "evil2.pt"):
-        with pytest.raises(UserError, match=name):
+        with pytest.raises(UserError, match=f"{name}: refused"):
             common.read_weights(tmp_path / name)
     assert not (tmp_path / "ran").exists()
+    for text in ("<!DOCTYPE html><html>404</html>", "version https://git-lfs.github.com/spec/v1"):  # what a download left
+        (tmp_path / "net.pth").write_text(text)
+        with pytest.raises(UserError, match="net.pth: damaged or not a checkpoint"):
+            common.read_weights(tmp_path / "net.pth")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -1003,4 +1007,4 @@ def test_an_autoencoder_leaves_an_fp16_autocast_and_stays_in_bf16():
 
 def test_lora_of_a_grouped_convolution_is_refused():
     with pytest.raises(ValueError, match="grouped"):
-        common.LoRAConv2d(torch.nn.Conv2d(4, 4, 3, groups=2), 2, 2)
+        common.LoRALinear(torch.nn.Conv2d(4, 4, 3, groups=2), 2, 2)

@@ -913,7 +913,7 @@ def test_lora_convolution_starts_as_the_base_and_merges_exactly(options):
     parameters = common.add_lora(model, ("0",), rank=4, alpha=8)
     layer = model[0]
     close(model(x), before, 1e-6)
-    assert isinstance(layer, common.LoRAConv2d)
+    assert isinstance(layer, common.LoRALinear)
     assert layer.lora_A.weight.shape == (4, 3, *base.kernel_size) and layer.lora_B.weight.shape == (5, 4, 1, 1)
     assert {id(p) for p in parameters} == {id(layer.lora_A.weight), id(layer.lora_B.weight)}
     assert not any(p.requires_grad for p in (*base.parameters(), *model[2].parameters()))

@@ -290,7 +290,7 @@ def test_a_paper_step_on_stable_diffusions_layout(tiny_sd, tmp_path):
 def test_a_paper_step_with_every_released_network(tiny_sd, tmp_path):
     """Recognisers of two depths, landmark net, VGG16 and DISTS from files: each sees faces, one step trains on them."""
     torch.manual_seed(0)
-    nets = {"arcface": metrics.IResNet(50, se=True), "adaface": metrics.IResNet(18), "fan": metrics.FAN98(),
+    nets = {"arcface": metrics.IResNet(50, layout="ir_se"), "adaface": metrics.IResNet(18), "fan": metrics.FAN98(),
             "vgg": torch.nn.ModuleDict(dict(features=torchvision.models.vgg16(weights=None).features))}
     files = {name: str(tmp_path / f"{name}.pth") for name in nets}
     for name, net in nets.items():

@@ -64,9 +64,11 @@ def test_ssim_equals_a_gaussian_window_loop_on_grey_images():
         assert min(abs(got - slow_ssim(x, y)), abs(got - slow_ssim(*luma))) < 1e-4
 
 
-def test_ms_ssim_is_the_product_over_halved_images():
-    """Two scales by hand: mean structure of the first to the power w_1, SSIM of the second to w_2, w rescaled."""
-    a = torch.rand(1, 1, 44, 44, dtype=f64)
+@pytest.mark.parametrize("side", [44, 45])
+def test_ms_ssim_is_the_product_over_halved_images(side):
+    """Two scales by hand: mean structure of the first to the power w_1, SSIM of the second to w_2, w rescaled.
+    An odd side gets a zero before it, as pyiqa's does."""
+    a = torch.rand(1, 1, side, side, dtype=f64)
     b = (a + .1 * torch.randn_like(a)).clamp(0, 1)
     x, y = [metrics.luma(v.expand(-1, 3, -1, -1)) for v in (a, b)]
     window = torch.exp(-(torch.arange(11, dtype=f64) - 5) ** 2 / (2 * 1.5 ** 2))
@@ -74,7 +76,7 @@ def test_ms_ssim_is_the_product_over_halved_images():
     blur = lambda v: F.conv2d(v, window[None, None])
     cov = blur(x * y) - blur(x) * blur(y)
     structure = (2 * cov + .03 ** 2) / (blur(x * x) - blur(x) ** 2 + blur(y * y) - blur(y) ** 2 + .03 ** 2)
-    halves = [F.interpolate(v, scale_factor=.5, mode="area") for v in (x, y)]
+    halves = [F.interpolate(F.pad(v, (side % 2, 0, side % 2, 0)), scale_factor=.5, mode="area") for v in (x, y)]
     w = .0448 / (.0448 + .2856)
     want = structure.mean().item() ** w * slow_ssim(*halves) ** (1 - w)
     got = metrics.ms_ssim(a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1), scales=2)
@@ -349,9 +351,10 @@ def test_iresnet_equals_a_functional_reimplementation():
     torch.testing.assert_close(F.normalize(got), F.normalize(want), rtol=1e-3, atol=1e-5)
 
 
-def test_ir_se_50_equals_a_functional_reimplementation():
+@pytest.mark.parametrize("layout", ["ir", "ir_se"])
+def test_ir_se_50_equals_a_functional_reimplementation(layout):
     """InsightFace_Pytorch's names: BN conv PReLU conv(stride) BN, a gate per channel; the last norm has weights."""
-    net = redraw(metrics.IResNet(50, se=True))
+    net = redraw(metrics.IResNet(50, layout=layout))
     w, x = net.state_dict(), torch.rand(1, 3, 112, 112) * 2 - 1
     bn = lambda name, v: F.batch_norm(v, *[w[f"{name}.{p}"] for p in ("running_mean", "running_var", "weight", "bias")])
     with torch.no_grad():
@@ -362,8 +365,9 @@ def test_ir_se_50_equals_a_functional_reimplementation():
             name, short = f"body.{i}.res_layer", f"body.{i}.shortcut_layer"
             h = F.prelu(F.conv2d(bn(f"{name}.0", x), w[f"{name}.1.weight"], padding=1), w[f"{name}.2.weight"])
             h = bn(f"{name}.4", F.conv2d(h, w[f"{name}.3.weight"], stride=stride, padding=1))
-            squeezed = (h.mean((2, 3)) @ w[f"{name}.5.fc1.weight"][:, :, 0, 0].T).relu()
-            h = h * (squeezed @ w[f"{name}.5.fc2.weight"][:, :, 0, 0].T).sigmoid()[:, :, None, None]
+            if layout == "ir_se":
+                squeezed = (h.mean((2, 3)) @ w[f"{name}.5.fc1.weight"][:, :, 0, 0].T).relu()
+                h = h * (squeezed @ w[f"{name}.5.fc2.weight"][:, :, 0, 0].T).sigmoid()[:, :, None, None]
             x = x[..., ::stride, ::stride]
             x = h + (bn(f"{short}.1", F.conv2d(x, w[f"{short}.0.weight"])) if f"{short}.0.weight" in w else x)
         want = bn("output_layer.4", F.linear(bn("output_layer.0", x).flatten(1), w["output_layer.3.weight"],
@@ -371,9 +375,9 @@ def test_ir_se_50_equals_a_functional_reimplementation():
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("depth, se", [(18, False), (50, True)])
-def test_a_recogniser_has_the_depth_of_its_file(tmp_path, depth, se):
-    net = metrics.IResNet(depth, se=se).eval()
+@pytest.mark.parametrize("depth, layout", [(18, "adaface"), (50, "ir"), (50, "ir_se")])
+def test_a_recogniser_has_the_depth_and_layout_of_its_file(tmp_path, depth, layout):
+    net = metrics.IResNet(depth, layout=layout).eval()
     torch.save({"state_dict": {f"model.{name}": v for name, v in net.state_dict().items()}}, tmp_path / "net.ckpt")
     loaded, x = metrics.load_iresnet(tmp_path / "net.ckpt"), torch.rand(1, 3, 112, 112)
     with torch.no_grad():

@@ -856,6 +856,19 @@ def test_real_rewards_from_files_in_the_released_formats(tmp_path, monkeypatch):
     torch.testing.assert_close(pr.score(rewards, x, x, ["", ""])["identity"], torch.ones(2))
 
 
+def test_clip_rewards_shrink_pictures_as_their_own_code_does():
+    """HPSv2: torchvision's bicubic on tensors; CLIPScore: its default; PickScore: Pillow's bicubic on 8 bits."""
+    from torchvision.transforms import v2
+    x = torch.rand(2, 3, 40, 40) * 2 - 1
+    resize = lambda kind: v2.Resize((16, 16), interpolation=kind, antialias=True)(x)
+    torch.testing.assert_close(pr.RESIZE["hps"](x, 16), resize(v2.InterpolationMode.BICUBIC))
+    torch.testing.assert_close(pr.RESIZE["clip"](x, 16), v2.Resize((16, 16), antialias=True)(x))
+    pictures = [common.Image.fromarray(((p + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()) for p in x]
+    small = torch.stack([torch.tensor(list(p.resize((16, 16), common.Image.BICUBIC).getdata())).mT.view(3, 16, 16)
+                         for p in pictures])
+    torch.testing.assert_close(pr.RESIZE["pick"](x, 16), small / 127.5 - 1)
+
+
 # ---------------------------------------------------------------- released networks
 
 
