@@ -896,7 +896,7 @@ def load_encoder(cfg, device):
     """The frozen attribute encoder: FaRL where its file is given, else reader_a."""
     if cfg.farl:
         return metrics.load_weights(metrics.FaRLAttributes(), cfg.farl).requires_grad_(False).to(device)
-    return metrics.load_reader("a", cfg.readers).to(device)
+    return metrics.load_reader("a", cfg.readers, needs=("attributes",)).to(device)
 
 
 # ------------------------------------------------------------------------------------------------ data: pairs of faces
@@ -1413,7 +1413,7 @@ def train(cfg: Train) -> None:
     nets = {name: net.to(run.device).requires_grad_(False) if isinstance(net, nn.Module) else net
             for name, net in nets.items()}
     source = source_of(nets["text"]) if "lora" in wanted else None
-    metrics.load_reader("b", cfg.readers)                  # a missing file comes out before an old run is moved
+    metrics.load_reader("b", cfg.readers, needs=("attributes", "identity"))  # found missing before a run is moved
     run.start_log()
     if cfg.stage != "all" and not cfg.resume_from_checkpoint:
         run.former = stages[stages.index(cfg.stage):]
@@ -1545,7 +1545,7 @@ def report(cfg, run, nets, source, encoder) -> dict:
     write_curve(folder / "curves.png", read_curves(folder / "log.jsonl", names))
     shown = ("psnr", "psnr_gain", "fid_toy", "deg_toy", "attr_toy", "attribute_accuracy_toy", "leakage_toy",
              "cross_prompt_identity_toy", "identity_toy")
-    print_table({name: {n.removesuffix("_toy")[:14]: row[n] for n in shown if n in row} for name, row in rows.items()})
+    print_table({name: {n: row[n] for n in shown if n in row} for name, row in rows.items()})
     for name, table in per_attribute.items():
         print(f"{name}: " + "  ".join(f"{a} {share:.2f} ({n})" for a, (share, n) in table.items()))
     run.say(f"{count} held-out faces; {extra['seconds']:.0f} s, {extra['peak_memory_gb']} GB at most; "
@@ -1742,7 +1742,8 @@ class Judge:
 
     def __init__(self, cfg: Pairs, device):
         self.encoder, self.device = load_encoder(cfg, device), device
-        self.reader = metrics.load_reader("a", cfg.readers).to(device)
+        needs = ["identity"] * (not cfg.arcface) + ["landmarks"] * (not cfg.fan)
+        self.reader = metrics.load_reader("a", cfg.readers, needs).to(device)
         self.identity = self.detector = self.reader
         if cfg.arcface:
             self.identity = metrics.load_iresnet(cfg.arcface).requires_grad_(False).to(device)

@@ -1000,6 +1000,9 @@ def whole_file(path):
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)                        # safetensors writes files for their owner alone
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:     # torch and safetensors word a full disk differently
         raise UserError(f"{path}: cannot be written ({first_line(error)}); what was there is unchanged. "
@@ -1329,7 +1332,8 @@ class Run:
         torch.manual_seed(cfg.seed)                               # the same initial weights in every process
         torch.set_float32_matmul_precision("high")                # TF32 on GPUs that have it; nothing changes on a CPU
         torch.backends.cuda.enable_cudnn_sdp(False)               # its gradients were NaN for A2BFR's toy (torch 2.11)
-        self.make_folder()
+        if not fresh:                                             # else `start_log` does, when all flags are known good
+            self.make_folder()
 
     def drop_former(self, stage: str) -> None:
         """At the first step of --stage NAME: until it is done, what an earlier training of it left does not count.
@@ -1671,7 +1675,8 @@ class Stage:
             return
         state = dict(stage=self.name, step=self.step, config=json.loads(json.dumps(dataclasses.asdict(self.run.cfg))),
                      modules=self.trained, ema=self.ema, scaler=self.scaler.state_dict(),
-                     optimizers={key: o.state_dict() for key, o in self.optimizers.items()}, kinds=self.kinds())
+                     optimizers={key: o.state_dict() for key, o in self.optimizers.items()}, kinds=self.kinds(),
+                     seconds=time.time() - self.run.started)
         with whole_file(self.run.folder / "state.pt") as temporary:
             torch.save(state, temporary)
 
@@ -1709,12 +1714,13 @@ class Stage:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.run.resumed = state["step"], True
+        self.run.started -= state["seconds"]                       # metrics.json counts them all
         now = json.loads(json.dumps(dataclasses.asdict(self.run.cfg)))
         other = [name for name, value in state.get("config", {}).items()
                  if name in now and now[name] != value and name not in (*IDLE_FLAGS, "max_train_steps", "stage")]
         if other:
-            self.run.say(f"{path}: was made with other {', '.join(f'--{name}' for name in other)}; the run goes on "
-                         "with the new ones, but for those of its optimiser other than the learning rate")
+            self.run.say(f"{path}: was made with other {', '.join(f'--{name}' for name in other)}; the new values hold "
+                         "from here on, but the optimiser keeps its own (betas, weight decay) except the learning rate")
         self.run.say(f"resumed stage {self.name} at step {self.step} from {path}")
 
 
@@ -1769,7 +1775,9 @@ def read_torch(path):
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:                                    # a damaged file fails in a dozen ways
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported operand" not in str(error):  # that is no pickle
+        with open(path, "rb") as file:
+            head = file.read(2)
+        if isinstance(error, pickle.UnpicklingError) and (head == b"PK" or head[:1] == b"\x80"):  # a pickle it is
             raise UserError(f"{path}: refused, it holds Python objects beside tensors and reading it could run code; "
                             "convert it to safetensors") from None
         raise UserError(f"{path}: damaged or not a checkpoint ({type(error).__name__}); "
@@ -1830,8 +1838,11 @@ def load_model(where: str, method: str) -> tuple:
     try:
         config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
-        raise UserError(f"--checkpoint {where}: no config.json in {folder}; "
-                        "give the output folder of a training run") from None
+        begun = (folder / "log.jsonl").exists()
+        raise UserError(f"--checkpoint {where}: " + (
+            "no stage of this training is finished yet; go on with it by train --resume_from_checkpoint latest, "
+            f"or give an earlier run ({folder.name}.1, ...)" if begun else
+            f"no config.json in {folder}; give the output folder of a training run")) from None
     except (ValueError, OSError) as error:
         raise UserError(f"--checkpoint {where}: config.json is damaged ({error})") from None
     found = config.get("method", "an unknown method") if isinstance(config, dict) else "something else"
@@ -1865,8 +1876,8 @@ def find_checkpoint(where: str, flag: str = "checkpoint") -> Path:
     path = Path(where).expanduser()
     if path.exists():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", where):
-        raise UserError(f"--{flag} {where}: no such file or folder")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", where) or where.startswith("runs/"):
+        raise UserError(f"--{flag} {where}: no such file or folder{'; train first' * (flag == 'checkpoint')}")
     try:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(where))
@@ -1885,6 +1896,8 @@ def from_folder(cls, where: str, flag: str, subfolder: str = "", **options):
     path = Path(where).expanduser()
     if path.exists() and not (path / subfolder).is_dir():
         raise UserError(f"--{flag} {where}: no folder {subfolder}/ in it; is it a whole model?")
+    if not path.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", where):
+        raise UserError(f"--{flag} {where}: no such folder; give one, or a hub id (owner/name)")
     if cls.__module__.startswith("diffusers"):
         options["low_cpu_mem_usage"] = False                      # True would need the accelerate package
     load = functools.partial(cls.from_pretrained, str(path) if path.exists() else where, subfolder=subfolder, **options)
@@ -2021,11 +2034,11 @@ def restore_folder(cfg, restore, size: int, device, shown=None) -> int:
     source = source.parent if source.is_file() else source
     if source in [(out / name).resolve() for name in ("restored_faces", "restored_photos", "posterior_mean", "cmp")]:
         raise UserError(f"--input {cfg.input}: would be overwritten by the results; choose another --output")
-    stems: set = set()
+    seen: set = set()
     files = list_images(cfg.input)
     for number, path in enumerate(files):
         try:
-            faces += cut_faces(path, size, points, stems)
+            faces += cut_faces(path, size, points, seen)
         except UserError as error:
             print(f"skipped: {error}", flush=True)
         while len(faces) >= cfg.batch_size or (faces and number == len(files) - 1):
@@ -2070,15 +2083,16 @@ def read_landmarks(path) -> dict:
                         "{\"photo.jpg\": [[[x, y], ... five points], ... faces]}") from None
 
 
-def cut_faces(path: Path, size: int, points: dict | None, stems: set) -> list:
-    """The faces of one file as dicts (lq, stem, path, transform); `stems` remembers which output names are taken."""
+def cut_faces(path: Path, size: int, points: dict | None, seen: set) -> list:
+    """The faces of one file as dicts (lq, stem, path, transform); `seen`: output names taken, sizes told of."""
     image = read_image(path)
-    stem = path.stem if path.stem not in stems else path.name
-    stems.add(stem)
+    stem = path.stem if path.stem not in seen else path.name
+    seen.add(stem)
     if points is None:
-        if image.shape[1:] != (size, size):
-            print(f"{path.name}: {image.shape[2]}x{image.shape[1]} resized to {size}x{size}, the network's square",
-                  flush=True)
+        if image.shape[1:] != (size, size) and image.shape not in seen:
+            print(f"{path.name}: {image.shape[2]}x{image.shape[1]} resized to {size}x{size}, the network's square; so "
+                  "are others of its size", flush=True)
+            seen.add(image.shape)
         return [dict(lq=resize(image, size), stem=stem, path=path)]
     if path.name not in points or not len(points[path.name]):
         raise UserError(f"{path}: no face listed for {path.name} in --landmarks")
@@ -2101,11 +2115,12 @@ def paste_back(folder: Path, face: dict, restored: torch.Tensor) -> None:
 
 def print_table(rows: dict) -> None:
     """{row: {column: number}} as a table; a column that a row lacks stays empty."""
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    columns = {name: max(12, len(name) + 2) for row in rows.values() for name in row}
     width = max(16, *map(len, rows)) + 1
-    print(" " * width + "".join(f"{c:>15}" for c in columns))
+    print(" " * width + "".join(f"{c:>{w}}" for c, w in columns.items()))
     for name, row in rows.items():
-        print(f"{name:>{width}}" + "".join(f"{row[c]:15.4g}" if c in row else " " * 15 for c in columns), flush=True)
+        cells = (f"{row[c]:{w}.4g}" if c in row else " " * w for c, w in columns.items())
+        print(f"{name:>{width}}" + "".join(cells), flush=True)
 
 
 def read_curves(path, names: tuple) -> dict:

@@ -768,7 +768,8 @@ def face_networks(cfg, device, losses: bool = True) -> SimpleNamespace:
     """
     if cfg.face_networks == "reader":
         refuse_unread(cfg, ("arcface", "adaface", "fan", "vgg", "dists"), "face_networks released")
-        load = lambda name: metrics.load_reader(name, cfg.readers).to(device)
+        needs = ["identity"] + ["landmarks"] * (cfg.mfa != "none" or cfg.ide in ("both", "ffe"))
+        load = lambda name: metrics.load_reader(name, cfg.readers, needs).to(device)
         a = load("a")
         c = load("c") if losses or cfg.fie_network == "adaface" else a
         return SimpleNamespace(recogniser=(c if cfg.fie_network == "adaface" else a).embed, id_dim=128, detector=a,
@@ -1331,10 +1332,7 @@ def load_networks(cfg: Sample, device) -> tuple:
     A model that reads no references (--ide none, OSDFace) gets no face networks: their files are not asked for.
     """
     folder = Path(cfg.checkpoint)
-    if folder.is_dir() and not (folder / "config.json").exists():
-        if (folder / "log.jsonl").exists():
-            raise UserError(f"--checkpoint {folder}: no stage of this training is finished yet; go on with it by "
-                            "train --resume_from_checkpoint latest")
+    if folder.is_dir() and not any((folder / name).exists() for name in ("config.json", "log.jsonl")):
         base = cfg.pretrained_model_name_or_path or PAPER["pretrained_model_name_or_path"]
         nets, trained = load_osdface(folder, base)
         return {name: net.to(device) for name, net in nets.items()}, trained, NO_FACE_NETS

@@ -802,11 +802,13 @@ class FaceReader(nn.Module):
         return self.pool(self.stages(x))
 
 
-def load_reader(name="b", folder=None):
+def load_reader(name="b", folder=None, needs=()):
     """A trained FaceReader, frozen, in eval mode: "a" and "c" for losses, "b" for measuring. UserError if missing.
 
     They differ in width or seed, so that no number is read from a network that was optimised.
-    folder: where reader_a.safetensors, reader_b and reader_c lie, default weights/ beside this file.
+    folder: where reader_a.safetensors, reader_b and reader_c lie, default weights/ beside this file. needs: of
+    "attributes", "landmarks", "identity", what the caller reads: UserError where the file was trained without such
+    labels; `not_trained` of the reader names them.
     """
     path = Path(folder or Path(__file__).parent / "weights") / f"reader_{name}.safetensors"
     if not path.is_file():
@@ -814,6 +816,11 @@ def load_reader(name="b", folder=None):
     state = {key: v.float() if v.is_floating_point() else v for key, v in read_weights(path).items()}
     reader = FaceReader(len(state["stem.1.weight"]) if "stem.1.weight" in state else 16)
     load_strict(reader, state, path)
+    with safetensors.safe_open(path, "pt") as file:                # a header is all it reads
+        reader.not_trained = json.loads((file.metadata() or {}).get("not_trained", "[]"))
+    if lacking := [label for label in needs if label in reader.not_trained]:
+        raise UserError(f"{path}: was trained without {', '.join(lacking)}, which is read here; train it on faces with "
+                        "such labels (metrics.py train-reader --help), or leave --readers out")
     return reader.eval().requires_grad_(False)
 
 
@@ -1127,7 +1134,7 @@ def toy_scores(restored, hq, reader, lq=None):
     psnr (RGB) and ssim (luma) of the images as 8-bit files would hold them, psnr_gain over lq if that is
     given. What the reader (load_reader("b")) saw ends in _toy: fid, deg (degrees), lmd (pixels of the image),
     ald_e and ald_m (root of HonestFace's Eq. 14, pixels), attr (share of 12 attributes read alike), quality.
-    fid_toy is NaN for a single face.
+    fid_toy is NaN for a single face. What the reader was not trained on is left out.
     """
     same_images(restored, hq)
     device, rows, features = next(reader.parameters()).device, defaultdict(list), ([], [])
@@ -1140,11 +1147,14 @@ def toy_scores(restored, hq, reader, lq=None):
             before = psnr(eight_bits(lq[place:place + 64]) / 2 + 0.5, y / 2 + 0.5)
             rows["psnr_gain"].append(rows["psnr"][-1] - before)
         (read_x, points_x), (read_y, points_y) = [(reader(v), reader.landmarks(v)) for v in (x, y)]
-        rows["deg_toy"].append(identity_angle(read_x.identity, read_y.identity))
-        rows["lmd_toy"].append(landmark_distance(points_x, points_y))
-        for name, chosen in (("ald_e_toy", EYES_AND_BROWS), ("ald_m_toy", MOUTH)):
-            rows[name].append(affine_landmark_distance(points_x[:, chosen], points_y[:, chosen]).sqrt())
-        rows["attr_toy"].append(((read_x.attributes > 0) == (read_y.attributes > 0)).float().mean(1))
+        if "identity" not in reader.not_trained:
+            rows["deg_toy"].append(identity_angle(read_x.identity, read_y.identity))
+        if "landmarks" not in reader.not_trained:
+            rows["lmd_toy"].append(landmark_distance(points_x, points_y))
+            for name, chosen in (("ald_e_toy", EYES_AND_BROWS), ("ald_m_toy", MOUTH)):
+                rows[name].append(affine_landmark_distance(points_x[:, chosen], points_y[:, chosen]).sqrt())
+        if "attributes" not in reader.not_trained:
+            rows["attr_toy"].append(((read_x.attributes > 0) == (read_y.attributes > 0)).float().mean(1))
         rows["quality_toy"].append(read_x.quality)
         for found, v in zip(features, (x, y)):
             found.append(reader.features(v))
@@ -1299,7 +1309,7 @@ PAIR_NETWORKS = (
      {"lpips": "LPIPS v0.1 AlexNet, RGB, whole image"}, lpips_numbers),
     (["vgg16*.pth"], "vgg16-397923af.pth (torchvision)",
      {"lpips-vgg": "LPIPS v0.1 VGG16, RGB, whole image"}, lpips_numbers),
-    (["dists*.pt*|DISTS*.pth", "vgg16*.pth"], "dists.pt and vgg16-397923af.pth",
+    (["dists*.pt*|DISTS*.pth|weights.pt", "vgg16*.pth"], "weights.pt of DISTS and vgg16-397923af.pth",
      {"dists": "VGG16, released alpha and beta, RGB, not resized"}, dists_numbers),
     (["resnet18_110*.pth|arcface_resnet18*.pth"], "resnet18_110.pth (VQFR) or arcface_resnet18.pth (GFPGAN)",
      {"deg": "degrees, ArcFace ResNet-18, whole face grey at 128 px, pairs below 1 left out",

@@ -1110,7 +1110,9 @@ def build_rewards(cfg, device, readers: str = "ac") -> dict:
     """{name: callable (images, reference, captions) -> (B,)} for every weight that is not 0; toy ones by `readers`."""
     check_rewards(cfg)
     if cfg.rewards == "toy":
-        every = toy_rewards(*(metrics.load_reader(name, cfg.readers).to(device) for name in readers))
+        reads = dict(clip="attributes", pick="attributes", identity="identity", lmd="landmarks")
+        needs = {reads[name] for name in reward_weights(cfg) if name in reads}
+        every = toy_rewards(*(metrics.load_reader(name, cfg.readers, sorted(needs)).to(device) for name in readers))
         return {name: every[name] for name in reward_weights(cfg)}
     return {name: real_reward(cfg, name, device) for name in reward_weights(cfg)}
 
@@ -2106,8 +2108,8 @@ def report(cfg, run, faces, model, vocab, name: str) -> dict:
         std_toy=f"deviation over {cfg.consistency_seeds} seeds per face, mean over {cfg.consistency_faces} faces")
     write_json(path, dict(rows=rows, **extra, protocol=protocol, **versions(run.device)))
     print_table({k: {n: v for n, v in row.items() if n in SHOWN["all"]} for k, row in rows.items()})
-    run.say(f"{extra['faces']} held-out faces; {extra['seconds']:.0f} s, {extra['peak_memory_gb']} GB at most; "
-            f"pictures and numbers in {folder}")
+    run.say(f"stage {name} measured on {extra['faces']} held-out faces; {extra['seconds']:.0f} s, "
+            f"{extra['peak_memory_gb']} GB at most; pictures and numbers in {folder}")
     return rows
 
 

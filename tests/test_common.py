@@ -464,6 +464,29 @@ def test_resume_from_another_folder_does_not_retrain_what_came_before(tmp_path):
         common.Stage(common.Run(cfg), "earlier", {"m": nn.Linear(1, 1)}, {}, 1)
 
 
+def test_a_resumed_run_counts_the_seconds_before(tmp_path):
+    cfg = Tiny(output=str(tmp_path), batch_size=2)
+    tiny_run(cfg, stop_at=4)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    torch.save(dict(state, seconds=1000.0), tmp_path / "state.pt")
+    stage = tiny_run(dataclasses.replace(cfg, resume_from_checkpoint="latest"), stop_at=5)
+    assert 1000 <= stage.run.account({})["seconds"] < 1100
+
+
+def test_every_save_has_its_row_in_the_log(tmp_path):
+    """Losses since the last row would be lost where a checkpoint falls between two of them."""
+    tiny_run(Tiny(output=str(tmp_path), batch_size=2, steps=10, log_steps=5, checkpointing_steps=4))
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [4, 5, 8, 10]
+
+
+def test_weights_are_as_readable_as_other_files(tmp_path):
+    common.save_model(tmp_path, {"a": {"w": torch.zeros(2)}}, {"method": "m"})
+    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+    (tmp_path / "plain").write_text("")
+    assert set(modes.values()) == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_resume_says_which_settings_changed(tmp_path, capsys):
     cfg = Tiny(output=str(tmp_path), batch_size=2)
     tiny_run(cfg, stop_at=4)

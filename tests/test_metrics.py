@@ -384,6 +384,18 @@ def test_a_recogniser_has_the_depth_and_layout_of_its_file(tmp_path, depth, layo
         assert len(loaded.body) == len(net.body) and torch.equal(loaded(x), net(x))
 
 
+def test_a_reader_without_labels_is_refused_where_they_are_read(tmp_path):
+    """A head that was never trained gives numbers that mean nothing: its columns are left out, its losses refused."""
+    reader = metrics.load_reader("b")
+    metrics.save_reader(tmp_path / "reader_b.safetensors", reader, dict(not_trained=["identity", "attributes"]))
+    x, y = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    every, some = (set(metrics.toy_scores(x, y, r)) for r in (reader, metrics.load_reader("b", tmp_path)))
+    assert every - some == {"deg_toy", "attr_toy"}
+    assert metrics.load_reader("b", tmp_path, needs=("landmarks",)).not_trained == ["identity", "attributes"]
+    with pytest.raises(metrics.UserError, match="was trained without identity, which is read here"):
+        metrics.load_reader("b", tmp_path, needs=("identity", "landmarks"))
+
+
 def test_arcface_gray_equals_a_functional_reimplementation():
     """ResNet-18 of IR blocks on 1 x 128 x 128 with GFPGAN's names (one PReLU per block, used twice)."""
     net = redraw(metrics.ArcFaceGray())
