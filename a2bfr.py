@@ -55,9 +55,9 @@ from common import (ATTRIBUTES, DEGRADATIONS, DEGRADATION_NAMES, PRECISIONS, SIB
                     LoRALinear, Run, SampleFlags, Stage, TrainFlags, UserError, WordTokenizer, at_once, command_line,
                     degrade, find_checkpoint, first_line, from_folder, list_images, load_lora, load_model, load_strict,
                     lr_schedule, make_optimizer, mix, not_half, print_ablation, print_table, random_crop, read_curves,
-                    read_image, read_weights, restore_folder, run_ablation, save_lora, save_model, saved_flags,
-                    shared_parts, toy_faces, verbalise, versions, whole_file, write_curve, write_grid, write_image,
-                    write_json)
+                    read_image, read_weights, restore_folder, run_ablation, same_settings, save_lora, save_model,
+                    saved_flags, shared_parts, toy_faces, verbalise, versions, whole_file, write_curve, write_grid,
+                    write_image, write_json)
 
 TEMPLATE = "A photo of a human face"  # the paper's prompt where nothing is asked for
 NAMES = [name for _, name, _, _ in ATTRIBUTES]
@@ -866,17 +866,17 @@ def load_run(where: str) -> tuple:
     config, saved = load_model(where, "a2bfr")
     trained = saved_flags(Train, config, f"--checkpoint {where}")
     if trained.pretrained_model_name_or_path:
-        return {}, trained, config["finished"]
+        return {}, trained, config.get("finished", [])
     nets = build_toy(trained)
     for part in ("codec", "text", "prior"):
         if part not in saved:
             raise UserError(f"--checkpoint {where}: holds no {part} yet; finish its training first")
         load_strict(nets[part], saved[part], f"--checkpoint {where}, {part}")
-    return {name: net.requires_grad_(False) for name, net in nets.items()}, trained, config["finished"]
+    return {name: net.requires_grad_(False) for name, net in nets.items()}, trained, config.get("finished", [])
 
 
 def lora_rank(path) -> int:
-    ranks = [len(t) for name, t in read_weights(path).items() if name.endswith("lora_A.weight")]
+    ranks = [len(t) for name, t in read_weights(path).items() if name.endswith("lora_A.weight") and t.dim() == 2]
     if not ranks:
         raise UserError(f"{path}: holds no LoRA (no name ends in lora_A.weight)")
     return ranks[0]
@@ -1370,9 +1370,15 @@ def networks(cfg, run, source_of=None) -> tuple:
     nets, finished = build_toy(cfg), []
     if not run.fresh and (run.folder / "config.json").exists():
         config, saved = load_model(cfg.output, "a2bfr")
-        finished = [stage for stage in config["finished"] if stage != "lora" or (run.folder / LORA_FILE).exists()]
+        finished = config.get("finished", [])
+        finished = [stage for stage in finished if stage != "lora" or (run.folder / LORA_FILE).exists()]
+        stages, before = stages_of(cfg), saved_flags(Train, config, cfg.output)
+        switches = ("image_size", "condition_scale", "independent_condition")     # what weights mean, not shapes
+        for stage in finished:
+            if cfg.resume_from_checkpoint or stages.index(stage) < stages.index(cfg.stage):
+                same_settings(cfg, before, switches if stage == "lora" else switches[:1], cfg.output, "output")
         for part in saved:
-            if STAGE_OF[part] in finished and (cfg.resume_from_checkpoint or STAGE_OF[part] != cfg.stage):
+            if STAGE_OF.get(part) in finished and (cfg.resume_from_checkpoint or STAGE_OF[part] != cfg.stage):
                 load_strict(nets[part], saved[part], f"{cfg.output}, {part}")
     return nets, finished
 
@@ -1860,10 +1866,14 @@ def record(folder: Path, job: Job, image, check: Check, blend: float, attempts: 
     row = dict(id=job.name, source=source, target=target if check.accepted else None, attribute=NAMES[job.edited],
                sign=job.sign, source_prompt=job.source_prompt, target_prompt=job.target_prompt, accepted=check.accepted,
                scores=check.scores, reasons=check.reasons, blend=blend, attempts=attempts)
-    with open(folder / "pairs.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(folder / "pairs.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{folder / 'pairs.jsonl'}: cannot be written ({error.strerror}); free space, then repeat the "
+                        "command: it goes on") from None
 
 
 def done_before(path: Path) -> set:
@@ -1881,7 +1891,7 @@ def done_before(path: Path) -> set:
 
 def made_with(cfg: Pairs, path: Path) -> dict:
     """What decides which picture a name stands for. UserError where the folder's pairs were built from other faces."""
-    now = {name: getattr(cfg, name) for name in ("data", "seed", "image_size")}
+    now = dict(data=str(Path(cfg.data).resolve()) if cfg.data else "", seed=cfg.seed, image_size=cfg.image_size)
     try:
         before = json.loads(path.read_text()) if path.exists() else now
         before = {name: before[name] for name in now}

@@ -936,9 +936,12 @@ def from_pil(picture: Image.Image) -> torch.Tensor:
     """A picture of any mode -> (3, H, W) float32 in [-1, 1]."""
     if picture.mode.startswith("I") or picture.mode == "F":       # 16-bit and float grey: Pillow would clip at 255
         grey = np.asarray(picture, dtype=np.float32)
+        if not np.isfinite(grey).all():
+            raise ValueError("it holds values that are not finite")
         tops = {"F": (1, 255, 65535), "I": (255, 65535, 2 ** 32 - 1)}.get(picture.mode, (65535,))
-        top = next((top for top in tops if np.nanmax(grey) <= top), tops[-1])
-        picture = Image.fromarray((np.nan_to_num(grey) / top * 255).clip(0, 255).round().astype(np.uint8))
+        over = 1.5 if picture.mode == "F" else 1                  # floats may overshoot what they call white
+        top = next((top for top in tops if grey.max() <= over * top), tops[-1])
+        picture = Image.fromarray((grey / top * 255).clip(0, 255).round().astype(np.uint8))
     if picture.mode == "P":                                       # a palette may hold transparency
         picture = picture.convert("RGBA")
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
@@ -960,6 +963,9 @@ def list_images(path, recursive: bool = False) -> list:
             inside.clear()
             continue
         seen.add(real)
+        if recursive and len(seen) > 1 and {"log.jsonl", "args.json", "pairs.jsonl"} & set(files):
+            inside.clear()                                        # results of this project are no data
+            continue
         found += [Path(folder, name) for name in files if Path(name).suffix.lower() in known and name[0] != "."]
     found = sorted(p for p in found if p.is_file())
     if not found:
@@ -971,7 +977,10 @@ def read_image(path, size: int | None = None) -> torch.Tensor:
     """Any picture that Pillow reads -> (3, H, W) in [-1, 1], turned by its EXIF flag, squared to `size` if given."""
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
+            try:
+                picture = ImageOps.exif_transpose(file)
+            except Exception:                                     # damaged EXIF: the picture may still be whole
+                picture = file
             image = from_pil(picture)
     except Exception as error:                                    # Pillow raises many kinds, SyntaxError among them
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -1260,7 +1269,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()                      # `meta` computes nothing
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from None
     return device
@@ -1335,11 +1344,11 @@ class Run:
         if not fresh:                                             # else `start_log` does, when all flags are known good
             self.make_folder()
 
-    def drop_former(self, stage: str) -> None:
+    def drop_former(self) -> None:
         """At the first step of --stage NAME: until it is done, what an earlier training of it left does not count.
 
-        `self.former` leaves the `finished` of config.json, and a state.pt of that stage becomes state_before.pt: after
-        an interruption --resume_from_checkpoint takes neither for the new training.
+        `self.former` leaves the `finished` of config.json, and state.pt, of this stage or of one that stands on it,
+        becomes state_before.pt: after an interruption --resume_from_checkpoint takes neither for the new training.
         """
         path, state, former = self.folder / "config.json", self.folder / "state.pt", self.former
         self.former = []
@@ -1348,15 +1357,8 @@ class Run:
         if path.exists():
             config = json.loads(path.read_text())
             write_json(path, dict(config, finished=[name for name in config.get("finished", []) if name not in former]))
-        try:
-            whose = torch.load(state, map_location="cpu", mmap=True, weights_only=True)["stage"]
-        except FileNotFoundError:
-            return
-        except Exception:                                         # damaged, in one of a dozen ways
-            whose = stage
-        if whose == stage:
-            aside = state.replace(self.folder / "state_before.pt")
-            self.say(f"{state} is of an earlier training of this stage: kept as {aside}")
+        if state.exists():
+            self.say(f"{state} is of an earlier training: kept as {state.replace(self.folder / 'state_before.pt')}")
 
     @property
     def main(self) -> bool:
@@ -1399,11 +1401,28 @@ class Run:
 
     def start_log(self) -> None:
         """First line of every run: the command, its settings and the versions, enough to repeat it."""
+        self.lock()
         if self.fresh:
             self.make_folder(move=True)
+            self.lock()
             if self.world > 1:
                 dist.barrier()
         self.log(argv=sys.argv, config=dataclasses.asdict(self.cfg), **versions(self.device), world=self.world)
+
+    def lock(self) -> None:
+        """Until this process ends, --output is its own: a second training there is refused, not mixed in."""
+        try:
+            import fcntl
+        except ImportError:                                       # Windows
+            return
+        if self.main and self.folder.is_dir():
+            self.locked = open(self.folder / ".lock", "w")
+            try:
+                fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise UserError(f"--output {self.folder}: another training is writing there; choose another") from None
+            except OSError:                                       # a file system without locks
+                pass
 
     def account(self, nets: dict) -> dict:
         """What metrics.json says of a run: seconds since its start, peak memory, parameters of each network."""
@@ -1556,7 +1575,12 @@ class Stage:
                     dist.broadcast(tensor.data, 0)
         self.ema = {key: {n: t.detach().clone() for n, t in tensors.items()} for key, tensors in self.trained.items()}
         if cfg.resume_from_checkpoint:
-            self.resume(cfg.resume_from_checkpoint)
+            try:
+                self.resume(cfg.resume_from_checkpoint)
+            except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+                raise UserError(f"--resume_from_checkpoint {cfg.resume_from_checkpoint}: its state.pt is damaged or of "
+                                f"another version ({type(error).__name__}); move it away to begin this stage again"
+                                ) from None
 
     # -- the loop
 
@@ -1582,7 +1606,7 @@ class Stage:
                     waited += time.time() - asked
                     if isinstance(batch, UserError):
                         raise batch
-                    run.drop_former(self.name)
+                    run.drop_former()
                     batch = {k: v.to(run.device) if torch.is_tensor(v) else v for k, v in batch.items()}
                     torch.manual_seed(mix(self.name, cfg.seed, self.step, self.micro, run.rank))
                     yield self.step, batch
@@ -1612,6 +1636,9 @@ class Stage:
                         raise UserError(f"stopped at step {self.step} of stage {self.name}, saved; "
                                         "go on with --resume_from_checkpoint latest")
         bar.close()
+        if not all(tensor.isfinite().all() for tensors in self.ema.values() for tensor in tensors.values()):
+            raise UserError(f"stage {self.name}: its last step left weights that are not finite, nothing of it was "
+                            "saved; try a smaller --learning_rate, or --mixed_precision no")
 
     def update(self, loss: torch.Tensor, /, optimizer: str | None = None, **logged) -> None:
         """Backward; after the last micro-batch of a step: average, clip, step, EMA. Extra keywords: losses to log."""
@@ -1855,6 +1882,14 @@ def load_model(where: str, method: str) -> tuple:
     return config, parts
 
 
+def same_settings(cfg, before, names, where, flag: str) -> None:
+    """UserError where one of `names` differs from the run `before` in `where`, which --`flag` names."""
+    for name in names:
+        if getattr(before, name) != getattr(cfg, name):
+            raise UserError(f"--{name} {getattr(cfg, name)}: {where} was trained with {getattr(before, name)}; "
+                            f"repeat that, or choose another --{flag}")
+
+
 def is_run(path: Path) -> bool:
     """Whether a folder, or the weights in it, comes from a training here and not from a release."""
     config = path / "config.json" if path.is_dir() else path.with_name("config.json")
@@ -1863,9 +1898,13 @@ def is_run(path: Path) -> bool:
 
 def saved_flags(cls, config: dict, where):
     """The `cls` (a method's Train) a run was made with, from its config.json; flags that are gone are left out."""
-    known = {field.name for field in dataclasses.fields(cls)}
+    known = {field.name: field.default for field in dataclasses.fields(cls)}
     try:
         saved = {name: value for name, value in config["train"].items() if name in known}
+        kinds = {bool: bool, int: int, float: (int, float), str: str, tuple: list}
+        wrong = (not isinstance(value, kinds.get(type(known[name]), object)) for name, value in saved.items())
+        if not saved or any(wrong):
+            raise TypeError
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{where}: config.json lacks what a training run writes; train again") from None
@@ -1992,9 +2031,13 @@ def load_lora(module: nn.Module, path, prefix: str = "transformer.") -> None:
     state, layers = read_weights(path), lora_layers(module)
     if Path(path).suffix == ".safetensors":
         with safetensors.safe_open(path, "pt") as file:
-            noted = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        if f"{prefix}lora_alpha" in noted:
-            scale = noted[f"{prefix}lora_alpha"] / noted[f"{prefix}r"]
+            noted = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+        try:
+            noted = json.loads(noted)
+            scale = noted[f"{prefix}lora_alpha"] / noted[f"{prefix}r"] if f"{prefix}lora_alpha" in noted else 1
+        except (ValueError, KeyError, TypeError, ZeroDivisionError):
+            raise UserError(f"{path}: its lora_adapter_metadata is damaged") from None
+        if scale != 1:
             state = {name: scale * v if name.endswith("lora_B.weight") else v for name, v in state.items()}
     for name in [name for name in state if name.endswith(".alpha")]:
         alpha, up = state.pop(name), f"{name.removesuffix('.alpha')}.lora_B.weight"
@@ -2034,11 +2077,11 @@ def restore_folder(cfg, restore, size: int, device, shown=None) -> int:
     source = source.parent if source.is_file() else source
     if source in [(out / name).resolve() for name in ("restored_faces", "restored_photos", "posterior_mean", "cmp")]:
         raise UserError(f"--input {cfg.input}: would be overwritten by the results; choose another --output")
-    seen: set = set()
     files = list_images(cfg.input)
+    names, told = output_names(files), set()
     for number, path in enumerate(files):
         try:
-            faces += cut_faces(path, size, points, seen)
+            faces += cut_faces(path, names[path], size, points, told)
         except UserError as error:
             print(f"skipped: {error}", flush=True)
         while len(faces) >= cfg.batch_size or (faces and number == len(files) - 1):
@@ -2083,24 +2126,39 @@ def read_landmarks(path) -> dict:
                         "{\"photo.jpg\": [[[x, y], ... five points], ... faces]}") from None
 
 
-def cut_faces(path: Path, size: int, points: dict | None, seen: set) -> list:
-    """The faces of one file as dicts (lq, stem, path, transform); `seen`: output names taken, sizes told of."""
+def output_names(files) -> dict:
+    """{path: name of its result}: its stem, or the whole file name where a file before it has that stem."""
+    names, taken = {}, set()
+    for path in files:
+        names[path] = path.stem if path.stem not in taken else path.name
+        taken.add(names[path])
+    return names
+
+
+def cut_faces(path: Path, stem: str, size: int, points: dict | None, told: set) -> list:
+    """The faces of one file as dicts (lq, stem, path, transform); `told`: picture sizes already spoken of."""
     image = read_image(path)
-    stem = path.stem if path.stem not in seen else path.name
-    seen.add(stem)
+    if len(os.fsencode(stem)) > 240:
+        raise UserError(f"{path}: the name is too long for that of a result; rename it")
     if points is None:
-        if image.shape[1:] != (size, size) and image.shape not in seen:
+        if image.shape[1:] != (size, size) and image.shape not in told:
             print(f"{path.name}: {image.shape[2]}x{image.shape[1]} resized to {size}x{size}, the network's square; so "
                   "are others of its size", flush=True)
-            seen.add(image.shape)
+            told.add(image.shape)
         return [dict(lq=resize(image, size), stem=stem, path=path)]
     if path.name not in points or not len(points[path.name]):
         raise UserError(f"{path}: no face listed for {path.name} in --landmarks")
     faces = []
     for number, five in enumerate(points[path.name]):
-        face, transform = align_face(image, five, size)
+        try:
+            if five.abs().max() > 2 * max(image.shape) or (five[0] - five[1]).norm() < 2:
+                raise UserError("its points must be pixels of this picture, the eyes 2 px apart at least")
+            face, transform = align_face(image, five, size)
+        except UserError as error:
+            print(f"{path.name}: face {number} skipped, {error}", flush=True)
+            continue
         write_to = f"{stem}_{number:02d}"
-        faces.append(dict(lq=face, stem=write_to, path=path, transform=transform, photo=stem, first=number == 0))
+        faces.append(dict(lq=face, stem=write_to, path=path, transform=transform, photo=stem, first=not faces))
     return faces
 
 
@@ -2131,7 +2189,7 @@ def read_curves(path, names: tuple) -> dict:
             row = json.loads(line)
         except ValueError:  # a disk that was full cut it short
             continue
-        for name in (n for n in names if n in row):
+        for name in (n for n in names if isinstance(row, dict) and n in row):
             curves.setdefault(f"{row['stage']}: {name}", {})[row["step"]] = row[name]
     return {name: sorted(points.items()) for name, points in curves.items()}
 
@@ -2171,7 +2229,9 @@ def run_ablation(cfg, table: dict, run_row) -> dict:
     try:
         before = lambda: json.loads(path.read_text()) if path.exists() else {}
         done = before()
-    except ValueError:
+        if any(not {"row", "seed", "config", "scores"} <= entry.keys() for entry in done.values()):
+            raise ValueError
+    except (ValueError, AttributeError):
         raise UserError(f"{path}: damaged; move it away, or choose another --output") from None
 
     def settings(row: str, seed: int) -> tuple:
@@ -2328,10 +2388,10 @@ def check_numbers(cfg) -> None:
         value = getattr(cfg, field.name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, (int, float)) and not isinstance(number, bool):
+                if isinstance(number, int) and number >= 2 ** 63:
+                    raise UserError(f"--{field.name}: must be below 2 ** 63")
                 if not math.isfinite(number) or number < 0:
                     raise UserError(f"--{field.name} {number}: must be a finite number, 0 or more")
-                if field.name == "seed" and number >= 2 ** 63:
-                    raise UserError(f"--seed {number}: must be below 2 ** 63")
                 off = r"warmup|workers|^(bank|top_k|timestep|decay_kind|consistency_seeds|checkpointing_epochs)$"
                 if number == 0 and type(number) is int and field.default != 0 and not re.search(off, field.name):
                     raise UserError(f"--{field.name} 0: must be at least 1")
@@ -2342,6 +2402,12 @@ def command_line(doc: str, verbs: dict, argv: list | None = None) -> None:
 
     Exits with a status: 0 done, 2 the user can mend it (one line says how), 130 stopped by Ctrl-C at once.
     """
+    for name in ("stdout", "stderr"):                             # closed, or unable to print a file's name
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     parser = OneLine(description=doc.strip().splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="verb", required=True, parser_class=OneLine)
     for name, (cls, presets, _) in verbs.items():
@@ -2366,8 +2432,18 @@ def command_line(doc: str, verbs: dict, argv: list | None = None) -> None:
     except UserError as error:
         print(error if str(error).startswith("stopped") else f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("error: standard output was closed; a training goes on with --resume_from_checkpoint latest",
+              file=sys.stderr)
+        sys.exit(2)
+    except (OSError, MemoryError) as error:
+        print(f"error: {str(error) or 'the memory is full: give a smaller --batch_size'}", file=sys.stderr)
+        sys.exit(2)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if "DefaultCPUAllocator" in str(error):
+            print("error: the memory is full: give a smaller --batch_size or --image_size", file=sys.stderr)
+        elif isinstance(error, torch.OutOfMemoryError):
             print("error: the GPU's memory is full: give a smaller --batch_size (more --gradient_accumulation_steps) "
                   "or --gradient_checkpointing, where there are such flags", file=sys.stderr)
         elif str(error).startswith("DataLoader worker"):

@@ -50,8 +50,8 @@ from common import (DEGRADATIONS, DEGRADATION_NAMES, Faces, Run, SampleFlags, St
                     WordTokenizer, add_lora, at_once, command_line, degrade_pair, finished_parts, from_folder,
                     list_images, load_model, load_strict, lr_schedule, make_optimizer, merge_lora, mix, not_half,
                     print_ablation, print_table, random_crop, read_curves, read_image, read_weights, refuse_unread,
-                    restore_folder, run_ablation, save_model, saved_flags, shared_parts, toy_faces, trained_tensors,
-                    verbalise, versions, write_curve, write_grid, write_json)
+                    restore_folder, run_ablation, same_settings, save_model, saved_flags, shared_parts, toy_faces,
+                    trained_tensors, verbalise, versions, write_curve, write_grid, write_json)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -1154,6 +1154,9 @@ def train_onestep(cfg, run, faces, nets, face_nets) -> dict:
 
 STAGES = {"vae": (("vae",), train_vae), "prior": (("unet", "words"), train_prior), "vre": (("vre",), train_vre),
           "onestep": (("lora", "prompt"), train_onestep)}
+# Fields that change what the weights of a stage mean, but not their shapes.
+SWITCHES = {"vae": ("image_size",), "prior": ("image_size",), "vre": ("image_size", "vre_double_normalise"),
+            "onestep": ("image_size", "timestep", "lora_alpha", "latent_sample", "ide", "fie_network")}
 STANDS_ON = {"vae": (), "prior": ("vae",), "vre": (), "onestep": ("vae", "prior", "vre")}
 
 
@@ -1166,6 +1169,7 @@ def stages_of(cfg) -> list:
 def take_finished(cfg, run, nets, weights: dict, wanted: list) -> None:
     """Put the stages that earlier runs have finished into nets and weights. UserError where a needed one is missing."""
     saved = finished_parts(cfg, "honestface") if cfg.resume_from_checkpoint or cfg.stage != "all" else {}
+    before = saved_flags(Train, load_model(cfg.output, "honestface")[0], cfg.output) if saved else cfg
     for name in stages_of(cfg):
         parts = STAGES[name][0]
         there = all(part in saved for part in parts)
@@ -1175,6 +1179,7 @@ def take_finished(cfg, run, nets, weights: dict, wanted: list) -> None:
             if there:
                 run.say(f"stage {name} was trained on the former {wanted[-1]} and is dropped; train it again")
         elif there:
+            same_settings(cfg, before, SWITCHES[name], cfg.output, "output")
             for part in parts:
                 put(nets, part, saved[part], cfg, cfg.output)
                 weights[part] = saved[part]

@@ -38,8 +38,8 @@ import metrics
 from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, at_once, command_line,
                     decisive, degrade_pair, find_checkpoint, finished_parts, is_run, load_model, load_strict,
                     lr_schedule, make_optimizer, not_half, print_ablation, print_table, random_crop, read_curves,
-                    read_torch, read_weights, refuse_unread, restore_folder, run_ablation, save_model, saved_flags,
-                    shared_parts, versions, warmup_cosine, write_curve, write_grid, write_json)
+                    read_torch, read_weights, refuse_unread, restore_folder, run_ablation, same_settings, save_model,
+                    saved_flags, shared_parts, versions, warmup_cosine, write_curve, write_grid, write_json)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -1018,10 +1018,7 @@ SWITCHES = {"vae": ("vae_norm", "vae_resizer", "vae_block"), "mmse": ("source", 
 def same_switches(cfg, folder, parts, flag: str) -> None:
     """UserError where the networks in a run's folder, which --`flag` names, mean something else than cfg says."""
     before = saved_flags(Train, load_model(str(folder), "latent_pmrf")[0], f"--{flag} {folder}")
-    for name in dict.fromkeys(name for part in parts for name in SWITCHES[part]):
-        if getattr(before, name) != getattr(cfg, name):
-            raise UserError(f"--{name} {getattr(cfg, name)}: {folder} was trained with {getattr(before, name)}; "
-                            f"repeat that, or choose another --{flag}")
+    same_settings(cfg, before, [name for part in parts for name in SWITCHES[part]], folder, flag)
 
 
 # ------------------------------------------------------------------------------------------------ training stages

@@ -55,10 +55,10 @@ from torch.utils.checkpoint import checkpoint
 import metrics
 from common import (ATTRIBUTES, DEGRADATIONS, DEGRADATION_NAMES, SIBLINGS, Faces, Run, SampleFlags, Stage, TrainFlags,
                     UserError, WordTokenizer, at_once, command_line, degrade, find_checkpoint, from_folder, from_pil,
-                    is_run, list_images, load_model, load_strict, make_optimizer, mix, not_half, print_ablation,
-                    print_table, read_curves, read_weights, refuse_unread, restore_folder, run_ablation, save_model,
-                    saved_flags, shared_parts, to_pil, verbalise, versions, warmup_cosine, whole_file, write_curve,
-                    write_grid, write_json)
+                    is_run, list_images, load_model, load_strict, make_optimizer, mix, not_half, output_names,
+                    print_ablation, print_table, read_curves, read_weights, refuse_unread, restore_folder, run_ablation,
+                    save_model, saved_flags, shared_parts, to_pil, verbalise, versions, warmup_cosine, whole_file,
+                    write_curve, write_grid, write_json)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -699,9 +699,14 @@ def load_peft(sana, where: str) -> None:
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError):
+        special = [name for name in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern") if config.get(name)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"--lora {where}: no readable adapter_config.json; give a folder that peft has saved") from None
+    if special:
+        raise UserError(f"--lora {where}: made with {special[0]}, which is not supported here")
     state = read_weights(folder / "adapter_model.safetensors")
+    if any(len(t) != rank for name, t in state.items() if name.endswith("lora_A.weight")):
+        raise UserError(f"--lora {where}: its adapter_config.json says rank {rank}, its weights have another")
     if not policy_layers(sana):
         add_policies(sana, rank, alpha)
     wanted = {f"base_model.model.{name}.lora_{part}.weight" for name in policy_layers(sana) for part in "AB"}
@@ -1392,6 +1397,8 @@ def load_parts(model, parts: dict, cfg, where) -> None:
         add_policies(model.sana, len(lora[0]), cfg.lora_alpha)
     for name, module in model.named_children():
         load_strict(module, parts.get(name, {}), f"{where}, {name}")
+    if "latent_scale" not in parts.get("self", {}):
+        raise UserError(f"{where}: lacks latent_scale; train again")
     model.latent_scale.copy_(parts["self"]["latent_scale"])
 
 
@@ -1417,14 +1424,14 @@ def load_run(where: str) -> tuple:
     try:
         sizes = {part: {k: tuples(v) for k, v in values.items()} if isinstance(values, dict) else values
                  for part, values in config["sizes"].items()}
-        finished, uses = config["finished"], tuple(config["uses"])
+        finished, uses, toy_words = list(config["finished"]), tuple(config["uses"]), config["toy_words"]
+        codes, first_word = sizes["tatok"]["codes"], sizes["first_word"]
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"--checkpoint {where}: config.json lacks what a training run writes; train again") from None
     model = PrefRestore(sizes)
     load_parts(model, parts, cfg, f"--checkpoint {where}")
     model.uses = uses
-    vocab = Vocabulary(text_tokenizer("" if config["toy_words"] else folder / "tokenizer"), sizes["tatok"]["codes"],
-                       sizes["first_word"])
+    vocab = Vocabulary(text_tokenizer("" if toy_words else folder / "tokenizer"), codes, first_word)
     return model, vocab, finished, sizes, cfg
 
 
@@ -1977,7 +1984,8 @@ def train(cfg: Train) -> None:
     for name in wanted:
         if name in finished and (cfg.stage == "all" or cfg.resume_from_checkpoint):
             run.say(f"stage {name}: finished before, taken as it is")
-            if run.main and name == finished[-1] == wanted[-1] and f"stage {name}" not in measured_before(cfg.output):
+            measured = name in ("tokenizer", "prior") or f"stage {name}" in measured_before(cfg.output)
+            if run.main and name == finished[-1] and not measured:
                 report(cfg, run, faces, model, vocab, name)        # it was stopped while measuring
             continue
         if cfg.bank and name != "tokenizer" and bank is None:
@@ -2074,10 +2082,14 @@ def measure(cfg, run, faces, model, vocab) -> tuple:
     return numbers, dict(lq=lq, restored=restored, hq=batch["hq"], reconstruction=rebuilt, captions=batch["caption"])
 
 
-def measured_before(folder) -> dict:
-    """The rows that earlier stages have left in metrics.json."""
-    path = Path(folder) / "metrics.json"
-    return json.loads(path.read_text())["rows"] if path.exists() else {}
+def measured_before(folder, protocol=None) -> dict:
+    """The rows that earlier stages have left in metrics.json; with `protocol`, only if they saw the same faces."""
+    try:
+        found = json.loads((Path(folder) / "metrics.json").read_text())
+        alike = protocol is None or all(found["protocol"][name] == protocol[name] for name in ("faces", "degradation"))
+        return dict(found["rows"]) if alike else {}
+    except (OSError, ValueError, KeyError, TypeError):             # none yet, or damaged
+        return {}
 
 
 def report(cfg, run, faces, model, vocab, name: str) -> dict:
@@ -2087,7 +2099,13 @@ def report(cfg, run, faces, model, vocab, name: str) -> dict:
         numbers |= consistency(cfg, run, model, vocab, found)
     folder, reader = Path(cfg.output), metrics.load_reader("b", cfg.readers).to(run.device)
     path, pictures = folder / "metrics.json", folder / "columns.safetensors"
-    earlier = measured_before(folder)
+    protocol = metrics.toy_protocol(
+        cfg.validation_data or cfg.data, cfg.degradation, len(found["hq"]), cfg.readers) | dict(
+        text=f"captions in the prompt: {cfg.text}; rewards see the true one", words=f"chosen by --ar {cfg.ar}",
+        rewards="read by FaceReader reader_b; stage 2 optimises reader_a's and reader_c's" if cfg.rewards == "toy" else
+        "read by the networks given, which stage 2 optimises too" if rewards_given(cfg) else "no networks were given",
+        std_toy=f"deviation over {cfg.consistency_seeds} seeds per face, mean over {cfg.consistency_faces} faces")
+    earlier = measured_before(folder, protocol)
     rows = dict(lq=metrics.toy_scores(found["lq"], found["hq"], reader),
                 reconstruction=metrics.toy_scores(found["reconstruction"], found["hq"], reader))
     rows |= {k: v for k, v in earlier.items() if k not in rows} | {f"stage {name}": numbers}
@@ -2100,12 +2118,6 @@ def report(cfg, run, faces, model, vocab, name: str) -> dict:
     write_curve(folder / "curves.png", read_curves(folder / "log.jsonl", (
         "l1", "meaning", "ce", "diffusion", "vae", "reward", "reward_toy")))
     extra = dict(faces=len(found["hq"]), **run.account(dict(model.named_children())))
-    protocol = metrics.toy_protocol(
-        cfg.validation_data or cfg.data, cfg.degradation, len(found["hq"]), cfg.readers) | dict(
-        text=f"captions in the prompt: {cfg.text}; rewards see the true one", words=f"chosen by --ar {cfg.ar}",
-        rewards="read by FaceReader reader_b; stage 2 optimises reader_a's and reader_c's" if cfg.rewards == "toy" else
-        "read by the networks given, which stage 2 optimises too" if rewards_given(cfg) else "no networks were given",
-        std_toy=f"deviation over {cfg.consistency_seeds} seeds per face, mean over {cfg.consistency_faces} faces")
     write_json(path, dict(rows=rows, **extra, protocol=protocol, **versions(run.device)))
     print_table({k: {n: v for n, v in row.items() if n in SHOWN["all"]} for k, row in rows.items()})
     run.say(f"stage {name} measured on {extra['faces']} held-out faces; {extra['seconds']:.0f} s, "
@@ -2147,8 +2159,7 @@ def sample(cfg: Sample) -> None:
     captions = read_captions(cfg.captions)
     if not cfg.landmarks:
         match_captions(captions, list_images(cfg.input) if captions else [], cfg.captions)
-    files = list_images(cfg.input)
-    files = {path.stem: path for path in reversed(files)} | {path.name: path for path in files}  # by the output's name
+    files = {name: path for path, name in output_names(list_images(cfg.input)).items()}
     run = Run(cfg)
     model, vocab, trained = load_networks(cfg)
     model.to(run.device).eval().requires_grad_(False)
@@ -2160,6 +2171,9 @@ def sample(cfg: Sample) -> None:
         words = len(vocab.encode(" " + text))
         if words > room:
             print(f"caption of {stem}: {words} words, cut to the first {room}, which fit --context {trained.context}",
+                  flush=True)
+        if isinstance(vocab.tokenizer, ToyTokenizer) and 1 in vocab.tokenizer.encode(text):
+            print(f"caption of {stem}: has words that a toy run does not know, only those of its own captions",
                   flush=True)
         return text
 

@@ -93,7 +93,7 @@ def main(argv=None):
     if absent:
         parser.error(f"{args.runs / absent[0]}: no finished training run; add --train, or train with -o there")
 
-    folder, reader = args.runs / "faces", metrics.load_reader("b")
+    folder, reader = args.runs / "side_by_side_faces", metrics.load_reader("b")
     found = write_faces(folder, args.faces, args.degradation)
     half = torch.nn.functional.interpolate(found["lq"], scale_factor=0.5, mode="area")
     bicubic = torch.nn.functional.interpolate(half, scale_factor=2, mode="bicubic").clamp(-1, 1)

@@ -212,7 +212,7 @@ def test_a_retrained_stage_that_was_killed_before_it_saved_starts_anew(trained, 
     killed, straight = (shutil.copytree(trained / "out", tmp_path / name) for name in ("killed", "straight"))
     with monkeypatch.context() as patch:
         patch.setattr(common.Stage, "update", lambda *a, **k: (_ for _ in ()).throw(MemoryError))
-        with pytest.raises(MemoryError):
+        with pytest.raises(SystemExit):
             call("train", *flags, "-o", killed)
     call("train", *flags, "-o", killed, "--resume_from_checkpoint", "latest")
     call("train", *flags, "-o", straight)
@@ -308,6 +308,17 @@ def test_an_incomplete_flux_is_refused(flux, trained, tmp_path, capsys):
     said = refused(capsys, "sample", "-i", trained / "faces" / "00.png", "-o", tmp_path / "o", "--lora", tmp_path / "l",
                    "--pretrained_model_name_or_path", broken, "--image_size", "32", "--text_length", "24")
     assert "text_encoder_2" in said and "lacks weights" in said
+
+
+def test_a_finished_run_is_not_measured_with_other_settings(trained, capsys):
+    """They would change what its weights mean, and metrics.json would hold the numbers of another model."""
+    before = (trained / "out" / "metrics.json").read_bytes()
+    for flag, value in (("--image_size", "64"), ("--condition_scale", "2")):
+        said = refused(capsys, "train", *TINY, "-o", trained / "out", "--resume_from_checkpoint", "latest", flag, value)
+        assert f"{flag} {value}" in said and "was trained with" in said
+    assert "was trained with 32" in refused(capsys, "train", *TINY, "-o", trained / "out", "--stage", "lora",
+                                            "--image_size", "64")
+    assert (trained / "out" / "metrics.json").read_bytes() == before
 
 
 def test_an_earlier_stage_of_a_finished_run_is_taken_as_it_is(trained, tmp_path, capsys):

@@ -523,11 +523,76 @@ def test_a_stage_trained_once_more_unfinishes_the_former_at_its_first_step(tmp_p
             pass
         assert json.loads((tmp_path / "config.json").read_text())["finished"] == finished
         assert (tmp_path / "state.pt").exists() == (finished != ["a"]) != (tmp_path / "state_before.pt").exists()
-    for content, stays in ((b"cut off", False), (None, True)):     # a damaged one serves no one; another stage's stays
-        (tmp_path / "state.pt").write_bytes(content) if content else torch.save(dict(stage="z"), tmp_path / "state.pt")
-        run.former = ["b"]
-        run.drop_former("b")
-        assert (tmp_path / "state.pt").exists() == stays
+    (tmp_path / "state.pt").write_bytes(b"of a stage that stood on the former")
+    run.former = ["b"]
+    run.drop_former()
+    assert not (tmp_path / "state.pt").exists() and b"stood" in (tmp_path / "state_before.pt").read_bytes()
+
+
+def test_a_second_training_in_a_folder_is_refused(tmp_path):
+    """They would mix their files; the lock ends with its process, however that ends."""
+    script = """
+import sys, time
+sys.path[:0] = ["tests", "."]
+import common, test_common as t
+run = common.Run(t.Tiny(output=sys.argv[1]))
+run.start_log()
+print("locked", flush=True)
+time.sleep(60)
+"""
+    other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "locked\n"
+        for fresh in (True, False):
+            with pytest.raises(UserError, match="another training is writing there"):
+                common.Run(Tiny(output=str(tmp_path)), fresh=fresh).start_log()
+    finally:
+        other.kill()
+        other.wait()
+    common.Run(Tiny(output=str(tmp_path)), fresh=True).start_log()
+    assert (tmp_path.parent / f"{tmp_path.name}.1" / "log.jsonl").exists()
+
+
+def test_results_inside_a_data_folder_are_no_data(tmp_path):
+    for name in ("a.png", "person/b.png", "run/samples.png", "run/deep/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "run" / "log.jsonl").write_text("{}")
+    assert [p.name for p in common.list_images(tmp_path, recursive=True)] == ["a.png", "b.png"]
+    assert [p.name for p in common.list_images(tmp_path / "run")] == ["samples.png"]      # asked for, they are pictures
+
+
+def test_results_are_named_alike_whatever_can_be_read():
+    names = common.output_names([Path(name) for name in ("x.jpg", "x.png", "x.png.jpg", "y.png")])
+    assert list(names.values()) == ["x", "x.png", "x.png.jpg", "y"]
+
+
+def test_a_float_picture_may_overshoot_its_white(tmp_path):
+    grey = np.full((4, 4), 0.5, np.float32)
+    grey[0, 0] = 1.003
+    Image.fromarray(grey).save(tmp_path / "a.tif")
+    assert abs(common.read_image(tmp_path / "a.tif")[:, 1:].mean()) < 0.01
+    grey[0, 0] = np.inf
+    Image.fromarray(grey).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match="not finite"):
+        common.read_image(tmp_path / "a.tif")
+
+
+def test_weights_that_are_not_finite_at_the_end_of_a_stage_are_not_given_back(tmp_path):
+    run, model = common.Run(Tiny(output=str(tmp_path), max_grad_norm=0.0)), nn.Linear(1, 1)
+    stage = common.Stage(run, "b", {"m": model}, {"m": torch.optim.SGD(model.parameters(), 1e30)}, 1)
+    with pytest.raises(UserError, match="last step left weights that are not finite"):
+        for _ in stage.steps(lambda k: {}):
+            stage.update(1e15 * model.weight.sum())
+
+
+def test_landmarks_that_are_no_pixels_are_skipped_face_by_face(tmp_path, capsys):
+    Image.new("RGB", (600, 600), "green").save(tmp_path / "a.png")
+    good = torch.tensor(common.FFHQ_512, dtype=torch.float64)
+    points = {"a.png": torch.stack([good / 600, good, good + 1e7])}
+    faces = common.cut_faces(tmp_path / "a.png", "a", 64, points, set())
+    assert [(face["stem"], face["first"]) for face in faces] == [("a_01", True)]
+    assert capsys.readouterr().out.count("must be pixels of this picture") == 2
 
 
 def test_large_faces_are_restored_a_few_at_a_time():
@@ -781,6 +846,9 @@ def test_a_folder_that_lacks_weights_is_refused(tmp_path, kind):
 def test_a_config_without_flags_is_one_line():
     with pytest.raises(UserError, match="somewhere: config.json lacks what a training run writes"):
         common.saved_flags(common.SampleFlags, {"method": "m"}, "somewhere")
+    for wrong in ({}, {"input": "x", "seed": "5"}, {"input": "x", "batch_size": None}, []):
+        with pytest.raises(UserError, match="somewhere: config.json lacks"):
+            common.saved_flags(common.SampleFlags, {"train": wrong}, "somewhere")
     found = common.saved_flags(common.SampleFlags, {"train": {"input": "x", "seed": 5, "long_gone": 1}}, "somewhere")
     assert found.seed == 5
 

@@ -425,6 +425,15 @@ def test_wrong_flags(capsys, tmp_path, flags, word):
     assert word in refused(capsys, "train", *TINY, "-o", tmp_path / "out", *flags)
 
 
+def test_a_finished_run_is_not_measured_with_other_settings(trained, capsys):
+    """They would change what its weights mean, and metrics.json would hold the numbers of another model."""
+    before = (trained / "out" / "metrics.json").read_bytes()
+    for flag, value in (("--timestep", "10"), ("--lora_alpha", "320.0"), ("--image_size", "64")):
+        said = refused(capsys, "train", *TINY, "-o", trained / "out", "--resume_from_checkpoint", "latest", flag, value)
+        assert f"{flag} {value}" in said and "was trained with" in said
+    assert (trained / "out" / "metrics.json").read_bytes() == before
+
+
 def test_checkpoints_of_another_kind(trained, tmp_path, capsys):
     call_sample = ["sample", "-i", trained / "lq", "-o", tmp_path / "o", "--device", "cpu", "--checkpoint"]
     assert "nowhere" in refused(capsys, *call_sample, tmp_path / "nowhere")
