@@ -92,7 +92,7 @@ def test_side_by_side_restores_the_same_faces_with_all_methods(trained, tmp_path
     assert [found["rows"][m].get("generator_calls") for m in ("Latent-PMRF", "HonestFace", "A2BFR", "Pref-Restore")] \
         == [5, 1, 12, 10]                                          # posterior mean + 4; one; 4 steps of 3; 10
     hq, lq = [torch.stack([common.read_image(p) for p in sorted(folder.iterdir())]) for folder in
-              (runs / "side_by_side_faces" / "hq", runs / "faces" / "lq")]
+              (runs / "side_by_side_faces" / "hq", runs / "side_by_side_faces" / "lq")]
     for title, folder in (("degraded", "lq"), ("HonestFace", "honestface_lq/restored_faces")):
         images = torch.stack([common.read_image(p) for p in sorted((runs / "side_by_side_faces" / folder).iterdir())])
         error = ((images - hq) / 2).square().flatten(1).mean(1)
