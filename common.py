@@ -2338,6 +2338,7 @@ class SampleFlags:
 
 # ------------------------------------------------------------------------------------------------ command line
 
+@functools.lru_cache                                              # finding a class's source parses its whole file
 def field_help(cls) -> dict:
     """{field: the comment beside it} for a dataclass and its parents: comment and --help text cannot differ."""
     return {m[1]: m[2] for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)
