@@ -866,13 +866,13 @@ def load_run(where: str) -> tuple:
     config, saved = load_model(where, "a2bfr")
     trained = saved_flags(Train, config, f"--checkpoint {where}")
     if trained.pretrained_model_name_or_path:
-        return {}, trained, config.get("finished", [])
+        return {}, trained, config["finished"]
     nets = build_toy(trained)
     for part in ("codec", "text", "prior"):
         if part not in saved:
             raise UserError(f"--checkpoint {where}: holds no {part} yet; finish its training first")
         load_strict(nets[part], saved[part], f"--checkpoint {where}, {part}")
-    return {name: net.requires_grad_(False) for name, net in nets.items()}, trained, config.get("finished", [])
+    return {name: net.requires_grad_(False) for name, net in nets.items()}, trained, config["finished"]
 
 
 def lora_rank(path) -> int:
@@ -1361,17 +1361,15 @@ def networks(cfg, run, source_of=None) -> tuple:
         nets, trained, finished = load_run(cfg.prior)
         same = ("image_size", "latent_channels", "vae_widths", "heads", "double_layers", "single_layers", "text_width",
                 "text_length")
-        wrong = [n for n in same if getattr(trained, n) != getattr(cfg, n)]
-        if wrong or "prior" not in finished:
-            raise UserError(f"--prior {cfg.prior}: " + (f"was trained with --{wrong[0]} {getattr(trained, wrong[0])}"
-                                                        if wrong else "its stage prior is not finished"))
+        same_settings(cfg, trained, same, cfg.prior, "prior")
+        if "prior" not in finished:
+            raise UserError(f"--prior {cfg.prior}: its stage prior is not finished")
         return nets, []
     torch.manual_seed(cfg.seed)
     nets, finished = build_toy(cfg), []
     if not run.fresh and (run.folder / "config.json").exists():
         config, saved = load_model(cfg.output, "a2bfr")
-        finished = config.get("finished", [])
-        finished = [stage for stage in finished if stage != "lora" or (run.folder / LORA_FILE).exists()]
+        finished = [stage for stage in config["finished"] if stage != "lora" or (run.folder / LORA_FILE).exists()]
         stages, before = stages_of(cfg), saved_flags(Train, config, cfg.output)
         switches = ("image_size", "condition_scale", "independent_condition")     # what weights mean, not shapes
         for stage in finished:

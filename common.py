@@ -1577,7 +1577,9 @@ class Stage:
         if cfg.resume_from_checkpoint:
             try:
                 self.resume(cfg.resume_from_checkpoint)
-            except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            except UserError:
+                raise
+            except Exception as error:                            # fields that lack, or of another kind: a dozen ways
                 raise UserError(f"--resume_from_checkpoint {cfg.resume_from_checkpoint}: its state.pt is damaged or of "
                                 f"another version ({type(error).__name__}); move it away to begin this stage again"
                                 ) from None
@@ -1875,6 +1877,7 @@ def load_model(where: str, method: str) -> tuple:
     found = config.get("method", "an unknown method") if isinstance(config, dict) else "something else"
     if found != method:
         raise UserError(f"--checkpoint {where}: belongs to {found}, not to {method}")
+    config.setdefault("finished", [])
     parts: dict = {}
     for name, tensor in read_weights(folder / "model.safetensors").items():
         part, _, rest = name.partition(".")
@@ -1910,12 +1913,15 @@ def saved_flags(cls, config: dict, where):
         raise UserError(f"{where}: config.json lacks what a training run writes; train again") from None
 
 
+HUB_ID = re.compile(r"(?!runs/)[\w.-]+/[\w.-]+")
+
+
 def find_checkpoint(where: str, flag: str = "checkpoint") -> Path:
     """A local file or folder as it is; `owner/name` is fetched from the hub. UserError, naming `flag`, if neither."""
     path = Path(where).expanduser()
     if path.exists():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", where) or where.startswith("runs/"):
+    if not HUB_ID.fullmatch(where):
         raise UserError(f"--{flag} {where}: no such file or folder{'; train first' * (flag == 'checkpoint')}")
     try:
         from huggingface_hub import snapshot_download
@@ -1935,7 +1941,7 @@ def from_folder(cls, where: str, flag: str, subfolder: str = "", **options):
     path = Path(where).expanduser()
     if path.exists() and not (path / subfolder).is_dir():
         raise UserError(f"--{flag} {where}: no folder {subfolder}/ in it; is it a whole model?")
-    if not path.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", where):
+    if not path.exists() and not HUB_ID.fullmatch(where):
         raise UserError(f"--{flag} {where}: no such folder; give one, or a hub id (owner/name)")
     if cls.__module__.startswith("diffusers"):
         options["low_cpu_mem_usage"] = False                      # True would need the accelerate package
@@ -2194,12 +2200,12 @@ def read_curves(path, names: tuple) -> dict:
     return {name: sorted(points.items()) for name, points in curves.items()}
 
 
-def finished_parts(cfg, method: str) -> dict:
-    """{part: weights} that earlier stages left in --output; empty if there is nothing yet."""
+def finished_parts(cfg, method: str) -> tuple:
+    """(config, {part: weights}) that earlier stages left in --output; empty if there is nothing yet."""
     if not (Path(cfg.output) / "config.json").exists():
-        return {}
+        return {}, {}
     config, parts = load_model(cfg.output, method)
-    return {part: tensors for part, tensors in parts.items() if part in config.get("finished", [])}
+    return config, {part: tensors for part, tensors in parts.items() if part in config["finished"]}
 
 
 def decisive(config: dict) -> dict:
@@ -2398,17 +2404,18 @@ def check_numbers(cfg) -> None:
                     raise UserError(f"--{field.name} 0: must be at least 1")
 
 
-def command_line(doc: str, verbs: dict, argv: list | None = None) -> None:
-    """`python METHOD.py VERB --flags`. verbs: {name: (dataclass, {preset: value of it}, function of it)}.
-
-    Exits with a status: 0 done, 2 the user can mend it (one line says how), 130 stopped by Ctrl-C at once.
-    """
-    for name in ("stdout", "stderr"):                             # closed, or unable to print a file's name
+def ready_streams() -> None:
+    """Standard output and error that may be closed, and print any file's name."""
+    for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def parse(doc: str, verbs: dict, argv: list | None) -> tuple:
+    """(function, class, preset, {field: value given}) of a command line; see `command_line`."""
     parser = OneLine(description=doc.strip().splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="verb", required=True, parser_class=OneLine)
     for name, (cls, presets, _) in verbs.items():
@@ -2421,37 +2428,47 @@ def command_line(doc: str, verbs: dict, argv: list | None = None) -> None:
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         commands.choices[arguments.verb].error(f"unrecognized arguments: {' '.join(unknown)}")
-    given = vars(arguments)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(arguments).items()}
     cls, presets, function = verbs[given.pop("verb")]
     preset = given.pop("preset", None)
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return function, cls, presets[preset] if preset else next(iter(presets.values()), None), given
+
+
+def complaint(error: Exception) -> str:
+    """One line about what a person can mend; "" about what only a programmer can."""
+    text = str(error)
+    if isinstance(error, UserError):
+        return text if text.startswith("stopped") else f"error: {text}"
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end
+        return "error: standard output was closed; a training goes on with --resume_from_checkpoint latest"
+    if isinstance(error, torch.OutOfMemoryError):
+        return ("error: the GPU's memory is full: give a smaller --batch_size (more --gradient_accumulation_steps) or "
+                "--gradient_checkpointing, where there are such flags")
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        return "error: the memory is full: give a smaller --batch_size or --image_size"
+    if text.startswith("DataLoader worker"):
+        return (f"error: one of --num_workers was killed, perhaps for memory ({text}); give fewer and "
+                "--resume_from_checkpoint latest")
+    return f"error: {text}" if isinstance(error, OSError) else ""
+
+
+def command_line(doc: str, verbs: dict, argv: list | None = None) -> None:
+    """`python METHOD.py VERB --flags`. verbs: {name: (dataclass, {preset: value of it}, function of it)}.
+
+    Exits with a status: 0 done, 2 the user can mend it (one line says how), 130 stopped by Ctrl-C at once.
+    """
+    ready_streams()
+    function, cls, base, given = parse(doc, verbs, argv)
     try:
-        base = presets[preset] if preset else next(iter(presets.values()), None)
         cfg = dataclasses.replace(base, **given) if base is not None else cls(**given)
         check_numbers(cfg)
         function(cfg)
-    except UserError as error:
-        print(error if str(error).startswith("stopped") else f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print("error: standard output was closed; a training goes on with --resume_from_checkpoint latest",
-              file=sys.stderr)
-        sys.exit(2)
-    except (OSError, MemoryError) as error:
-        print(f"error: {str(error) or 'the memory is full: give a smaller --batch_size'}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" in str(error):
-            print("error: the memory is full: give a smaller --batch_size or --image_size", file=sys.stderr)
-        elif isinstance(error, torch.OutOfMemoryError):
-            print("error: the GPU's memory is full: give a smaller --batch_size (more --gradient_accumulation_steps) "
-                  "or --gradient_checkpointing, where there are such flags", file=sys.stderr)
-        elif str(error).startswith("DataLoader worker"):
-            print(f"error: --num_workers {cfg.num_workers}: one of them was killed, perhaps for memory ({error}); give "
-                  "fewer and --resume_from_checkpoint latest", file=sys.stderr)
-        else:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        line = complaint(error)
+        if not line:
             raise
+        print(line, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped at once, nothing saved since the last checkpoint", file=sys.stderr)

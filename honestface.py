@@ -1168,8 +1168,9 @@ def stages_of(cfg) -> list:
 
 def take_finished(cfg, run, nets, weights: dict, wanted: list) -> None:
     """Put the stages that earlier runs have finished into nets and weights. UserError where a needed one is missing."""
-    saved = finished_parts(cfg, "honestface") if cfg.resume_from_checkpoint or cfg.stage != "all" else {}
-    before = saved_flags(Train, load_model(cfg.output, "honestface")[0], cfg.output) if saved else cfg
+    going_on = cfg.resume_from_checkpoint or cfg.stage != "all"
+    config, saved = finished_parts(cfg, "honestface") if going_on else ({}, {})
+    before = saved_flags(Train, config, cfg.output) if saved else cfg
     for name in stages_of(cfg):
         parts = STAGES[name][0]
         there = all(part in saved for part in parts)

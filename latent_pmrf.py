@@ -972,10 +972,10 @@ def load_pmrf(where: Path) -> dict:
 def load_part(cfg, part: str, where: str) -> nn.Module:
     """A released Sim-VAE or SwinIR, or that of another run's folder, in place of one that is trained here."""
     if Path(where).is_dir() and is_run(Path(where)):
-        found = load_model(where, "latent_pmrf")[1]
+        config, found = load_model(where, "latent_pmrf")
         if part not in found:
             raise UserError(f"--{part} {where}: this run holds {', '.join(found)} but no {part}")
-        same_switches(cfg, where, [part], part)
+        same_switches(cfg, config, where, [part], part)
         net = build(cfg, part)
         load_strict(net, found[part], f"--{part} {where}")
         return net
@@ -1015,9 +1015,9 @@ SWITCHES = {"vae": ("vae_norm", "vae_resizer", "vae_block"), "mmse": ("source", 
             "flow": ("space", "source", "neighborhood", "head_dim")}
 
 
-def same_switches(cfg, folder, parts, flag: str) -> None:
+def same_switches(cfg, config: dict, folder, parts, flag: str) -> None:
     """UserError where the networks in a run's folder, which --`flag` names, mean something else than cfg says."""
-    before = saved_flags(Train, load_model(str(folder), "latent_pmrf")[0], f"--{flag} {folder}")
+    before = saved_flags(Train, config, f"--{flag} {folder}")
     same_settings(cfg, before, [name for part in parts for name in SWITCHES[part]], folder, flag)
 
 
@@ -1131,9 +1131,9 @@ def start(cfg, wanted: list) -> tuple:
     torch.manual_seed(cfg.seed)
     nets, weights = {part: build(cfg, part) for part in stages_of(cfg)}, {}
     reuse = [part for part in nets if part not in wanted or cfg.resume_from_checkpoint]
-    saved = finished_parts(cfg, "latent_pmrf") if reuse else {}
+    config, saved = finished_parts(cfg, "latent_pmrf") if reuse else ({}, {})
     if saved:
-        same_switches(cfg, cfg.output, SWITCHES, "output")
+        same_switches(cfg, config, cfg.output, SWITCHES, "output")
     for part in nets:
         given = getattr(cfg, part, "")
         if given:

@@ -57,8 +57,8 @@ from common import (ATTRIBUTES, DEGRADATIONS, DEGRADATION_NAMES, SIBLINGS, Faces
                     UserError, WordTokenizer, at_once, command_line, degrade, find_checkpoint, from_folder, from_pil,
                     is_run, list_images, load_model, load_strict, make_optimizer, mix, not_half, output_names,
                     print_ablation, print_table, read_curves, read_weights, refuse_unread, restore_folder, run_ablation,
-                    save_model, saved_flags, shared_parts, to_pil, verbalise, versions, warmup_cosine, whole_file,
-                    write_curve, write_grid, write_json)
+                    same_settings, save_model, saved_flags, shared_parts, to_pil, verbalise, versions, warmup_cosine,
+                    whole_file, write_curve, write_grid, write_json)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -1908,10 +1908,7 @@ def start(cfg, wanted: list) -> tuple:
     going_on = cfg.resume_from_checkpoint or cfg.stage != "all"
     if going_on and (Path(cfg.output) / "config.json").exists():
         *found, before = load_run(cfg.output)
-        for name in ("image_size", "context"):
-            if getattr(before, name) != getattr(cfg, name):
-                raise UserError(f"--output {cfg.output}: was trained with --{name} {getattr(before, name)}; "
-                                "repeat that flag, or choose another --output")
+        same_settings(cfg, before, ("image_size", "context"), cfg.output, "output")
         if cfg.pretrained and not cfg.resume_from_checkpoint:
             print(f"--pretrained {cfg.pretrained} is not read: {cfg.output} holds networks already", flush=True)
     elif cfg.pretrained:

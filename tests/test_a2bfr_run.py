@@ -437,7 +437,8 @@ def test_bad_flags(capsys, trained, tmp_path):
                                        "--pretrained_model_name_or_path", "x")
     assert "needs vae" in train("--stage", "prior") and "only the stage lora" in train("--stage", "vae", "--prior", "x")
     assert "--vae_widths" in train("--vae_widths", "12", "8")
-    assert "was trained with --text_width 16" in train("--prior", trained / "out", "--text_width", "32")
+    said = train("--prior", trained / "out", "--text_width", "32")
+    assert "--text_width 32: " in said and "was trained with 16" in said and "another --prior" in said
     assert "--condition_scale" in train("--condition_scale", "3")
     assert "leave one of them out" in train("--prior", "x", "--pretrained_model_name_or_path", "y")
     assert "--stage vae" in refused(capsys, "ablate", *TINY, "-o", tmp_path / "o", "--stage", "vae")
