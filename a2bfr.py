@@ -1186,7 +1186,7 @@ def train_prior(cfg, run, nets, encoder):
         with torch.no_grad(), run.autocast():
             z0 = codec.encode(batch["hq"], torch.randn_like)
             scores = batch["attributes"] if "attributes" in batch else read_attributes(encoder, batch["hq"]).sigmoid()
-            scores = torch.where(unsaid(len(z0)).to(scores.device), 0.5, scores)
+            scores = torch.where(unsaid(len(z0)), 0.5, scores.cpu()).tolist()
         told = torch.rand(len(z0)) >= cfg.prior_drop_text
         blank = blank_prompts(len(z0), cfg.dropped_prompt)
         prompt = Prompt(*text.encode([verbalise(s) if keep else b for s, keep, b in zip(scores, told, blank)]))

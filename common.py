@@ -102,7 +102,7 @@ def verbalise(scores) -> str:
     and left out. Of the hair colours, and of wavy and straight, the highest score speaks.
     ValueError unless there are 12 scores. Source: DESIGN 5, facts/a2bfr.md 3.5.
     """
-    scores = [float(s) for s in scores]
+    scores = [float(s) for s in (scores.tolist() if torch.is_tensor(scores) else scores)]
     if len(scores) != len(ATTRIBUTES):
         raise ValueError(f"verbalise wants {len(ATTRIBUTES)} scores, got {len(scores)}")
 
@@ -1471,33 +1471,48 @@ class Muon(torch.optim.Optimizer):
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")             # `orthogonalised` squares rounding errors: no TF32
         for group in self.param_groups:
-            alike = collections.defaultdict(list)                 # matrices of one shape go through it together
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                if p.ndim < 2 or not group["matrices"]:
-                    adam_update(p, state, group["lr"], group["betas"])
-                    continue
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                gradient = p.grad.lerp(momentum, group["momentum"]).flatten(1)                        # Nesterov
-                alike[gradient.shape].append((p, gradient))
-            for shape, pairs in alike.items():
-                parameters, gradients = zip(*pairs)
-                for p, direction in zip(parameters, orthogonalised(torch.stack(gradients))):
-                    p.add_(direction.view_as(p), alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
+            learning = [p for p in group["params"] if p.grad is not None]
+            matrices = [p for p in learning if p.ndim > 1 and group["matrices"]]
+            vectors = [p for p in learning if p.ndim < 2 or not group["matrices"]]
+            if learning:
+                torch._foreach_mul_(learning, 1 - group["lr"] * group["weight_decay"])
+            if vectors:
+                adam_update(vectors, [self.state[p] for p in vectors], group["lr"], group["betas"])
+            if matrices:
+                self.muon_update(matrices, group["lr"], group["momentum"])
         torch.set_float32_matmul_precision(precision)
 
+    def muon_update(self, parameters, lr: float, momentum: float) -> None:
+        """One step of Muon on matrices and kernels, in place."""
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        gradients, momenta = [p.grad for p in parameters], [self.state[p]["momentum"] for p in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+        alike = collections.defaultdict(list)                     # matrices of one shape are made orthogonal together
+        for p, gradient in zip(parameters, torch._foreach_lerp(gradients, momenta, momentum)):        # Nesterov
+            alike[gradient.flatten(1).shape].append((p, gradient.flatten(1)))
+        for shape, pairs in alike.items():
+            same, gradients = zip(*pairs)
+            directions = [d.view_as(p) for p, d in zip(same, orthogonalised(torch.stack(gradients)))]
+            torch._foreach_add_(same, directions, alpha=-0.2 * max(shape) ** 0.5 * lr)
 
-def adam_update(p, state: dict, lr: float, betas: tuple, eps: float = 1e-8) -> None:
-    """One step of Adam on p, in place; `state` keeps t, m and v."""
-    if not state:
-        state.update(t=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
-    state["t"] += 1
-    m = state["m"].lerp_(p.grad, 1 - betas[0])
-    v = state["v"].lerp_(p.grad.square(), 1 - betas[1])
-    p.addcdiv_(m / (1 - betas[0] ** state["t"]), (v / (1 - betas[1] ** state["t"])).sqrt() + eps, value=-lr)
+
+def adam_update(parameters, states: list, lr: float, betas: tuple, eps: float = 1e-8) -> None:
+    """One step of Adam on all parameters, in place; their `states` keep t, m and v.
+
+    torch's `_foreach_` operations take lists: a GPU needs a handful of kernels for hundreds of small tensors.
+    """
+    for p, state in zip(parameters, states):
+        if not state:
+            state.update(t=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
+        state["t"] += 1
+    gradients, (t, m, v) = [p.grad for p in parameters], zip(*([s["t"], s["m"], s["v"]] for s in states))
+    torch._foreach_lerp_(m, gradients, 1 - betas[0])
+    torch._foreach_lerp_(v, torch._foreach_mul(gradients, gradients), 1 - betas[1])
+    scale = torch._foreach_sqrt(torch._foreach_div(v, [1 - betas[1] ** n for n in t]))
+    torch._foreach_add_(scale, eps)
+    torch._foreach_addcdiv_(parameters, torch._foreach_div(m, [1 - betas[0] ** n for n in t]), scale, value=-lr)
 
 
 def orthogonalised(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -1669,12 +1684,12 @@ class Stage:
         """ema <- d ema + (1 - d) weights with d = min(ema_decay, (1 + n) / (10 + n)): a short memory at first."""
         decay = min(self.ema_decay, (1 + self.step) / (10 + self.step))
         for key, tensors in self.trained.items():
-            for name, tensor in tensors.items():
-                average = self.ema[key][name]
-                if average.is_floating_point():
-                    average.lerp_(tensor.detach(), 1 - decay)
-                else:
-                    average.copy_(tensor)
+            average = self.ema[key]
+            real = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+            if real:
+                torch._foreach_lerp_([average[n] for n in real], [tensors[n] for n in real], 1 - decay)
+            for name in tensors.keys() - real:                    # counters
+                average[name].copy_(tensors[name])
 
     def check(self) -> dict:
         """Means of the losses since the last call, read from the device once. One that is not finite ends the run."""

@@ -603,13 +603,13 @@ def read_references(face_nets, lq_landmarks, references, present) -> Reference:
     embeddings = face_nets.recogniser(flat).float().unflatten(0, (batch, count))
     landmarks = face_nets.detector.landmarks(flat).float().unflatten(0, (batch, count))
     points, wanted = landmarks.cpu(), lq_landmarks.cpu()           # the fit is in float64, which not every device has
-    chosen = torch.zeros(batch, dtype=torch.long, device=flat.device)
+    chosen = torch.zeros(batch, dtype=torch.long)
     frame = list(metrics.EYES_AND_BROWS)                          # UNSTATED: which points; only eyes are taken from it
     for i, row in enumerate(present.cpu()):
         places = row.nonzero().flatten()
         if len(places):
             chosen[i] = places[select_reference(points[i, places][:, frame], wanted[i, frame])]
-    rows = torch.arange(batch, device=flat.device)
+    rows, chosen = torch.arange(batch, device=flat.device), chosen.to(flat.device)
     return Reference(embeddings, present, references[rows, chosen], landmarks[rows, chosen])
 
 

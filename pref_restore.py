@@ -330,6 +330,8 @@ def build_sequence(vocab, source, captions, answer=None, tasks=None, context=204
     out). An over-long caption is cut to what fits `context`.
     """
     rows, labels, starts = [], [], []
+    device = answer.device if answer is not None else next((s.device for s in source if s is not None), None)
+    source, answer = (words.cpu() if torch.is_tensor(words) else words for words in (source, answer))
     count = count or (len(answer[0]) if answer is not None else len(source[0]))
     room = caption_room(vocab, count, context)
     for b, caption in enumerate(captions):
@@ -349,7 +351,6 @@ def build_sequence(vocab, source, captions, answer=None, tasks=None, context=204
     longest = max(map(len, rows))
     left = [longest - len(row) if answer is None else 0 for row in rows]
     fill = lambda row, value, shift: [value] * shift + row + [value] * (longest - len(row) - shift)
-    device = answer.device if answer is not None else next((s.device for s in source if s is not None), None)
     table = lambda items, value: torch.tensor([fill(i, value, s) for i, s in zip(items, left)], device=device)
     return Sequence(table(rows, vocab.pad), table([[True] * len(r) for r in rows], False), table(labels, -100),
                     torch.tensor(starts, device=device) + torch.tensor(left, device=device))
@@ -956,16 +957,17 @@ def noise_like(model, cfg, count: int, generator, shared: bool = False):
 
 def caption_targets(caption: str) -> torch.Tensor:
     """(12,) 1 where the caption says an attribute, 0 where it says the opposite, NaN where it is silent."""
-    text, found = f" {' '.join(re.findall('[a-z]+', caption.lower()))} ", torch.full((len(ATTRIBUTES),), math.nan)
+    text, found = f" {' '.join(re.findall('[a-z]+', caption.lower()))} ", [math.nan] * len(ATTRIBUTES)
     for i, (_, _, on, off) in enumerate(ATTRIBUTES):
         if off and f" {off} " in text:
             found[i] = 0.0
         if f" {on} " in text:
             found[i] = 1.0
-    for group in map(list, SIBLINGS):
-        if (found[group] == 1).any():
-            found[group] = (found[group] == 1).float()
-    return found
+    for group in SIBLINGS:
+        if any(found[i] == 1 for i in group):
+            for i in group:
+                found[i] = float(found[i] == 1)
+    return torch.tensor(found)
 
 
 def toy_rewards(*readers) -> dict:
@@ -1626,7 +1628,7 @@ def prior_loss(model, vocab, cfg, batch):
     """Toy prior: as stage 1.1 on clean faces, half of them to be copied, half to be drawn from their caption alone."""
     answer = targets(model, batch)[0]
     drawn = torch.rand(len(answer)).tolist()
-    source = [None if d < 0.5 and caption else words for d, caption, words in zip(drawn, batch["caption"], answer)]
+    source = [None if d < 0.5 and c else words for d, c, words in zip(drawn, batch["caption"], answer.cpu())]
     return semantic_loss(model, vocab, cfg, dict(batch, tasks=["copy"] * len(answer)), source)
 
 

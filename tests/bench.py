@@ -8,7 +8,7 @@ With --toy: how long the toy presets (random weights) take to restore a face, in
 With --train: a training step of every stage of the toy presets, and the share of it that waits for faces.
 With --costs: the three operators every stage of the toy presets spends most time in, by torch's profiler.
 With --cache: FLUX at full width with few blocks, the condition's keys and values kept between steps or not.
-With --paper METHOD ...: the paper presets at full size with random weights, on one fixed batch: a training step, then
+With --paper METHOD ...: the paper presets at full size with random weights, on one fixed batch: a training step, and
 one face at 512 px restored. For one GPU of 80 GB.
 """
 import argparse
@@ -296,28 +296,30 @@ def pref_restore_at_full_size(folder, device, steps) -> tuple:
 
 
 def bench_paper(method: str, device, steps: int = 6) -> None:
-    """Seconds of a training step (median, without the first two) and of restoring a face, and the most memory."""
+    """Seconds of a training step (median, without the first two) and of restoring a face, and the most memory.
+
+    A face is restored after the first stage: an epoch of Pref-Restore's last one takes minutes.
+    """
     gpu = torch.cuda if device.type == "cuda" else None
     sync, peak = gpu.synchronize if gpu else lambda: None, lambda: f"{run.peak_memory_gb():.1f} GB"
     with tempfile.TemporaryDirectory() as folder:
         run, stages, restore = globals()[f"{method}_at_full_size"](folder, device, steps)
-        for name, train in stages.items():
+        for number, (name, train) in enumerate(stages.items()):
             train()
             rows = [json.loads(line) for line in Path(run.folder, "log.jsonl").read_text().splitlines()]
             rows = [row for row in rows if row["stage"] == name.split(",")[0]]
             ends = [row["step"] * row["seconds_per_step"] for row in rows]
             took = [after - before for before, after in zip(ends, ends[1:])]
             print(f"{method} {name}: {statistics.median(took[1:] or took):.3f} s a step, {peak()}", flush=True)
-        if gpu:
-            gpu.empty_cache(), gpu.reset_peak_memory_stats()
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            with torch.no_grad(), run.autocast():
-                restore()
-            sync()
-            times.append(time.perf_counter() - start)
-        print(f"{method} restores a face: {min(times[1:]):.3f} s, {peak()}", flush=True)
+            for warm in (False, True) if number == 0 else ():
+                if gpu:
+                    gpu.empty_cache(), gpu.reset_peak_memory_stats()
+                start = time.perf_counter()
+                with torch.no_grad(), run.autocast():
+                    restore()
+                sync()
+                if warm:
+                    print(f"{method} restores a face: {time.perf_counter() - start:.3f} s, {peak()}", flush=True)
 
 
 def bench_restorers(restorers: dict, device, repeat: int, faces: int) -> None:
