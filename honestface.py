@@ -565,7 +565,7 @@ class PromptBuilder(nn.Module):
     def __init__(self, cfg, eyes, id_dim: int):
         super().__init__()
         dim = cfg.prompt_dim
-        self.adapter = PromptAdapter(cfg.vre_dim, cfg.vre_dim // 2, dim)
+        self.adapter = PromptAdapter(cfg.vre_dim, cfg.vre_dim // 2, dim)  # UNSTATED: whether it is trained; here it is
         if cfg.ide in ("both", "ffe"):
             self.ffe, self.no_eyes = FacialFeatureExtractor(eyes, dim, cfg.eye_crop), nn.Parameter(torch.zeros(4, dim))
         if cfg.ide in ("both", "fie"):

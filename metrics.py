@@ -1062,14 +1062,14 @@ def train_reader(cfg):
 
 
 def finish_reader(cfg, name, reader, held, run):
-    """Store the reader, measure the stored file on held-out faces, print the numbers and keep them in it."""
+    """Measure the reader as stored in the run's folder on held-out faces, print the numbers, install it with them."""
     path = Path(cfg.readers) / f"reader_{name}.safetensors"
-    save_reader(path, reader, {})
+    save_reader(run.folder / path.name, reader, {})
     missing = [label for label in ("attributes", "landmarks") if held[label].isnan().all()]
     missing += ["identity"] if (held["identity"] < 0).all() else []
     if missing:
         run.say(f"not trained, since {cfg.data} has no such labels: {', '.join(missing)}")
-    rows = measure_reader(load_reader(name, cfg.readers).to(run.device), held)
+    rows = measure_reader(load_reader(name, run.folder).to(run.device), held)
     command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     about = dict(command=command, seed=cfg.seed, steps=cfg.steps, not_trained=missing, measured=rows)
     save_reader(path, reader, about)
@@ -1426,6 +1426,8 @@ def set_rows(cfg, device, networks, files, real, skipped):
                 continue
             others = torch.cat([read(path) for path in tqdm(chosen, disable=None)])
             text = f"{protocol} ({weights.name}); against {len(chosen)} files of {folder}"
+            if min(len(restored), len(others)) <= restored.shape[1]:
+                text += f"; too few for {restored.shape[1]} dimensions: biased, compare equal numbers of files alone"
             rows.append((f"{name}_{kind}", frechet_distance(restored, others).item(), len(files), text))
             if name == "fid_dino":
                 mmd = mmd_rbf(restored, others).item()

@@ -83,6 +83,8 @@ def main(argv=None):
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs", help="folder for picture and results/")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="what follows goes to every `train`")
     args = parser.parse_args(argv)
+    if args.faces < 2:
+        parser.error(f"--faces {args.faces}: give at least 2, fid_toy is a distance of sets")
     for method in METHODS if args.train else ():
         if not (args.runs / method / "metrics.json").exists():
             command = [sys.executable, str(ROOT / f"{method}.py"), "train", "--degradation", args.degradation,
