@@ -44,6 +44,11 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
+
+# OpenMP's threads wait for each other awake; a long wait beside other busy programs costs 4 to 100 times the work itself.
+# libgomp reads this when torch is imported: docs/speed.md has the measurement.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -977,9 +982,10 @@ def read_image(path, size: int | None = None) -> torch.Tensor:
     """Any picture that Pillow reads -> (3, H, W) in [-1, 1], turned by its EXIF flag, squared to `size` if given."""
     try:
         with Image.open(path) as file:
+            file.load()                                           # raises where the pixels are damaged
             try:
                 picture = ImageOps.exif_transpose(file)
-            except Exception:                                     # damaged EXIF: the picture may still be whole
+            except Exception:                                     # damaged EXIF of a picture that is whole
                 picture = file
             image = from_pil(picture)
     except Exception as error:                                    # Pillow raises many kinds, SyntaxError among them
@@ -1142,15 +1148,20 @@ class Faces:
     """Aligned faces of the toy world (data="") or of a folder, as batches that depend on (seed, step, rank) alone.
 
     A folder's sub-folders are identities. `validation` names a second folder of held-out faces; without it the last
-    tenth of the sorted files (at most 200) is kept from training.
+    people of the sorted sub-folders, about a tenth of the files (at most 200), are kept from training; of a folder
+    without sub-folders the last files are. `mirror` flips half of the training faces.
     """
 
-    def __init__(self, data: str, size: int, validation: str = ""):
-        self.size, self.cache, self.skipped = size, {}, set()
+    def __init__(self, data: str, size: int, validation: str = "", mirror: bool = True):
+        self.size, self.cache, self.skipped, self.mirror = size, {}, set(), mirror
         self.files = list_images(data, recursive=True) if data else []
         if data and Path(data).is_file():
             raise UserError(f"--data {data}: is a file; give a folder of aligned faces")
         held = min(200, max(1, len(self.files) // 10))
+        if self.files and len({path.parent for path in self.files}) > 1:      # whole people, not their last pictures
+            first = self.files[-held].parent
+            start = next(i for i, path in enumerate(self.files) if path.parent == first)
+            held = len(self.files) - (start or held)              # a last person who is all there is: pictures after all
         self.held_out_files = list_images(validation, recursive=True) if validation else self.files[-held:]
         kept = {path.resolve() for path in self.held_out_files}     # also where they lie inside of --data
         self.files = [path for path in self.files if path.resolve() not in kept]
@@ -1216,7 +1227,7 @@ class Faces:
             if whole is None:
                 raise
             batch = self.read([whole], seeds[:1])
-        flip = (batch["seeds"] % 2 == 0).view(-1, 1, 1, 1)
+        flip = (batch["seeds"] % 2 == 0).view(-1, 1, 1, 1) & self.mirror
         return dict(batch, hq=torch.where(flip, batch["hq"].flip(-1), batch["hq"]), flipped=flip.flatten())
 
     def held_out(self, count: int, split: str = "test") -> dict:
@@ -1236,9 +1247,9 @@ def at_once(size: int) -> int:
 
 
 def random_crop(x: torch.Tensor, side: int) -> torch.Tensor:
-    """(..., H, W) -> (..., side, side), one place for the whole batch; smaller sides stay as they are."""
-    top, left = (int(torch.randint(n - side + 1, ())) if n > side else 0 for n in x.shape[-2:])
-    return x[..., top:top + side, left:left + side]
+    """(B, C, H, W) -> (B, C, side, side), a place of its own for every image; smaller sides stay as they are."""
+    place = [torch.randint(max(1, n - side + 1), (len(x),)).tolist() for n in x.shape[-2:]]
+    return torch.stack([image[:, top:top + side, left:left + side] for image, top, left in zip(x, *place)])
 
 
 class Endless(torch.utils.data.Dataset):
@@ -1312,21 +1323,24 @@ def cpu_attention_in_float32():
 
 
 # Flags that say where and how a run is made, not what it makes.
-IDLE_FLAGS = ("output", "resume_from_checkpoint", "device", "num_workers", "log_steps", "checkpointing_steps",
+IDLE_FLAGS = ("output", "overwrite", "resume_from_checkpoint", "device", "num_workers", "log_steps", "checkpointing_steps",
               "checkpointing_epochs")
+
+
+RUN_FILES = ("state.pt", "model.safetensors", "log.jsonl", "config.json", "metrics.json")
 
 
 class Run:
     """One process of a run: where it computes, in which precision, with which seed, and where it writes.
 
     `cfg` has the fields output, device, mixed_precision, seed; under torchrun the processes find each other here.
-    With `fresh`, `start_log` moves an earlier run in the same folder aside, all but its sub-folders `keep`: nothing
-    trained is ever overwritten by mistake, and a mistyped flag, which shows before that, moves nothing.
+    With `fresh`, a folder that holds an earlier run is refused, unless --overwrite is given: then its files go when
+    the new run writes its first line.
     """
 
-    def __init__(self, cfg, fresh: bool = False, keep: tuple = ()):
+    def __init__(self, cfg, fresh: bool = False):
         self.cfg, self.folder, self.started, self.resumed = cfg, Path(cfg.output), time.time(), False
-        self.fresh, self.keep = fresh, keep
+        self.fresh = fresh
         self.former: list = []                                    # parts that --stage NAME trains, perhaps once more
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(cfg.device)
@@ -1341,6 +1355,10 @@ class Run:
         torch.manual_seed(cfg.seed)                               # the same initial weights in every process
         torch.set_float32_matmul_precision("high")                # TF32 on GPUs that have it; nothing changes on a CPU
         torch.backends.cuda.enable_cudnn_sdp(False)               # its gradients were NaN for A2BFR's toy (torch 2.11)
+        earlier = [name for name in RUN_FILES if (self.folder / name).exists()]
+        if fresh and earlier and not getattr(cfg, "overwrite", False):
+            raise UserError(f"--output {self.folder}: holds another run ({earlier[0]}); go on with it by "
+                            "--resume_from_checkpoint latest, replace it by --overwrite, or choose another folder")
         if not fresh:                                             # else `start_log` does, when all flags are known good
             self.make_folder()
 
@@ -1382,19 +1400,13 @@ class Run:
                 raise UserError(f"{self.folder}/log.jsonl: cannot be written ({error.strerror}); free space, then "
                                 "--resume_from_checkpoint latest") from None
 
-    def make_folder(self, move: bool = False) -> None:
-        """Make --output; with `move`, an earlier run in it goes aside first. UserError where that cannot be."""
+    def make_folder(self) -> None:
+        """Make --output, empty of an earlier run's files where this one is `fresh`. UserError where that cannot be."""
         try:
-            earlier = ("model.safetensors", "state.pt", "log.jsonl")
-            if move and self.main and any((self.folder / name).exists() for name in earlier):
-                number = next(n for n in range(1, 10 ** 6) if not Path(f"{self.folder}.{n}").exists())
-                aside = self.folder.rename(f"{self.folder}.{number}")
-                self.say(f"{self.folder} held an earlier run: moved to {aside}")
-                for name in self.keep:
-                    if (aside / name).exists():
-                        self.folder.mkdir(exist_ok=True)
-                        (aside / name).rename(self.folder / name)
             self.folder.mkdir(parents=True, exist_ok=True)
+            if self.fresh and self.main:
+                for name in RUN_FILES:
+                    (self.folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"--output {self.folder}: cannot be used ({error.strerror}); "
                             "choose another folder") from None
@@ -1403,7 +1415,7 @@ class Run:
         """First line of every run: the command, its settings and the versions, enough to repeat it."""
         self.lock()
         if self.fresh:
-            self.make_folder(move=True)
+            self.make_folder()
             self.lock()
             if self.world > 1:
                 dist.barrier()
@@ -1885,7 +1897,7 @@ def load_model(where: str, method: str) -> tuple:
         begun = (folder / "log.jsonl").exists()
         raise UserError(f"--checkpoint {where}: " + (
             "no stage of this training is finished yet; go on with it by train --resume_from_checkpoint latest, "
-            f"or give an earlier run ({folder.name}.1, ...)" if begun else
+            "or give another run" if begun else
             f"no config.json in {folder}; give the output folder of a training run")) from None
     except (ValueError, OSError) as error:
         raise UserError(f"--checkpoint {where}: config.json is damaged ({error})") from None
@@ -2340,6 +2352,7 @@ class TrainFlags:
     log_steps: int = 10                    # steps between lines of log.jsonl
     checkpointing_steps: int = 500         # steps between saves of state.pt
     resume_from_checkpoint: str = ""       # state.pt, its folder, or latest
+    overwrite: bool = False                # replace an earlier run in --output
     validation_faces: int = 256            # held-out faces restored and measured at the end
 
 
@@ -2419,6 +2432,14 @@ def check_numbers(cfg) -> None:
                     raise UserError(f"--{field.name} 0: must be at least 1")
 
 
+def check_output(cfg) -> None:
+    """UserError where the data lies in the folder that the run writes to: results are never mixed with it."""
+    out = Path(getattr(cfg, "output", "") or ".").resolve()
+    for flag in ("data", "validation_data"):
+        if getattr(cfg, flag, "") and Path(getattr(cfg, flag)).resolve().is_relative_to(out):
+            raise UserError(f"--output {cfg.output}: holds --{flag} {getattr(cfg, flag)}; choose another folder")
+
+
 def ready_streams() -> None:
     """Standard output and error that may be closed, and print any file's name."""
     for name in ("stdout", "stderr"):
@@ -2478,6 +2499,7 @@ def command_line(doc: str, verbs: dict, argv: list | None = None) -> None:
     try:
         cfg = dataclasses.replace(base, **given) if base is not None else cls(**given)
         check_numbers(cfg)
+        check_output(cfg)
         function(cfg)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         line = complaint(error)

@@ -26,6 +26,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+# common comes first: it sets GOMP_SPINCOUNT before torch is imported
+from common import (ATTRIBUTES, DEGRADATIONS, PRECISIONS, TOY_SPLITS, Degradation, Run, Stage, TrainFlags, UserError,
+                    command_line, degrade, list_images, load_strict, lr_schedule, make_optimizer, mix, pick_device,
+                    read_image, read_weights, toy_faces, whole_file)
+
 import lpips
 import safetensors.torch
 import torch
@@ -34,9 +39,6 @@ import torch.nn.functional as F
 import torchvision
 from tqdm import tqdm
 
-from common import (ATTRIBUTES, DEGRADATIONS, PRECISIONS, TOY_SPLITS, Degradation, Run, Stage, TrainFlags, UserError,
-                    command_line, degrade, list_images, load_strict, lr_schedule, make_optimizer, mix, pick_device,
-                    read_image, read_weights, toy_faces, whole_file)
 
 # ------------------------------------------------------------------------ full reference
 

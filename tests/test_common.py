@@ -250,6 +250,34 @@ def test_every_mode_becomes_rgb(mode, tmp_path):
         assert (image[0] * 127.5 + 127.5 - torch.from_numpy(np.arange(48 * 40).reshape(48, 40) % 256)).abs().max() < 1
 
 
+@pytest.mark.parametrize("kind", ["png", "gif", "jpg", "webp", "tif"])
+def test_damaged_pictures_are_refused_never_black(tmp_path, kind):
+    """60 damaged files: what Pillow refuses is refused, what it reads has Pillow's pixels."""
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).resize((64, 64))
+    picture.save(tmp_path / f"whole.{kind}", **({"compression": "tiff_lzw"} if kind == "tif" else {}))
+    whole, refused, path = (tmp_path / f"whole.{kind}").read_bytes(), 0, tmp_path / f"damaged.{kind}"
+    for number in range(60):
+        data = bytearray(whole)
+        if number % 2:
+            data = data[:int(rng.integers(20, len(whole)))]
+        else:
+            for place in rng.integers(20, len(whole), 8):
+                data[place] ^= int(rng.integers(1, 256))
+        path.write_bytes(data)
+        try:
+            with Image.open(path) as file:
+                pixels = np.asarray(file.convert("RGB"))
+        except Exception:
+            refused += 1
+            with pytest.raises(UserError, match="damaged"):
+                common.read_image(path)
+        else:
+            image = common.read_image(path)
+            assert ((image.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(int).tolist() == pixels.tolist()
+    assert refused >= 15                                           # else the damage was too mild to test anything
+
+
 def test_exif_rotation_is_applied(tmp_path):
     picture = Image.new("RGB", (20, 10), "red")
     exif = Image.Exif()
@@ -495,15 +523,28 @@ def test_resume_says_which_settings_changed(tmp_path, capsys):
     assert "made with other --" in said and "--seed" in said and "--batch_size" in said and "--log_steps" not in said
 
 
-def test_a_run_that_was_killed_early_leaves_no_curve_to_the_next(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "log.jsonl").write_text("{}")
-    (tmp_path / "a" / "cache").mkdir()
-    run = common.Run(Tiny(output=str(tmp_path / "a")), fresh=True, keep=("cache",))
-    assert not (tmp_path / "a.1").exists()                         # flags that are mistyped come out from here on
+def test_a_folder_that_holds_a_run_is_refused_or_overwritten_and_never_renamed(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "log.jsonl").write_text("{}")
+    (folder / "photo.png").write_bytes(b"the user's")
+    with pytest.raises(UserError, match="holds another run"):
+        common.Run(Tiny(output=str(folder)), fresh=True)
+    run = common.Run(Tiny(output=str(folder), overwrite=True), fresh=True)
+    assert (folder / "log.jsonl").read_text() == "{}"              # flags that are mistyped come out from here on
     run.start_log()
-    assert "argv" in (tmp_path / "a" / "log.jsonl").read_text() and (tmp_path / "a" / "cache").is_dir()
-    assert (tmp_path / "a.1" / "log.jsonl").read_text() == "{}" and not (tmp_path / "a.1" / "cache").exists()
+    assert "argv" in (folder / "log.jsonl").read_text() and (folder / "photo.png").read_bytes() == b"the user's"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("data, output", [("d", "d"), ("d/photos", "d"), ("d", ".")])
+def test_an_output_that_holds_the_data_is_refused(tmp_path, monkeypatch, data, output):
+    monkeypatch.chdir(tmp_path)
+    Path(data).mkdir(parents=True)
+    for flag in ("data", "validation_data"):
+        with pytest.raises(UserError, match="holds --"):
+            common.check_output(Tiny(output=output, **{flag: data}))
+    common.check_output(Tiny(output="runs/x", data=data))
 
 
 def test_a_stage_trained_once_more_unfinishes_the_former_at_its_first_step(tmp_path):
@@ -545,12 +586,11 @@ time.sleep(60)
         assert other.stdout.readline() == "locked\n"
         for fresh in (True, False):
             with pytest.raises(UserError, match="another training is writing there"):
-                common.Run(Tiny(output=str(tmp_path)), fresh=fresh).start_log()
+                common.Run(Tiny(output=str(tmp_path), overwrite=True), fresh=fresh).start_log()
     finally:
         other.kill()
         other.wait()
-    common.Run(Tiny(output=str(tmp_path)), fresh=True).start_log()
-    assert (tmp_path.parent / f"{tmp_path.name}.1" / "log.jsonl").exists()
+    common.Run(Tiny(output=str(tmp_path), overwrite=True), fresh=True).start_log()
 
 
 def test_results_inside_a_data_folder_are_no_data(tmp_path):
