@@ -1,9 +1,11 @@
 """Pref-Restore's mathematics and pieces: closed forms, short loops, gradient routing, released layouts. No download."""
+import argparse
 import copy
 import dataclasses
 import json
 import math
 import pickle
+import shutil
 import tempfile
 from types import SimpleNamespace
 
@@ -139,13 +141,6 @@ def test_ta_tok_reads_the_layer_before_the_last(whole):
     assert not torch.equal(model.features(images), before)
 
 
-def test_ta_tok_pools_27_a_side_to_13_and_9():
-    siglip = dict(hidden_size=24, intermediate_size=24, num_hidden_layers=2, num_attention_heads=1, image_size=384,
-                  patch_size=14, vision_use_head=False)
-    tokenizer, image = pr.TATok(siglip, 8, 4), torch.randn(1, 3, 64, 64).clamp(-1, 1)
-    assert [tokenizer.encode(image, scale).shape[1] for scale in (1, 2, 3)] == [729, 169, 81]
-
-
 # ---------------------------------------------------------------- integrator
 
 
@@ -224,6 +219,16 @@ def test_pick_token_draws_from_the_nucleus_in_proportion():
         warped = warper(None, warped)
     torch.testing.assert_close(both, warped[0].softmax(0), atol=.03, rtol=0)
     assert both[0] == 1
+
+
+def test_section_4b1_words_are_drawn_and_greedy_is_a_switch(whole):
+    """Restoring draws the words of the answer, unlike in the roll-outs of stage 2 (`seen_groups`)."""
+    cfg, model, vocab, batch = whole
+    read = lambda cfg, seed: pr.read_face(model, vocab, cfg, batch["lq"], [""] * 4, torch.Generator().manual_seed(seed))
+    greedy = dataclasses.replace(cfg, ar="greedy")
+    assert pr.Train().ar == pr.Train(**pr.PAPER).ar == "sample"
+    assert not torch.equal(read(cfg, 0), read(cfg, 1)) and torch.equal(read(cfg, 1), read(cfg, 1))
+    assert torch.equal(read(greedy, 0), read(greedy, 1))
 
 
 # ---------------------------------------------------------------- flow and samplers
@@ -358,8 +363,9 @@ def test_eq12_the_group_is_the_face_so_equal_captions_stay_apart(whole, monkeypa
 
 def seen_groups(whole, monkeypatch, captions):
     cfg, model, vocab, batch = whole
-    seen, real = [], pr.optimality
+    seen, real, read = [], pr.optimality, pr.read_face
     monkeypatch.setattr(pr, "optimality", lambda rewards, group, *a: seen.append(group) or real(rewards, group, *a))
+    monkeypatch.setattr(pr, "read_face", lambda m, v, cfg, *a: read(m, v, cfg, *a) if cfg.ar == "greedy" else None)
     cfg = pr.Train(**TINY, preference_steps=1, output=tempfile.mkdtemp(), updates_per_epoch=1)
     faces = dict(hq=batch["hq"][:2], caption=captions, seeds=torch.arange(2))
     source = SimpleNamespace(training=lambda *which: faces)
@@ -992,22 +998,112 @@ class Trap:
         return open, (str(self.path), "w")
 
 
+class ScriptTrap(nn.Module):
+    """Saved as a TorchScript archive, it writes a file while torch.jit.load reads it."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.path, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]):
+        self.path, self.training = state[0], state[1]
+        assert torch.from_file(state[0], True, 1).numel() == 1
+
+    def forward(self, x):
+        return x
+
+
 def test_ta_toks_file_is_read_without_running_its_code(tmp_path):
-    arguments = {"bottleneck": {"args": {"bottleneck_dim": 8}}, "x": SimpleNamespace(a=Trap(tmp_path / "sprung"))}
+    arguments = {"bottleneck": {"args": {"bottleneck_dim": 8}}, "x": SimpleNamespace(a=argparse.Namespace(b=1))}
     state = {"encode_task_layer.0.weight": torch.randn(3, 3), "teacher.w": torch.zeros(1),
              "half": torch.ones(2).bfloat16()}
     torch.save({"model": {"args": arguments, "sd": state}}, tmp_path / "ta_tok.pth")
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "ta_tok.pth", weights_only=True)  # why it needs a reader of its own
     found, told = pr.read_ta_tok(tmp_path / "ta_tok.pth")
-    assert not (tmp_path / "sprung").exists() and told["bottleneck"]["args"]["bottleneck_dim"] == 8
-    assert set(told["x"]) == {"a"}                                                           # a harmless shell
+    assert told["bottleneck"]["args"]["bottleneck_dim"] == 8 and told["x"] == {"a": {"b": 1}}  # harmless shells
     assert set(found) == {"encode_task_layer.0.weight", "half"} and found["half"].dtype == torch.bfloat16
     assert torch.equal(found["encode_task_layer.0.weight"], state["encode_task_layer.0.weight"])
-    for content in (b"nonsense", b""):
+    torch.save({"model": {"args": SimpleNamespace(a=Trap(tmp_path / "sprung")), "sd": state}}, tmp_path / "trap.pth")
+    for content in (b"nonsense", b"", (tmp_path / "trap.pth").read_bytes()):
         (tmp_path / "bad.pth").write_bytes(content)
         with pytest.raises(common.UserError, match="not TA-Tok's file"):
             pr.read_ta_tok(tmp_path / "bad.pth")
+    assert not (tmp_path / "sprung").exists()
+
+
+def from_a_folder(name, flag, subfolder=""):
+    """Read a model of transformers or diffusers whose weights lie in one file of the folder."""
+    import diffusers
+    import transformers
+    cls = getattr(transformers, name, None) or getattr(diffusers, name)
+    return lambda folder: common.from_folder(cls, str(folder / subfolder), flag)
+
+
+# flag: (file that is read in the folder, how the program reads it)
+WEIGHTS_FILES = {
+    "ta_tok": ("x.pth", lambda folder: pr.read_ta_tok(folder / "x.pth")),
+    "hps": ("x.pt", lambda folder: pr.real_reward(pr.Train(hps=str(folder / "x.pt")), "hps", "cpu")),
+    "arcface": ("x.pth", lambda folder: pr.real_reward(pr.Train(arcface=str(folder / "x.pth")), "identity", "cpu")),
+    "fan": ("x.pth", lambda folder: pr.real_reward(pr.Train(fan=str(folder / "x.pth")), "lmd", "cpu")),
+    "vgg": ("x.pth", lambda folder: pr.real_reward(pr.Train(vgg=str(folder / "x.pth")), "lpips", "cpu")),
+    "clip": ("clip/pytorch_model.bin", from_a_folder("CLIPModel", "clip", "clip")),
+    "pick": ("clip/pytorch_model.bin", from_a_folder("CLIPModel", "pick", "clip")),
+    "llm": ("llm/pytorch_model.bin", from_a_folder("Qwen3ForCausalLM", "llm", "llm")),
+    "sana, transformer": ("sana/transformer/diffusion_pytorch_model.bin",
+                          from_a_folder("SanaTransformer2DModel", "sana", "sana/transformer")),
+    "sana, vae": ("sana/vae/diffusion_pytorch_model.bin", from_a_folder("AutoencoderDC", "sana", "sana/vae")),
+    "checkpoint, pretrained: the authors'": ("release/pytorch_model.bin",
+                                             lambda folder: pr.load_release(str(folder / "release"))),
+    "checkpoint, pretrained: a run": ("run/model.safetensors", lambda folder: pr.load_run(str(folder / "run"))),
+    "lora": ("lora/adapter_model.safetensors", lambda folder: pr.load_peft(None, str(folder / "lora"))),
+    "readers": ("reader_a.safetensors", lambda folder: pr.metrics.load_reader("a", folder)),
+    "resume_from_checkpoint": ("state.pt", lambda folder: common.read_torch(folder / "state.pt")),
+}
+
+
+@pytest.fixture(scope="module")
+def traps(tmp_path_factory):
+    """(files that would write a file when unpickled or loaded as TorchScript, that file, folders of whole models)."""
+    from transformers import CLIPConfig, CLIPModel, Qwen3Config, Qwen3ForCausalLM
+    folder = tmp_path_factory.mktemp("traps")
+    sprung, whole = folder / "sprung", folder / "whole"
+    torch.save({"model": {"sd": {"w": torch.zeros(1)}, "args": Trap(sprung)}, "w": Trap(sprung)}, folder / "zip")
+    (folder / "pickle").write_bytes(pickle.dumps(Trap(sprung)))
+    torch.jit.script(ScriptTrap(str(sprung))).save(str(folder / "script"))
+    assert not sprung.exists()
+    torch.jit.load(str(folder / "script"))
+    assert sprung.exists()                                         # the trap works
+    sprung.unlink()
+    _, vocab = release(whole / "release")
+    CLIPModel(CLIPConfig(**CLIP)).save_pretrained(whole / "clip")
+    Qwen3ForCausalLM(Qwen3Config(**pr.toy_sizes(RELEASE, vocab)["llm"])).save_pretrained(whole / "llm")
+    for path in whole.rglob("*.safetensors"):
+        path.unlink()
+    for name, config in (("run/config", dict(method="pref_restore")), ("lora/adapter_config", dict(r=4, lora_alpha=8))):
+        (whole / name).parent.mkdir()
+        (whole / f"{name}.json").write_text(json.dumps(config))
+    return [folder / name for name in ("zip", "pickle", "script")], sprung, whole
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+@pytest.mark.parametrize("flag", WEIGHTS_FILES)
+def test_no_file_of_weights_runs_code(flag, traps, tmp_path, monkeypatch):
+    """A TorchScript archive and two pickles that would write a file: each is refused in one line, nothing is written."""
+    files, sprung, whole = traps
+    name, read = WEIGHTS_FILES[flag]
+    monkeypatch.setattr(pr, "HPS_CLIP", CLIP)
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    for file in files:
+        shutil.copy(file, tmp_path / name)
+        with pytest.raises(common.UserError) as refused:
+            read(tmp_path)
+        assert "\n" not in str(refused.value) and not sprung.exists(), file.name
 
 
 def test_eq16_the_degradation_is_the_training_scripts():
@@ -1026,6 +1122,28 @@ def test_contradictory_captions_turn_every_attribute_round():
         both = ~(a.isnan() | b.isnan())
         assert both.sum() >= 3 and (a[both] != b[both]).float().mean() > .5
     assert pr.text_condition("none", batch, torch.zeros(8, 3, 4, 4), None) == [""] * 8
+
+
+def test_section_5f_the_arms_of_tables_7_and_9_have_equal_numbers_of_steps():
+    paper, toy, rows = pr.Train(**pr.PAPER), pr.Ablate(), {name: changed for name, (_, changed, _) in pr.ABLATIONS.items()}
+    assert paper.joint_steps == 100_000 == paper.semantic_steps + paper.texture_steps
+    assert toy.joint_steps == toy.semantic_steps + toy.texture_steps == rows["no AR branch, equal steps"]["texture_steps"]
+
+
+def test_table_8_adds_one_reward_after_the_other():
+    weighed = lambda row: list(pr.reward_weights(dataclasses.replace(pr.Ablate(), **pr.ABLATIONS[row][1])))
+    rows = [weighed(row) for row in ("aesthetic only", "+ identity", "+ identity + LPIPS", "all rewards")]
+    assert rows == [list(pr.REWARD_FILES)[:n] for n in (3, 4, 5, 6)]
+
+
+def test_faces_with_captions_of_a_file_are_never_mirrored(tmp_path):
+    """A caption may say left or right."""
+    for i in range(12):
+        common.write_image(tmp_path / "faces" / f"{i}.png", torch.linspace(-1, 1, 32).expand(3, 32, 32))  # darker left
+    (tmp_path / "c.json").write_text(json.dumps({f"{i}.png": "light from the right" for i in range(12)}))
+    mirrored = lambda **given: [bool(x[0, 0, 0] > x[0, 0, -1]) for x in pr.CaptionedFaces(pr.Train(
+        data=str(tmp_path / "faces"), image_size=32, **given)).training(10, 0, 0)["hq"]]
+    assert any(mirrored()) and not any(mirrored(captions=str(tmp_path / "c.json")))
 
 
 def test_ablation_rows_share_what_they_do_not_change():

@@ -48,13 +48,18 @@ def test_training_leaves_weights_numbers_pictures_and_a_lora(trained):
     assert list(numbers["rows"]) == ["lq", "reconstruction", "stage 1.1", "stage 1.2", "stage 2"]
     assert numbers["faces"] == 6
     assert all(name.endswith("_toy") or name in ("psnr", "ssim") for row in numbers["rows"].values() for name in row)
-    assert {"deg_std_toy", "reward_toy", "reward_lmd_toy", "lmd_toy"} <= set(numbers["rows"]["stage 2"])
+    assert {"deg_std_toy", "reward_toy", "reward_lmd_toy", "lmd_toy", "lpips_toy"} <= set(numbers["rows"]["stage 2"])
     config = json.loads((out / "config.json").read_text())
     assert config["finished"] == ["tokenizer", "prior", "1.1", "1.2", "2"] and config["uses"] == ["semantic", "texture"]
     lora = json.loads((out / "lora" / "adapter_config.json").read_text())
     assert lora["r"] == 4 and (out / "lora" / "adapter_model.safetensors").exists()
     stages = {json.loads(line).get("stage") for line in (out / "log.jsonl").read_text().splitlines()[1:]}
     assert stages == {"tokenizer", "prior", "1.1", "1.2", "2"}
+
+
+def test_lpips_toy_is_twice_the_negative_reward(trained):
+    row = json.loads((trained / "out" / "metrics.json").read_text())["rows"]["stage 2"]
+    assert row["lpips_toy"] == pytest.approx(-2 * row["reward_lpips_toy"], rel=1e-4)
 
 
 def test_stage_by_stage_equals_all_at_once(trained, tmp_path):
