@@ -458,7 +458,7 @@ def test_eq5_hinge_on_the_gap(src, tar, signed, printed):
 
 @pytest.mark.parametrize("sign, ends_right", [(torch.ones(1), True), (None, False)])
 def test_eq5_reversed_scores_are_turned_round_by_the_signed_form_only(sign, ends_right):
-    """Two logits that start on the wrong sides, Eq. 6 with K = 12, lambda = alpha = 1 (facts 6.4)."""
+    """Two logits that start on the wrong sides, Eq. 6 with K = 12, lambda = alpha = 1."""
     logits = torch.tensor([math.log(.55 / .45), -math.log(.55 / .45)], requires_grad=True)
     truth = torch.tensor([.05, .95])
     optimizer = torch.optim.SGD([logits], .5)
@@ -591,6 +591,17 @@ def test_where_the_encoder_sees_a_pair_the_other_way_there_is_no_margin(monkeypa
         wanted = (sign * (apart[1] - apart[0])).clamp(0, cfg.dual_margin)
         torch.testing.assert_close(margins[-1], wanted)
     assert (margins[0] > 0).any() and (margins[0] * margins[1] == 0).all()
+    ab.lora_loss(ab.dataclasses.replace(cfg, dual="abs"), nets, Bright(), batch, torch.no_grad)
+    assert margins[-1] == cfg.dual_margin                          # Eq. 5 as printed: one m, whatever the clean faces are
+
+
+def test_paper_presets_have_the_printed_numbers():
+    """Section 5.1; thresholds of section 3.1. DIFFERS: LoRA alpha."""
+    train, pairs = ab.Train(**ab.PAPER), ab.Pairs(**ab.SD3_EDITOR)
+    assert (train.rank, train.lora_steps, train.batch_size, train.image_size) == (64, 60_000, 1, 512)
+    assert (train.drop_text, train.drop_condition, train.lora_optimizer) == (.01, .01, "prodigy")
+    assert ab.lora_optimizer(train, [nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"] == 1.0
+    assert pairs.count * pairs.edits == 35_000 and (pairs.positive, pairs.negative, pairs.editor) == (.6, .4, "sd3")
 
 
 def test_dropout_rates_black_condition_and_what_dropping_switches_off():
@@ -608,7 +619,7 @@ def test_dropout_rates_black_condition_and_what_dropping_switches_off():
         assert plain.float().mean().item() == pytest.approx(drop_text, abs=.1)
         assert torch.equal(plain, (draw["prompt_tar"].text - template).flatten(1).norm(dim=1) == 0)
         assert torch.equal(plain, ~draw["told"]) and draw["told"][draw["seen"]].all()     # dropped pairs are not read
-    assert (torch.sigmoid(torch.randn(10 ** 5)).quantile(.95) - .84).abs() < .01          # the law of t, facts 1.6
+    assert (torch.sigmoid(torch.randn(10 ** 5)).quantile(.95) - .84).abs() < .01          # the law of t
     assert (ab.draw_times(10 ** 5, 1.0, "cpu").quantile(.05) - .16).abs() < .01
     assert (ab.draw_times(10 ** 5, 4.0, "cpu").quantile(.5) - .8).abs() < .01             # 4 t / (1 + 3 t) of 1/2
 

@@ -127,6 +127,22 @@ def test_variants_of_the_method_train(trained, tmp_path, flags):
     assert ("attribute_src" in last) == ("--attribute_weight" not in flags and "--drop_text" not in flags)
 
 
+def test_without_dual_training_faces_of_both_sides_are_single_faces(trained, tmp_path, monkeypatch):
+    """Table 4's rows without SDT: one face of each pair, its own prompt, its own degraded image."""
+    seen, original = [], ab.lora_loss
+    monkeypatch.setattr(ab, "lora_loss", lambda *a: seen.append(a[3]) or original(*a))
+    call("train", *TINY, "--prior", trained / "out", "-o", tmp_path, "--lora_steps", "2", "--no-dual_training")
+    targets = 0
+    for step, batch in enumerate(seen):
+        pairs = ab.ToyPairs(32, short=True).training(4, 0, step)
+        for i, seed in enumerate(pairs["seeds"]):
+            face, prompt = ("hq", "source_prompts") if seed % 2 else ("hq_tar", "target_prompts")
+            targets += face == "hq_tar"
+            assert torch.equal(batch["hq"][i], pairs[face][i]) and batch["source_prompts"][i] == pairs[prompt][i]
+        assert torch.equal(batch["lq"], common.degrade(batch["hq"], common.DEGRADATIONS["noisy"], batch["seeds"]))
+    assert 0 < targets < 8
+
+
 def test_condition_in_half_resolution_and_the_cache(trained, tmp_path):
     call("train", *TINY, "--prior", trained / "out", "-o", tmp_path / "r", "--lora_steps", "1", "--condition_scale", "2",
          "--independent_condition")
@@ -355,10 +371,13 @@ PAPER = ["--preset", "paper", "--image_size", "32", "--text_length", "24", "--ra
          "--device", "cpu"]
 
 
-def test_paper_preset_on_a_flux_folder(trained, flux, tmp_path):
+def test_paper_preset_on_a_flux_folder(trained, flux, tmp_path, capsys):
     """Every memory flag on, bf16, text cached to disk; then sampling, and the LoRA file alone as the release is used."""
     out = tmp_path / "out"
-    call("train", *PAPER, "--pretrained_model_name_or_path", flux, "-o", out, "--pairs", trained / "pairs" / "pairs.jsonl")
+    call("train", *PAPER, "--pretrained_model_name_or_path", flux, "-o", out, "--pairs", trained / "pairs" / "pairs.jsonl",
+         "--data", trained / "faces", "--optimizer", "adamw")
+    said = capsys.readouterr().out
+    assert "--data and --validation_data are not read beside --pairs" in said and "--optimizer is for the toy prior" in said
     assert len(list((out / "text").iterdir())) > 2 and not any(n.startswith("prior") for n in weights(out))
     assert any(t.any() for n, t in weights(out).items() if "lora_B" in n)
     config = json.loads((out / "config.json").read_text())["train"]
@@ -375,7 +394,7 @@ def test_flux_edits_pairs_with_its_embedded_guidance(trained, flux, tmp_path):
     call("pairs", "--preset", "flux", "--pretrained_model_name_or_path", flux, *SHORT, *LOOSE, "-o", tmp_path,
          "--count", "6", "--mixed_precision", "no", "--data", trained / "faces", *ANY)
     rows, _ = ab.read_pairs(tmp_path / "pairs.jsonl")
-    assert len(rows) == 12 and any(row["accepted"] for row in rows)
+    assert len(rows) == 6 and any(row["accepted"] for row in rows)                 # one edit a face
 
 
 def test_incomplete_flux_folders_are_named(flux, tmp_path, capsys, trained):
@@ -477,13 +496,14 @@ def test_the_page_names_functions_and_flags_that_exist():
 # ---------------------------------------------------------------- ablation
 
 def test_ablation_rows_are_kept_and_share_their_prior(tmp_path, capsys):
-    flags = ["ablate", *TINY, "-o", tmp_path, "--lora_steps", "1", "--rows", "none", "full"]
+    flags = ["ablate", *TINY, "-o", tmp_path, "--lora_steps", "1", "--rows", "no AAL, no SDT", "full"]
     call(*flags)
     said = capsys.readouterr().out
     assert "AA .8536" in said and "restored, then edited" in said and len(list(tmp_path.glob("prior_*"))) == 1
     before = (tmp_path / "rows.json").read_text()
     entry = json.loads(before)["full, seed 0"]
     assert {"attribute_accuracy_toy", "leakage_toy", "source_psnr_gain", "template_attr_toy"} <= entry["scores"].keys()
-    assert json.loads(before)["none, seed 0"]["config"]["dual_training"] is False
+    baseline = json.loads(before)["no AAL, no SDT, seed 0"]["config"]
+    assert baseline["dual_training"] is False and baseline["batch_size"] == 2 * ab.Ablate.batch_size
     call(*flags)
     assert capsys.readouterr().out.count("finished before") == 2 and (tmp_path / "rows.json").read_text() == before
