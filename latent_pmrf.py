@@ -15,19 +15,26 @@ error bounds the distortion.
     t          t           (B,)                 [0, 1]    0 is the degraded end, 1 the clean end
     v_t(z_t)   velocity    (B, c, h, w)                   HDiT, which sees z_t and t only, never y
 
-    [Eq. 1] interpolate   [Eq. 2] euler_sample   [Eq. 3] cfm_loss   [Eq. 4-5] flow_source: options 1 and 2
+    [Eq. 1] euler_sample   [Eq. 2, 3, 5] cfm_loss   [Eq. 4] flow_source: options 1 and 2   [Eq. 6] vae_loss
+    [Figure 2] interpolate   [sec. 4.1] SimVAE   [sec. 6.1] HDiT and the paper preset
 
 Run `python latent_pmrf.py train` (toy world, CPU, minutes) or `train --preset paper --data FFHQ`; then `sample`.
 `--space pixel` is PMRF itself. Left out: Real-ESRGAN degradation for natural images, tiled velocity for large pictures.
 """
 import dataclasses
 import functools
-import json
 import math
 import time
 import typing
 from dataclasses import dataclass
 from pathlib import Path
+
+# common comes first: it sets GOMP_SPINCOUNT before torch is imported
+from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, at_once, command_line,
+                    degrade_pair, find_checkpoint, finished_parts, is_run, load_model, load_strict,
+                    lr_schedule, make_optimizer, not_half, print_ablation, print_table, random_crop, read_curves,
+                    read_torch, read_weights, refuse_unread, restore_folder, run_ablation, same_settings, save_model,
+                    saved_flags, shared_parts, versions, warmup_cosine, write_curve, write_grid, write_json)
 
 import torch
 import torch.nn as nn
@@ -35,11 +42,6 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import metrics
-from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, at_once, command_line,
-                    decisive, degrade_pair, find_checkpoint, finished_parts, is_run, load_model, load_strict,
-                    lr_schedule, make_optimizer, not_half, print_ablation, print_table, random_crop, read_curves,
-                    read_torch, read_weights, refuse_unread, restore_folder, run_ablation, same_settings, save_model,
-                    saved_flags, shared_parts, versions, warmup_cosine, write_curve, write_grid, write_json)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -49,6 +51,7 @@ class Train(TrainFlags):
     """Train Sim-VAE, the posterior mean and the flow, then restore held-out faces."""
     output: str = "runs/latent_pmrf"       # folder for weights, checkpoints, log and pictures
     batch_size: int = 8                    # faces per process and micro-batch; paper 64 over 8 GPUs
+    max_grad_norm: float = 1.0             # clip the gradient of mmse and flow (0: off, as PMRF); the VAE's always at 1
     stage: typing.Literal["all", "vae", "mmse", "flow"] = "all"  # one stage, or all in order
     space: typing.Literal["latent", "pixel"] = "latent"  # where the flow runs; pixel is PMRF, which has no VAE
     source: typing.Literal["encode_mean", "latent_mean"] = "encode_mean"  # sec. 3.2: options 2 and 1
@@ -58,17 +61,17 @@ class Train(TrainFlags):
     latent_channels: int = 16              # c of the latent; paper 32
     vae_widths: tuple[int, ...] = (16, 32, 64)  # channels per level, finest first; paper 128 256 512 512
     vae_norm: typing.Literal["layer", "group"] = "layer"  # Table 2: per-pixel LayerNorm or GroupNorm
-    vae_resizer: typing.Literal["sim", "sd"] = "sim"  # Table 2: where channels change, in the resizer or after it
-    vae_block: typing.Literal["sim", "sd"] = "sim"  # Table 2: one norm and one activation, or SD-VAE's two
+    vae_resizer: typing.Literal["sim", "pixel_shuffle", "sd"] = "sim"  # interpolation, pixel shuffle or Figure 5a
+    vae_block: typing.Literal["sim", "sd"] = "sim"  # Figure 3: one norm and one activation, or SD-VAE's two
     perceptual: typing.Literal["reader", "vgg19", "none"] = "reader"  # network of the perceptual loss; paper vgg19
     vgg: str = ""                          # file of torchvision's vgg19 weights (default: torchvision fetches them)
-    perceptual_weight: float = 0.05        # authors' file; the paper's text says Real-ESRGAN's 1.0
+    perceptual_weight: float = 0.05        # DIFFERS: authors' file; sec. 4.2: as Real-ESRGAN, whose is 1.0
     kl_weight: float = 1e-6                # of the KL summed over a latent
     vae_steps: int = 1150                  # paper 150 000
     vae_learning_rate: float = 2e-3        # peak; paper 1e-4
     vae_min_learning_rate: float = 1e-4    # end of the cosine; paper 1e-6
-    vae_cosine_steps: int = 1150           # horizon of the cosine; authors 200 000 for a run of 150 000
-    vae_warmup_steps: int = 50             # linear, from a tenth of the peak; paper 500
+    vae_cosine_steps: int = 1150           # horizon of the cosine; paper vae_steps, authors' file 200 000
+    vae_warmup_steps: int = 50             # linear, from a tenth of the peak (DIFFERS: paper 500 at a tenth, flat)
     vae_crop: int = 32                     # side of the random crop the VAE sees; paper 256
     # posterior mean
     mmse_dim: int = 64                     # SwinIR width; DifFace 180
@@ -85,15 +88,17 @@ class Train(TrainFlags):
     flow_depths: tuple[int, ...] = (2, 4)  # layers per level (fine levels count twice: down and up); paper 2 4 6
     flow_patch: int = 1                    # patch of the latent flow
     pixel_patch: int = 2                   # patch of the pixel flow; PMRF 4
+    pixel_depths: tuple[int, ...] = (2, 4)  # flow_depths of the pixel flow; PMRF 2 2 8
     neighborhood: int = 7                  # side of the attention window on all levels but the last
     head_dim: int = 32                     # width of an attention head; paper 64
-    depthwise: bool = True  # depth-wise convolutions in attention and feed-forward, as the paper's network
+    depthwise: bool = True  # depth-wise convolutions in attention and feed-forward [sec. 6.1]; never in the pixel flow
     mapping_width: int = 128               # width of the time embedding; paper 768
     source_noise: float = 0.1              # sigma_s: noise on the source, in units of the space the flow runs in
     source_sample: bool = True             # source is a sample of the posterior q(z | x_hat), not its mean
     gradient_checkpointing: bool = False   # recompute the flow's layers in the backward pass: less memory, more time
     flow_steps: int = 600                  # paper 400 000
     learning_rate: float = 2e-3            # of the flow; paper 5e-4, constant
+    flow_weight_decay: float = 0.0         # of the flow; UNSTATED: none in the paper, 0.01 in PMRF
     num_inference_steps: int = 4           # Euler steps of the faces restored at the end; paper 25
 
 
@@ -112,26 +117,29 @@ class Sample(SampleFlags):
 class Ablate(Train):
     """Rerun the paper's tables at toy size."""
     output: str = "runs/latent_pmrf_ablate"  # folder for rows.json and the shared networks
-    table: typing.Literal["all", "space", "vae", "source"] = "all"  # latent against pixel; Tables 1-3; section 3.2
+    table: typing.Literal["all", "space", "vae", "source"] = "all"  # Table 4 and Figure 6; Tables 2, 3; section 3.2
     rows: tuple[str, ...] = ()             # only these rows (default: all)
     seeds: int = 1                         # repetitions with other seeds
     vae_steps: int = 1000                  # a row is meant to take 3-5 CPU minutes
     vae_cosine_steps: int = 1000           # as vae_steps
     mmse_steps: int = 1500                 # shared by the rows of a seed
-    flow_steps: int = 400                  # of the latent flow; the pixel flow gets the same seconds
+    flow_steps: int = 400                  # of the latent and of the pixel flow
     num_inference_steps: int = 10          # Euler steps
     validation_faces: int = 128            # held-out faces restored and measured per row
 
 
-PAPER = dict(  # UNSTATED: degradation; "difface" is PMRF's. mmse_steps: PMRF's 1000 epochs of FFHQ at its batch of 256
+# [sec. 6.1], degradation "following [46, 60]": PMRF's. UNSTATED: EMA, precision, clipping, widths of the flow (PMRF's);
+# the layout of Sim-VAE and its EMA (authors' file). mmse_steps: PMRF's 1000 epochs of FFHQ at its batch of 256; the
+# paper takes DifFace's SwinIR. DIFFERS: vae_cosine_steps, the authors' 200 000; printed is a cosine that ends at 1e-6.
+PAPER = dict(
     image_size=512, batch_size=8, degradation="difface", ema_decay=0.9999, mixed_precision="bf16", num_workers=8,
     checkpointing_steps=5000, log_steps=100, optimizer="adamw", lr_scheduler="constant", lr_warmup_steps=0,
-    latent_channels=32, vae_widths=(128, 256, 512, 512), perceptual="vgg19", vae_steps=150_000, vae_learning_rate=1e-4,
-    vae_min_learning_rate=1e-6, vae_cosine_steps=200_000, vae_warmup_steps=500, vae_crop=256,
+    max_grad_norm=0.0, latent_channels=32, vae_widths=(128, 256, 512, 512), perceptual="vgg19", vae_steps=150_000,
+    vae_learning_rate=1e-4, vae_min_learning_rate=1e-6, vae_cosine_steps=200_000, vae_warmup_steps=500, vae_crop=256,
     mmse_dim=180, mmse_depths=(6,) * 8, mmse_heads=6, mmse_features=64, mmse_unshuffle=8, mmse_residual=False,
     mmse_drop_path=0.1, mmse_steps=270_000, mmse_learning_rate=5e-4,
-    flow_widths=(256, 512, 1024), flow_depths=(2, 4, 6), pixel_patch=4, head_dim=64, mapping_width=768,
-    flow_steps=400_000, learning_rate=5e-4, num_inference_steps=25)
+    flow_widths=(256, 512, 1024), flow_depths=(2, 4, 6), pixel_patch=4, pixel_depths=(2, 2, 8), head_dim=64,
+    mapping_width=768, flow_steps=400_000, learning_rate=5e-4, num_inference_steps=25)
 HDIT_PMRF = dict(in_channels=3, widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64, mapping_width=768,
                  depthwise=False)
 
@@ -158,7 +166,7 @@ def vae_norm(kind: str, channels: int) -> nn.Module:
 
 
 class SimBlock(nn.Module):
-    """y = x + conv2(SiLU(conv1(norm(x)))), the only block of Sim-VAE [sec. 3.3]; "sd" adds SD-VAE's norm and SiLU."""
+    """y = x + conv2(SiLU(conv1(norm(x)))), the only block of Sim-VAE [sec. 4.1]; "sd" adds SD-VAE's norm and SiLU."""
 
     def __init__(self, width: int, out: int, norm: str, kind: str):
         super().__init__()
@@ -179,25 +187,31 @@ class SimBlock(nn.Module):
 
 
 class Down(nn.Module):
-    """Halve the resolution with one strided 3x3 convolution. SD pads right and below, Sim-VAE all sides."""
+    """Halve the resolution with one strided 3x3 convolution. "sd" pads right and below, Sim-VAE all sides."""
 
     def __init__(self, width: int, out: int, style: str):
         super().__init__()
         self.style = style
-        self.conv = nn.Conv2d(width, out, 3, stride=2, padding=int(style == "sim"))
+        self.conv = nn.Conv2d(width, out, 3, stride=2, padding=int(style != "sd"))
 
     def forward(self, x):
-        return self.conv(x if self.style == "sim" else F.pad(x, (0, 1, 0, 1)))
+        return self.conv(x if self.style != "sd" else F.pad(x, (0, 1, 0, 1)))
 
 
 class Up(nn.Module):
-    """Double the resolution: nearest neighbour, then a 3x3 convolution."""
+    """Double the resolution: nearest neighbour, then a 3x3 convolution; or four times the channels, then pixel shuffle.
 
-    def __init__(self, width: int, out: int):
+    UNSTATED: pixel shuffle is our reading of Table 2's "- interpolate": the authors' switch `upsample_method`.
+    """
+
+    def __init__(self, width: int, out: int, style: str):
         super().__init__()
-        self.conv = nn.Conv2d(width, out, 3, padding=1)
+        self.shuffle = style == "pixel_shuffle"
+        self.conv = nn.Conv2d(width, 4 * out if self.shuffle else out, 3, padding=1)
 
     def forward(self, x):
+        if self.shuffle:
+            return F.pixel_shuffle(self.conv(x), 2)
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -229,8 +243,8 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
-            into = width if resizer == "sim" or i == 0 else widths[i - 1]
-            after = None if i == last else Down(width, widths[i + 1] if resizer == "sim" else width, resizer)
+            into = width if resizer != "sd" or i == 0 else widths[i - 1]
+            after = None if i == last else Down(width, widths[i + 1] if resizer != "sd" else width, resizer)
             self.down_blocks.append(Blocks(into, width, layers, norm, kind, downsampler=after))
         self.mid_block = Blocks(widths[-1], widths[-1], mid_layers, norm, kind)
         self.conv_out = nn.Conv2d(widths[-1], 2 * channels, 3, padding=1)
@@ -252,8 +266,9 @@ class Decoder(nn.Module):
         self.mid_block = Blocks(widths[0], widths[0], mid_layers, norm, kind)
         self.up_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
-            into = width if resizer == "sim" or i == 0 else widths[i - 1]
-            after = None if i == len(widths) - 1 else Up(width, widths[i + 1] if resizer == "sim" else width)
+            into = width if resizer != "sd" or i == 0 else widths[i - 1]
+            to = width if resizer == "sd" else widths[min(i + 1, len(widths) - 1)]
+            after = None if i == len(widths) - 1 else Up(width, to, resizer)
             self.up_blocks.append(Blocks(into, width, layers + 1, norm, kind, upsampler=after))
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
@@ -265,10 +280,11 @@ class Decoder(nn.Module):
 
 
 class SimVAE(nn.Module):
-    """The paper's autoencoder [sec. 3.3]: (B, 3, H, W) in [-1, 1] <-> latents (B, c, H/f, W/f), f = 2^(levels - 1).
+    """The paper's autoencoder [sec. 4.1]: (B, 3, H, W) in [-1, 1] <-> latents (B, c, H/f, W/f), f = 2^(levels - 1).
 
     Parameter names and, by default, sizes are those of the release: 91,030,595 parameters at c = 32, 90,809,379 at 16.
-    norm, resizer, block are the switches of Table 2. The paper's "attention replaced by convolutions" is `mid_layers`.
+    norm, resizer, block undo the paper's changes to SD-VAE; "- 3x3 conv" of Table 2, SD-VAE's attention in the middle,
+    has no switch: `mid_layers` blocks stand there.
     """
 
     def __init__(self, latent_channels=32, widths=(128, 256, 512, 512), layers=2, mid_layers=3, norm="layer",
@@ -582,7 +598,7 @@ class FourierFeatures(nn.Module):
 
 
 class DepthwiseConv(nn.Conv2d):
-    """3x3 depth-wise convolution over tokens (B, H W, C) [sec. 3.4 of the paper]; starts as the identity.
+    """3x3 depth-wise convolution over tokens (B, H W, C) [sec. 6.1]; starts as the identity.
 
     DIFFERS: the authors start it at random; from the identity the switch changes nothing at the first step.
     """
@@ -722,9 +738,9 @@ class HDiT(nn.Module):
 
     Level i works on tokens of 2^i x 2^i patches; all levels but the last attend to `kernel` x `kernel` neighbourhoods,
     the last to everything. Names are k-diffusion's, as PMRF releases them: HDiT(**HDIT_PMRF) has 160,460,210
-    parameters. DIFFERS: the authors' latent network (LooUFormer, published without weights or training) drops cosine
-    similarity and uses convolutions to resize; this one is the HDiT that the paper cites, with its depth-wise
-    convolutions as a switch (TYPO: neither has the printed 151.2 M).
+    parameters. DIFFERS: this is the HDiT that the paper cites, with depth-wise convolutions as a switch: 147.83 M at
+    the paper's sizes, 151.2 M are printed. The authors' latent network (LooUFormer, published without weights) has dot
+    products, biases, no zero-initialised output, GELU on the first half and convolutions that resize: 153.98 M.
     """
 
     def __init__(self, in_channels=3, widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64,
@@ -790,7 +806,7 @@ def kl_divergence(mean, logvar):
 
 
 def vae_loss(reconstruction, hq, mean, logvar, perceptual, perceptual_weight, kl_weight):
-    """L1 + perceptual + KL, no discriminator [sec. 3.3]. Returns (total, {name: value})."""
+    """[Eq. 6]: L1 + perceptual + KL, no discriminator. Returns (total, {name: value})."""
     l1, likeness, kl = (reconstruction - hq).abs().mean(), perceptual(reconstruction, hq), kl_divergence(mean, logvar)
     return l1 + perceptual_weight * likeness + kl_weight * kl, dict(l1=l1, perceptual=likeness, kl=kl)
 
@@ -834,13 +850,16 @@ def mmse_loss(estimate, hq):
 
 
 def interpolate(z0, z1, t):
-    """z_t = (1 - t) z0 + t z1 [Eq. 1]; t (B,), 0 the source, 1 clean. DIFFERS: the authors' code reverses t."""
+    """z_t = (1 - t) z0 + t z1 [Figure 2]; t (B,), 0 the source, 1 clean. DIFFERS: the authors' code reverses t."""
     t = t.view(-1, *[1] * (z0.dim() - 1))
     return (1 - t) * z0 + t * z1
 
 
 def cfm_loss(velocity, z0, z1, t):
-    """E || v(z_t, t) - (z1 - z0) ||^2, mean over all elements [Eq. 3]. velocity(z, t) is any callable."""
+    """E || v(z_t, t) - (z1 - z0) ||^2 [Eq. 3; Eq. 5 in latents]: z1 - z0 is the velocity of the line [Eq. 2].
+
+    A mean over all elements. velocity(z, t) is any callable.
+    """
     return (velocity(interpolate(z0, z1, t), t) - (z1 - z0)).square().mean()
 
 
@@ -855,7 +874,7 @@ def stratified_time(batch: int, rank: int = 0, world: int = 1, generator=None):
 
 @torch.no_grad()
 def euler_sample(velocity, z0, steps: int = 25):
-    """Integrate dz/dt = v(z, t) from t = 0 to 1 with `steps` equal Euler steps; v is never asked at t = 1 [Eq. 2]."""
+    """Integrate dz/dt = v(z, t) from t = 0 to 1 with `steps` equal Euler steps; v is never asked at t = 1 [Eq. 1]."""
     z = z0
     for i in range(steps):
         z = z + velocity(z, z.new_full((len(z),), i / steps)) / steps
@@ -868,9 +887,7 @@ def posterior_mean(mmse, lq):
 
 
 def latent_source(vae, estimate, sample: bool, noise):
-    """z_0 = E(x_hat) [option 2]. Its error is the autoencoder's: D(z_0) - x_hat is reconstruction error [Eq. 5].
-
-    The numbers of the two options' equations are guessed: the paper's text was read without them.
+    """z_0 = E(x_hat) [Eq. 4, option 2]. Its error is the autoencoder's: D(z_0) - x_hat is reconstruction error.
 
     UNSTATED: the authors draw from q(z | x_hat) and add noise of std 0.1 (`source_noise`); the paper says E(x_hat).
     """
@@ -918,9 +935,10 @@ def build(cfg, part: str) -> nn.Module:
                       features=cfg.mmse_features, tokens=cfg.image_size // cfg.mmse_unshuffle,
                       drop_path=cfg.mmse_drop_path, latent_channels=predicts,
                       residual=cfg.mmse_residual and not predicts)
-    channels, patch = (3, cfg.pixel_patch) if cfg.space == "pixel" else (cfg.latent_channels, cfg.flow_patch)
-    return HDiT(channels, cfg.flow_widths, cfg.flow_depths, patch, cfg.head_dim, cfg.mapping_width,
-                kernel=cfg.neighborhood, depthwise=cfg.depthwise)
+    sizes, depthwise = (cfg.latent_channels, cfg.flow_widths, cfg.flow_depths, cfg.flow_patch), cfg.depthwise
+    if cfg.space == "pixel":                                      # PMRF's network
+        sizes, depthwise = (3, cfg.flow_widths, cfg.pixel_depths, cfg.pixel_patch), False
+    return HDiT(*sizes, cfg.head_dim, cfg.mapping_width, kernel=cfg.neighborhood, depthwise=depthwise)
 
 
 def load_sim_vae(where: str) -> SimVAE:
@@ -1048,10 +1066,10 @@ def batches(cfg, run, faces, degraded: bool):
 def train_vae(cfg, run, faces, nets):
     """Stage 1: Sim-VAE on clean crops, without autocast. A sample of the posterior is decoded, not its mean.
 
-    DIFFERS: AdamW (0.9, 0.99) with weight decay 0.01 and clipped gradients, as the authors' code; the paper says Adam
-    with its defaults. One place of the crop for a whole batch, where they draw one per image; on a GPU TF32
-    multiplies, which they turn off.
+    DIFFERS: AdamW (0.9, 0.99) with weight decay 0.01 and gradients clipped at 1, as the authors' code; the paper says
+    Adam with its defaults. On a GPU TF32 multiplies, which they turn off.
     """
+    run.cfg = dataclasses.replace(cfg, max_grad_norm=1.0)         # the authors clip this stage, PMRF not the others
     vae, perceptual = nets["vae"], perceptual_network(cfg, run.device)
     optimizer = make_optimizer(cfg, vae.parameters(), cfg.vae_learning_rate, betas=(0.9, 0.99))
     lr_at = warmup_cosine(cfg.vae_cosine_steps, cfg.vae_warmup_steps, cfg.vae_min_learning_rate / cfg.vae_learning_rate,
@@ -1064,6 +1082,7 @@ def train_vae(cfg, run, faces, nets):
         z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
         loss, parts = vae_loss(vae.decode(z), hq, mean, logvar, perceptual, cfg.perceptual_weight, cfg.kl_weight)
         stage.update(loss, loss=loss, **parts)
+    run.cfg = cfg
     return stage
 
 
@@ -1096,8 +1115,8 @@ def train_flow(cfg, run, faces, nets, watch=None):
     flow, vae = nets["flow"], nets.get("vae")
     flow.gradient_checkpointing = cfg.gradient_checkpointing
     steps = min(cfg.flow_steps, cfg.max_train_steps)
-    # DIFFERS: AdamW where the paper says Adam, and the gradient is clipped, which PMRF does not
-    optimizer = make_optimizer(cfg, flow.parameters(), cfg.learning_rate)
+    # Adam (0.9, 0.95) [sec. 6.1]: AdamW without decay
+    optimizer = make_optimizer(cfg, flow.parameters(), cfg.learning_rate, weight_decay=cfg.flow_weight_decay)
     stage = Stage(run, "flow", {"flow": flow}, {"flow": optimizer}, steps, lr_schedule(cfg, steps))
     clock = time.perf_counter if run.device.type == "cuda" else time.process_time
     seconds, since = 0.0, clock()
@@ -1210,15 +1229,16 @@ def check_sizes(cfg) -> None:
     if cfg.mmse_dim % cfg.mmse_heads:
         raise UserError(f"--mmse_dim {cfg.mmse_dim}: must be a multiple of --mmse_heads {cfg.mmse_heads}")
     factor = cfg.pixel_patch if cfg.space == "pixel" else cfg.flow_patch * shrink
-    levels = len(cfg.flow_widths)
+    levels, depths = len(cfg.flow_widths), cfg.pixel_depths if cfg.space == "pixel" else cfg.flow_depths
     side = factor * 2 ** (levels - 1)
     if cfg.image_size % side:
         raise UserError(f"--image_size {cfg.image_size}: must be a multiple of {side}, the flow's coarsest token")
     grid = 2 * cfg.image_size // side                             # tokens a side of the smallest level with windows
     if cfg.neighborhood % 2 == 0 or (levels > 1 and grid < cfg.neighborhood):
         raise UserError(f"--neighborhood {cfg.neighborhood}: must be odd and at most {grid}, the smallest grid")
-    if levels != len(cfg.flow_depths) or any(w % cfg.head_dim for w in cfg.flow_widths) or cfg.head_dim % 8:
-        raise UserError("--flow_widths: wants as many --flow_depths, and multiples of --head_dim, itself one of 8")
+    if levels != len(depths) or any(w % cfg.head_dim for w in cfg.flow_widths) or cfg.head_dim % 8:
+        raise UserError("--flow_widths: wants as many --flow_depths (--pixel_depths), and multiples of --head_dim, "
+                        "itself one of 8")
     if cfg.source == "latent_mean" and cfg.space == "latent" and tokens != cfg.image_size // shrink:
         raise UserError("--source latent_mean: --mmse_unshuffle must equal the VAE's factor, 2 ** (levels - 1)")
 
@@ -1229,7 +1249,8 @@ def check_sizes(cfg) -> None:
 def restore_held_out(cfg, run, nets, batch, steps: int) -> dict:
     """All held-out faces, in batches: lq, hq, posterior_mean, restored_faces, reconstruction (N, 3, S, S) on the CPU.
 
-    hq differs from the batch's only where a degradation turns pairs grey.
+    Of the autoencoder: `latents` (N, c, h, w) of hq, and `bound`, the posterior mean coded and decoded. hq differs
+    from the batch's only where a degradation turns pairs grey.
     """
     lq, clean = degrade_pair(batch["hq"], DEGRADATIONS[cfg.degradation], batch["seeds"])
     rng, found = torch.Generator().manual_seed(cfg.seed), {"lq": [lq], "hq": [clean]}
@@ -1238,7 +1259,8 @@ def restore_held_out(cfg, run, nets, batch, steps: int) -> dict:
         result = restore(nets, cfg, x.to(run.device), noise, steps)
         if "vae" in nets:
             with torch.no_grad():
-                result["reconstruction"] = nets["vae"].decode(nets["vae"].encode(hq.to(run.device))[0]).clamp(-1, 1)
+                result["latents"] = nets["vae"].encode(hq.to(run.device))[0]
+                result["reconstruction"] = nets["vae"].decode(result["latents"]).clamp(-1, 1)
                 result["bound"] = nets["vae"].decode(nets["vae"].encode(result["posterior_mean"])[0]).clamp(-1, 1)
         for name, images in result.items():
             found.setdefault(name, []).append(images.cpu())
@@ -1254,7 +1276,7 @@ def report(cfg, run, faces, nets) -> dict:
     if "vae" in nets:
         rows["reconstruction"] = metrics.toy_scores(found["reconstruction"], hq, reader)
     extra = dict(faces=len(hq), **run.account(nets))
-    if "vae" in nets:  # [Eq. 5]: how far option 2 can be from the posterior mean
+    if "vae" in nets:  # [Eq. 4]: how far option 2 is from the posterior mean
         extra["bound_psnr"] = mean_psnr(found["bound"], found["posterior_mean"])
     folder = Path(cfg.output)
     protocol = metrics.toy_protocol(cfg.validation_data or cfg.data, cfg.degradation, len(hq), cfg.readers)
@@ -1325,19 +1347,23 @@ def sample(cfg: Sample) -> None:
 # ------------------------------------------------------------------------------------------------ ablations
 
 # name -> (table, changed fields, what the paper reports on CelebA-Test at 512 px: comparable in order, not in size).
-# `ablate` fills in the channels.
+# `ablate` fills in the channels. Of the authors' c = 32 Table 3 tries half, three quarters and one and a half times.
 ABLATIONS = {
-    "Latent-PMRF": ("", {}, "PSNR 26.39, FID 10.94; reaches the pixel flow's FID 5.79x sooner"),
-    "pixel flow (PMRF)": ("space", dict(space="pixel"), "PSNR 26.33, FID 10.72, fully trained"),
-    "group norm": ("vae", dict(vae_norm="group"), "Table 2"),
-    "SD resizers": ("vae", dict(vae_resizer="sd"), "Table 2"),
-    "SD block": ("vae", dict(vae_block="sd"), "Table 2"),
-    "SD-VAE style": ("vae", dict(vae_norm="group", vae_resizer="sd", vae_block="sd"),  # without SDXL's attention
-                     "Table 1: 32.40 (SDXL's)"),
-    "half the channels": ("vae", dict(latent_channels=0), "Table 3: 37.90 (c = 16), 42.71 at 32"),
-    "twice the channels": ("vae", dict(latent_channels=0), "Table 3: 45.06 (c = 48), 42.71 at 32"),
+    "Latent-PMRF": ("", {}, "PSNR 26.38, FID 11.33 (Tables 1-3); 26.39, 10.94 (Table 4)"),
+    "PMRF*": ("space", dict(space="pixel"), "Table 4: PSNR 26.64, FID 15.17"),
+    "group norm": ("vae", dict(vae_norm="group"), "Table 2, - layernorm: PSNR 43.05, restored 26.17"),
+    "pixel shuffle": ("vae", dict(vae_resizer="pixel_shuffle"), "Table 2, - interpolate: PSNR 42.98, restored 26.25"),
+    "SD resizers": ("vae", dict(vae_resizer="sd"), "Figure 5a; no row, unless it is - interpolate"),
+    "SD block": ("vae", dict(vae_block="sd"), "Figure 3; no row"),
+    "SD-VAE style": ("vae", dict(vae_norm="group", vae_resizer="sd", vae_block="sd"),  # DIFFERS: without its attention
+                     "Table 2, SD-VAE: PSNR 40.40, restored 25.26"),                   # and its norm before conv_out
+    "half the channels": ("vae", dict(latent_channels=0), "Table 3, c = 16: PSNR 37.90, restored 26.44"),
+    "three quarters of the channels": ("vae", dict(latent_channels=0), "Table 3, c = 24: PSNR 40.81, restored 26.39"),
+    "one and a half times the channels": ("vae", dict(latent_channels=0),
+                                          "Table 3, c = 48: PSNR 45.06, restored 26.46"),
     "option 1, posterior mean of latents": ("source", dict(source="latent_mean"), "worse distortion, sec. 3.2"),
 }
+CHANNELS = {"half the channels": 0.5, "three quarters of the channels": 0.75, "one and a half times the channels": 1.5}
 
 
 def ablate(cfg: Ablate) -> None:
@@ -1349,14 +1375,14 @@ def ablate(cfg: Ablate) -> None:
         if getattr(cfg, name) != getattr(Ablate(), name):
             raise UserError(f"--{name} {getattr(cfg, name)}: the rows set it; choose them with --table or --rows")
     rows = dict(ABLATIONS)
-    for name, factor in (("half the channels", 0.5), ("twice the channels", 2)):
+    for name, factor in CHANNELS.items():
         rows[name] = (rows[name][0], dict(latent_channels=max(1, int(factor * cfg.latent_channels))), rows[name][2])
     for name, (group, changes, _) in rows.items():                 # only of the rows that will run
         if name in cfg.rows if cfg.rows else cfg.table in ("all", group):
             check_sizes(dataclasses.replace(cfg, **changes))
     done = run_ablation(cfg, rows, ablation_row)
     print_ablation(done, ABLATIONS, ("psnr", "fid_toy", "deg_toy", "lmd_toy", "reconstruction_psnr"))
-    for pixel in (entry for entry in done.values() if entry["row"] == "pixel flow (PMRF)"):
+    for pixel in (entry for entry in done.values() if entry["row"] == "PMRF*"):
         seed = pixel["config"]["seed"]
         latent = done.get(f"Latent-PMRF, seed {seed}")
         half = (len(pixel["curve"]) + 1) // 2
@@ -1367,12 +1393,10 @@ def ablate(cfg: Ablate) -> None:
 
 
 def ablation_row(cfg, done: dict) -> dict:
-    """Train what differs from the shared networks, then measure. The pixel flow gets the latent flow's seconds.
+    """Train what differs from the shared networks, then measure. All flows see the same number of faces [Figure 6].
 
     The two flows whose speed is compared are also measured on the way, off the clock.
     """
-    latent_row = done.get(f"Latent-PMRF, seed {cfg.seed}")
-    twin = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(cfg, space="latent"))))
     run, faces = Run(cfg), Faces(cfg.data, cfg.image_size, cfg.validation_data)
     held, reader = faces.held_out(cfg.validation_faces), metrics.load_reader("b", cfg.readers)
     torch.manual_seed(cfg.seed)
@@ -1381,33 +1405,39 @@ def ablation_row(cfg, done: dict) -> dict:
         nets[part] = build(cfg, part).to(run.device).eval()
         if part != "flow":
             shared_network(cfg, run, faces, nets, part)
-    if cfg.space == "pixel" and latent_row and decisive(latent_row["config"]) == decisive(twin):
-        steps = round(latent_row["seconds"] / seconds_per_step(cfg, run, faces, nets))
-        cfg = dataclasses.replace(cfg, flow_steps=max(1, steps))
     last = min(cfg.flow_steps, cfg.max_train_steps)
-    curve, compared, found, scores = [], cfg.space == "pixel" or not latent_row, {}, {}
+    compared = cfg.space == "pixel" or f"Latent-PMRF, seed {cfg.seed}" not in done
+    curve, found, scores = [], {}, {}
     average = build(cfg, "flow").to(run.device).eval()
 
     def watch(stage, step, seconds):
         if step == last or (compared and step % max(1, last // 10) == 0):
             average.load_state_dict(stage.ema["flow"])
             found.update(restore_held_out(cfg, run, {**nets, "flow": average}, held, cfg.num_inference_steps))
-            scores.update(metrics.toy_scores(found["restored_faces"], found["hq"], reader))
+            scores.update(ablation_scores(found, reader))
             curve.append((step, round(seconds, 2), scores["fid_toy"]))
 
     train_flow(cfg, run, faces, nets, watch)
-    if "reconstruction" in found:
-        scores["reconstruction_psnr"] = mean_psnr(found["reconstruction"], found["hq"])
     return dict(scores=scores, curve=curve, steps=curve[-1][0], seconds=curve[-1][1])
 
 
-def seconds_per_step(cfg, run, faces, nets) -> float:
-    """Of the flow's training, without its first two steps; the flow that is trained for this is thrown away."""
-    times = []
-    spare = {**nets, "flow": build(cfg, "flow").to(run.device)}
-    few = dataclasses.replace(cfg, flow_steps=12, max_train_steps=12)
-    train_flow(few, run, faces, spare, lambda stage, step, at: times.append(at))
-    return (times[-1] - times[1]) / (len(times) - 2)
+@torch.no_grad()
+def ablation_scores(found, reader) -> dict:
+    """Toy scores and LPIPS' stand-in of the restored faces and, as `reconstruction_*`, of the autoencoder's."""
+    scores = {}
+    for name, prefix in (("restored_faces", ""), ("reconstruction", "reconstruction_")):
+        if name in found:
+            pairs = zip(found[name].split(64), found["hq"].split(64))
+            lpips = torch.cat([metrics.reader_lpips(reader, a, b) for a, b in pairs]).mean().item()
+            values = dict(metrics.toy_scores(found[name], found["hq"], reader), lpips_toy=lpips)
+            scores |= {prefix + key: value for key, value in values.items()}
+    return scores | ({"latent_peak": latent_peak(found["latents"])} if "latents" in found else {})
+
+
+def latent_peak(z) -> float:
+    """Largest magnitude of a latent (B, c, h, w) over its mean magnitude, mean over the batch: Figure 4's outliers."""
+    magnitude = z.norm(dim=1).flatten(1)
+    return (magnitude.amax(1) / magnitude.mean(1)).mean().item()
 
 
 def shared_network(cfg, run, faces, nets, part: str) -> None:

@@ -27,8 +27,8 @@ def randomised(module):
     return module.eval()
 
 
-def test_eq1_eq2_interpolation_is_a_straight_line_whose_velocity_is_the_difference():
-    """z_t = (1 - t) z0 + t z1 with one t per sample; d z_t / dt = z1 - z0 carries z0 to z1."""
+def test_eq1_eq2_the_line_from_z0_to_z1_has_the_velocity_of_their_difference():
+    """Figure 2: z_t = (1 - t) z0 + t z1 with one t per sample; d z_t / dt = z1 - z0 carries z0 to z1."""
     (z0, z1), t = torch.randn(2, 3, 4, 5, 6, dtype=f64), torch.tensor([0., .25, 1.], dtype=f64)
     z, velocity = autograd.jvp(lambda t: lp.interpolate(z0, z1, t), t, torch.ones_like(t))
     torch.testing.assert_close(z, torch.stack([z0[0], .75 * z0[1] + .25 * z1[1], z1[2]]))
@@ -50,7 +50,7 @@ def test_eq3_cfm_loss_is_zero_at_the_oracle_and_c_squared_beside_it(c):
     assert loss.shape == () and loss.item() == pytest.approx(c ** 2, abs=1e-20)
 
 
-def test_eq3_best_constant_velocity_is_the_mean_displacement():
+def test_eq5_best_constant_velocity_is_the_mean_displacement():
     """Over constant fields the loss is least at mean(z1 - z0), where it is the variance."""
     z0, z1 = torch.randn(2, 64, 2, 3, 3, dtype=f64)
     t, c = torch.rand(64, dtype=f64), torch.zeros((), dtype=f64, requires_grad=True)
@@ -78,7 +78,7 @@ def optimal_velocity(z, t, covariance):
 
 
 @pytest.mark.parametrize("covariance", [0., .2, -.15])
-def test_eq3_optimal_velocity_carries_one_gaussian_into_the_other(covariance):
+def test_eq1_optimal_velocity_carries_one_gaussian_into_the_other(covariance):
     """It transports N(M0, S0^2) to N(M1, S1^2) for any coupling, with an Euler error of first order."""
     source = M0 + S0 * torch.tensor([-1., 1.], dtype=f64).repeat(16).view(32, 1, 1, 1)    # exact moments
     errors = []
@@ -90,7 +90,7 @@ def test_eq3_optimal_velocity_carries_one_gaussian_into_the_other(covariance):
 
 
 @pytest.mark.parametrize("t", [.2, .5, .9])
-def test_eq3_optimal_velocity_leaves_the_conditional_variance(t):
+def test_eq5_optimal_velocity_leaves_the_conditional_variance(t):
     """At the optimum the loss is Var(z1 - z0 | z_t); an offset or another slope costs more."""
     a, b = torch.randn(2, 200_000, 1, 1, 1, dtype=f64)
     z0, z1 = M0 + S0 * a, M1 + .2 / S0 * a + (S1 ** 2 - (.2 / S0) ** 2) ** .5 * b          # covariance .2
@@ -103,7 +103,7 @@ def test_eq3_optimal_velocity_leaves_the_conditional_variance(t):
 
 
 @pytest.mark.parametrize("steps", [1, 4, 25])
-def test_eq2_euler_is_exact_on_constant_fields_and_never_asks_at_the_end(steps):
+def test_eq1_euler_is_exact_on_constant_fields_and_never_asks_at_the_end(steps):
     """N steps of v = c move by c; the field is asked at t = 0, 1/N .. (N-1)/N; the source is left alone."""
     z0, c, times = torch.randn(3, 2, 4, 4, dtype=f64), torch.randn(2, 4, 4, dtype=f64), []
     kept = z0.clone()
@@ -113,7 +113,7 @@ def test_eq2_euler_is_exact_on_constant_fields_and_never_asks_at_the_end(steps):
     torch.testing.assert_close(torch.stack(times).double(), want, rtol=1e-6, atol=0)
 
 
-def test_eq2_euler_is_first_order():
+def test_eq1_euler_is_first_order():
     """On dx/dt = x from 1, N steps give (1 + 1/N)^N, whose distance to e halves with the step."""
     field, one = lambda z, t: z, torch.ones(1, 1, 1, 1, dtype=f64)
     ends = [lp.euler_sample(field, one, steps=n).item() for n in (25, 50, 100, 200)]
@@ -159,7 +159,7 @@ def test_stratified_time_is_uniform_and_repeats_with_its_generator():
     assert torch.equal(draw(3), draw(3)) and not torch.equal(draw(3), draw(4))
 
 
-def test_kl_divergence_sums_over_the_latent_and_averages_over_the_batch():
+def test_eq6_kl_divergence_sums_over_the_latent_and_averages_over_the_batch():
     """Equals torch.distributions' KL to N(0, 1) summed over C, H, W; zero at the prior."""
     mean, logvar = torch.randn(2, 3, 4, 5, 6, dtype=f64)
     normal = torch.distributions.Normal
@@ -168,7 +168,7 @@ def test_kl_divergence_sums_over_the_latent_and_averages_over_the_batch():
     assert lp.kl_divergence(mean * 0, logvar * 0).item() == 0
 
 
-def test_vae_loss_is_l1_perceptual_and_kl_by_their_weights():
+def test_eq6_vae_loss_is_l1_perceptual_and_kl_by_their_weights():
     a, b, mean, logvar = torch.rand(4, 2, 3, 8, 8, dtype=f64)
     total, parts = lp.vae_loss(a, b, mean, logvar, lambda x, y: (x - y).square().mean(), .7, 1e-6)
     want = [(a - b).abs().mean(), (a - b).square().mean(), lp.kl_divergence(mean, logvar)]
@@ -199,7 +199,7 @@ def test_vgg_loss_compares_features_before_their_relu():
     assert loss(a, a).item() == 0 and not any(p.requires_grad for p in loss.parameters())
 
 
-def test_eq4_eq5_the_flow_starts_where_its_option_says():
+def test_eq4_the_flow_starts_where_its_option_says():
     """Option 2 encodes the clipped estimate; option 1 takes the network's latents; PMRF stays in pixels of [0, 1]."""
     vae = randomised(lp.SimVAE(latent_channels=3, widths=(8, 12, 16, 20)))
     nets, lq = dict(vae=vae, mmse=lambda y: 3 * y - .5), torch.rand(2, 3, 16, 16) * 2 - 1
@@ -244,7 +244,7 @@ def test_eq4_mean_of_latents_decodes_away_from_the_posterior_mean():
     assert option2.abs().item() < 1e-12
 
 
-def test_eq5_source_error_equals_vae_reconstruction_error():
+def test_eq4_source_error_of_option_2_equals_vae_reconstruction_error():
     """Option (2), z0 = E(x*): before any flow the picture is D(E(x*)), off by the VAE's own error on x*."""
     vae = randomised(lp.SimVAE(latent_channels=3, widths=(8, 12, 16, 20)))
     x = torch.rand(2, 3, 16, 16) * 2 - 1
@@ -337,6 +337,28 @@ def test_sim_vae_clamps_the_log_variance():
     assert mean.flatten().tolist() == [100, -100, 5] and logvar.flatten().tolist() == [20, -30, 5]
 
 
+def test_sim_vae_doubles_by_pixel_shuffle():
+    """Four times the channels, dealt to 2 x 2 pixels; downsampling is Sim-VAE's strided convolution."""
+    up, x = lp.Up(3, 5, "pixel_shuffle"), torch.randn(2, 3, 4, 6)
+    got, channels = up(x), up.conv(x)
+    assert got.shape == (2, 5, 8, 12)
+    for c, i, j in [(c, i, j) for c in range(5) for i in (0, 1) for j in (0, 1)]:
+        assert torch.equal(got[:, c, i::2, j::2], channels[:, 4 * c + 2 * i + j])
+    sim, shuffled = [lp.SimVAE(4, (8, 12, 16), resizer=resizer) for resizer in ("sim", "pixel_shuffle")]
+    shuffled.encoder.load_state_dict(sim.encoder.state_dict())
+    x, sizes = torch.randn(1, 3, 16, 24), [{n: p.numel() for n, p in vae.named_parameters()} for vae in (sim, shuffled)]
+    assert torch.equal(sim.encode(x)[0], shuffled.encode(x)[0]) and shuffled.decode(sim.encode(x)[0]).shape == x.shape
+    assert sizes[1] == {n: 4 * size if "upsampler" in n else size for n, size in sizes[0].items()}
+
+
+def test_latent_peak_is_the_largest_magnitude_over_the_mean():
+    """1 for latents of one magnitude, wherever they point; one place of 25 ten times as large: 10 / (34 / 25)."""
+    z = F.normalize(torch.randn(3, 4, 5, 5, dtype=f64), dim=1)
+    assert lp.latent_peak(z) == pytest.approx(1)
+    z[:, :, 2, 3] *= 10
+    assert lp.latent_peak(z) == pytest.approx(10 / (34 / 25))
+
+
 def test_sim_vae_is_convolutional():
     """Away from borders (reach: 15.5 latent cells in, 19.3 out) a crop by 8 px is a crop by one cell."""
     vae = randomised(lp.SimVAE(latent_channels=2, widths=(6, 6, 8, 8)))
@@ -423,3 +445,20 @@ def test_hdit_parameter_count_and_released_names():
     names += [f"{p}.weight" for p in ("time_emb", "time_in_proj", "aug_emb", "aug_in_proj", "patch_in.proj")]
     names += ["patch_out.proj.weight", "out_norm.scale", "mapping.in_norm.scale", "mapping.out_norm.scale"]
     assert set(model.state_dict()) == set(names)
+
+
+def test_the_paper_preset_has_the_printed_sizes():
+    """--space pixel is PMRF's network; the latent flow adds depth-wise convolutions; Table 4 prints 106.8 M frozen."""
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    latent = lp.Train(**lp.PAPER)
+    pixel = dataclasses.replace(latent, space="pixel")
+    with torch.device("meta"):
+        flow = lp.build(pixel, "flow")
+        assert count(flow) == 160_460_210 and set(flow.state_dict()) == set(lp.HDiT(**lp.HDIT_PMRF).state_dict())
+        assert count(lp.build(latent, "flow")) == 147_834_290
+        assert count(lp.build(latent, "vae")) + count(lp.build(latent, "mmse")) == 91_030_595 + 15_792_587
+    assert (latent.flow_steps, 8 * latent.batch_size, latent.vae_steps) == (400_000, 64, 150_000)
+
+
+def test_table_3_tries_16_24_and_48_of_32_channels():
+    assert [factor * 32 for factor in lp.CHANNELS.values()] == [16, 24, 48] and set(lp.CHANNELS) < set(lp.ABLATIONS)

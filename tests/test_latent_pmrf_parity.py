@@ -19,7 +19,7 @@ def randomised(module, seed=0, scale=.3):
     return module.eval()
 
 
-def test_eq2_euler_equals_the_released_reversed_time_loop():
+def test_eq1_euler_equals_the_released_reversed_time_loop():
     """The authors' code runs sigma = 1, 24/25, ..., 1/25 with v' = source - target: same path once sigma = 1 - t."""
     z0 = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     velocity = lambda z, t: torch.sin(z) + t.view(-1, 1, 1, 1)

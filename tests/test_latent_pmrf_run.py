@@ -101,16 +101,27 @@ def test_a_loader_that_is_killed_is_named(tmp_path):
     assert process.returncode == 2 and "one of --num_workers was killed" in err and "Traceback" not in err, err
 
 
-def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "model.safetensors").write_bytes(b"precious")
-    call("train", *TINY, "-o", tmp_path / "out")
-    assert (tmp_path / "out.1" / "model.safetensors").read_bytes() == b"precious"
-    assert "moved to" in capsys.readouterr().out
-    kept = weights(tmp_path / "out")
-    for flags in (["--data", "/nope"], ["--vae", "/nope"], ["--readers", "/nope"]):        # a mistake moves nothing
-        refused(capsys, "train", *TINY, "-o", tmp_path / "out", *flags)
-    assert same(kept, weights(tmp_path / "out"))
+def test_an_earlier_run_is_refused_not_overwritten(tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(b"precious")
+    assert "--overwrite" in refused(capsys, "train", *TINY, "-o", out)
+    for flags in (["--data", "/nope"], ["--vae", "/nope"], ["--readers", "/nope"]):       # a mistake deletes nothing
+        refused(capsys, "train", *TINY, "-o", out, "--overwrite", *flags)
+    assert (out / "model.safetensors").read_bytes() == b"precious"
+    call("train", *TINY, "-o", out, "--overwrite")
+    assert {name.split(".")[0] for name in weights(out)} == {"vae", "mmse", "flow"}
+
+
+def test_the_vae_is_clipped_and_the_flow_is_adam_without_decay(tmp_path, monkeypatch):
+    """--max_grad_norm 0, as PMRF trains, leaves the VAE clipped at 1; Adam (0.9, 0.95) of section 6.1."""
+    norms, flow, clip, make = [], [], torch.nn.utils.clip_grad_norm_, common.make_optimizer
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: norms.append(norm) or clip(p, norm))
+    monkeypatch.setattr(lp, "make_optimizer", lambda *a, **k: flow.append(make(*a, **k)) or flow[-1])
+    call("train", *TINY, "-o", tmp_path, "--max_grad_norm", "0", "--optimizer", "adamw")
+    assert norms == [1.0] * 4 + [float("inf")] * 8
+    group = flow[-1].param_groups[0]
+    assert isinstance(flow[-1], torch.optim.AdamW) and (group["betas"], group["weight_decay"]) == ((0.9, 0.95), 0)
 
 
 def test_training_on_a_folder_of_pictures(trained, tmp_path):
@@ -184,6 +195,14 @@ def test_train_with_a_given_vae_and_swinir(trained, tmp_path, capsys):
     assert "set --latent_channels 4 --vae_widths 8 8" in said
     assert "--vae" in refused(capsys, "train", *TINY, "-o", tmp_path / "o", "--vae", tmp_path / "nope")
     assert "no autoencoder" in refused(capsys, "train", *TINY, "-o", tmp_path / "o", "--vae", "x", "--space", "pixel")
+
+
+def test_the_recipe_trains_the_vae_on_one_folder_and_the_flow_on_another(trained, tmp_path):
+    call("train", *TINY, "-o", tmp_path, "--stage", "vae", "--data", trained / "faces")
+    vae = weights(tmp_path)
+    call("train", *TINY, "-o", tmp_path, "--stage", "flow", "--mmse", trained / "out")
+    assert {name.split(".")[0] for name in weights(tmp_path)} == {"vae", "mmse", "flow"}
+    assert all(torch.equal(weights(tmp_path)[name], tensor) for name, tensor in vae.items())
 
 
 def test_a_stage_trained_anew_drops_what_stood_on_it(trained, tmp_path, capsys):
@@ -369,11 +388,13 @@ def test_ablation_rows_are_kept_and_shared(tmp_path, capsys):
     call("ablate", *flags)
     said = capsys.readouterr().out
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert {r["row"] for r in rows.values()} == {"Latent-PMRF", "pixel flow (PMRF)"} and "speed-up" in said
+    assert {r["row"] for r in rows.values()} == {"Latent-PMRF", "PMRF*"} and "speed-up" in said
     before = (tmp_path / "rows.json").read_text()
     call("ablate", *flags)
     assert capsys.readouterr().out.count("finished before") == 2 and (tmp_path / "rows.json").read_text() == before
     call("ablate", *flags, "--flow_steps", "5")                    # a repeated row has its whole curve again
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [len(rows[f"{row}, seed 0"]["curve"]) > 1 for row in ("Latent-PMRF", "pixel flow (PMRF)")] == [True, True]
-    assert rows["Latent-PMRF, seed 0"]["steps"] == 5
+    assert [len(rows[f"{row}, seed 0"]["curve"]) > 1 for row in ("Latent-PMRF", "PMRF*")] == [True, True]
+    assert rows["Latent-PMRF, seed 0"]["steps"] == rows["PMRF*, seed 0"]["steps"] == 5      # [Figure 6]
+    scores = rows["Latent-PMRF, seed 0"]["scores"]
+    assert {"lpips_toy", "reconstruction_psnr", "reconstruction_lpips_toy", "latent_peak"} <= set(scores)
