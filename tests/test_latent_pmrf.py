@@ -176,6 +176,15 @@ def test_eq6_vae_loss_is_l1_perceptual_and_kl_by_their_weights():
     assert total.item() == pytest.approx((want[0] + .7 * want[1] + 1e-6 * want[2]).item())
 
 
+def test_the_vae_sees_another_crop_of_every_image():
+    """Equal images, whose pixels all differ, show the places of the crops."""
+    x = torch.arange(32. * 32).view(1, 1, 32, 32).expand(8, 3, 32, 32)
+    crops = lp.random_crop(x, 16)
+    places = [divmod(int(crop[0, 0, 0]), 32) for crop in crops]
+    assert len(set(places)) > 4
+    assert all(torch.equal(crop, x[0, :, top:top + 16, left:left + 16]) for crop, (top, left) in zip(crops, places))
+
+
 def test_vgg_loss_compares_features_before_their_relu():
     """VGG19 by hand: 2, 2, 4, 4, 4 convolutions of 3 x 3, halved between; read after conv1_2, 2_2, 3_4, 4_4, 5_4."""
     loss, (a, b) = lp.VGGLoss(pretrained=False), torch.rand(2, 1, 3, 32, 32) * 2 - 1
