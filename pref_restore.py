@@ -111,7 +111,7 @@ class Train(TrainFlags):
     joint_learning_rate: float = 1e-2      # of --joint; authors 2e-5
     min_learning_rate: float = 1e-4        # end of every cosine; authors 1e-5
     warmup_ratio: float = 0.01             # share of the steps with linear warm-up
-    diffusion_weight: float = 1.0          # lambda of Eq. 9
+    diffusion_weight: float = 1.0          # lambda of Eq. 9. UNSTATED: authors 1
     vae_weight: float = 1.0                # of the latent consistency, Eq. 10
     caption_share: float = 0.9             # share of prompts with the caption
     identity_share: float = 0.2            # share of samples whose input is the clean face (authors' code: a side task)
@@ -651,7 +651,10 @@ def policy_layers(module) -> dict:
 
 
 def add_policies(sana, rank: int, alpha: float) -> None:
-    """PolicyLinear on attn1 and attn2's to_q, to_k, to_v, to_out.0 of every block; SANA-1.5 at rank 32: 22 937 600."""
+    """PolicyLinear on attn1 and attn2's to_q, to_k, to_v, to_out.0 of every block; SANA-1.5 at rank 32: 22 937 600.
+
+    DIFFERS: Table I says that stage 2 trains SANA; the authors' code trains this LoRA.
+    """
     names = [name for name, layer in sana.named_modules() if isinstance(layer, nn.Linear)
              and re.search(r"transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$", name)]
     for name in names:
