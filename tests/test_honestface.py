@@ -96,7 +96,7 @@ def test_eq3_one_step_from_the_degraded_latent_reaches_any_target():
     close(got, z_h, 1e-6)
 
 
-def test_eq4_one_pass_at_the_timestep_adds_no_noise():
+def test_eq3_one_pass_at_the_timestep_adds_no_noise():
     """A network that knows the noise hidden in z_L gives z_H back: t, z and p reach it as they are."""
     seen, bars = [], hf.alpha_bars()
     clean, noise, prompt = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.randn(2, 5, 6)
@@ -110,7 +110,7 @@ def test_eq4_one_pass_at_the_timestep_adds_no_noise():
     assert torch.equal(z, z_l.float()) and int(t) == 399 and p is prompt
 
 
-def test_eq4_the_step_is_a_gain_of_1_532_and_feels_the_network_by_minus_1_161():
+def test_eq3_the_step_is_a_gain_of_1_532_and_feels_the_network_by_minus_1_161():
     """decode(step(encode(x))): no noise seen makes it 1.532 x, .4584 x seen keeps it; d out / d eps = -1.1606."""
     encode, decode = lambda x: x * .18215, lambda z: z / .18215
     x, bar = torch.randn(2, 4, 5, 5, dtype=f64), hf.alpha_bars()[399].item()
@@ -120,6 +120,22 @@ def test_eq4_the_step_is_a_gain_of_1_532_and_feels_the_network_by_minus_1_161():
     eps = torch.randn(2, 4, 5, 5, requires_grad=True)
     hf.predict_clean(x.float(), eps, bar).sum().backward()
     close(eps.grad, torch.full_like(eps, -1.16058), 1e-5)
+
+
+def test_eq4_restore_is_encoder_one_step_decoder():
+    """x_H^ = G(x_L, p): decode(step(encode(x_L), p)), clipped; the prompt is the adapter's of Eq. 7's codewords."""
+    class Codec:
+        config = SimpleNamespace(scaling_factor=.5)
+        encode = staticmethod(lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mean=x[:, :1] * 3, std=x[:, :1])))
+        decode = staticmethod(lambda z: SimpleNamespace(sample=z.expand(-1, 3, -1, -1) / 3))
+    vre, lq = hf.VREncoder(width=32, multiples=(1, 1), dim=32, codes=8), torch.rand(2, 3, 8, 8) * .1
+    unet = lambda z, t, encoder_hidden_states: SimpleNamespace(sample=z * encoder_hidden_states.mean((1, 2)).view(2, 1, 1, 1))
+    nets = dict(vae=Codec, unet=unet, vre=vre, prompt=lambda codes, face: codes + 1 / 4)
+    got = hf.restore(nets, SimpleNamespace(latent_sample=True, timestep=399), None, lq, None, None, torch.ones_like)
+    with torch.no_grad():
+        share = (hf.vre_tokens(vre(lq), vre.codebook) + 1 / 4).mean((1, 2)).view(2, 1, 1, 1)
+    z_l = (lq[:, :1] * 3 + lq[:, :1]) * .5                          # mean + std x noise, scaled
+    close(got, ((z_l - (1 - AB) ** .5 * share * z_l) / AB ** .5 / .5 / 3).expand(-1, 3, -1, -1).clamp(-1, 1), 1e-4)
 
 
 # ------------------------------------------------------------------------------------ adversarial loss, Eq. 5
@@ -246,7 +262,7 @@ def test_eq6_ties_and_failed_detections_fall_back_to_the_first():
     assert hf.select_reference(lq[None] * 0 + 7, lq) == 0                       # one reference, one single point
 
 
-# ------------------------------------------------------------------------------------ prompt: VRE tokens
+# ------------------------------------------------------------------------------------ prompt: VRE tokens, Eq. 7
 
 def loop_tokens(features, codebook, count):
     """One sample and one position at a time: nearest codewords, nearest position first, each codeword once."""
@@ -264,7 +280,7 @@ def loop_tokens(features, codebook, count):
 
 
 @pytest.mark.parametrize("codes, count", [(200, 77), (40, 77), (12, 8), (200, 5)])
-def test_vre_tokens_equal_a_loop_over_samples_and_positions(codes, count):
+def test_eq7_vre_tokens_equal_a_loop_over_samples_and_positions(codes, count):
     """Batched selection = the loop, with and without enough distinct codewords, alone and in a batch."""
     codebook = torch.randn(codes, 6, dtype=f64)
     features = torch.randn(3, 6, 9, 13, dtype=f64)
@@ -280,7 +296,7 @@ def test_vre_tokens_equal_a_loop_over_samples_and_positions(codes, count):
 
 
 @pytest.mark.parametrize("distinct", [30, 77, 120])
-def test_vre_tokens_are_distinct_codewords_by_growing_distance(distinct):
+def test_eq7_vre_tokens_are_distinct_codewords_by_growing_distance(distinct):
     """At the released sizes: 77 x 512, each a row of the dictionary, none twice, most confident first, then zeros."""
     codebook = torch.randn(1024, 512)
     words = torch.randperm(1024)[:distinct]
@@ -531,21 +547,22 @@ def test_ffe_sees_exactly_the_pixels_of_the_two_boxes():
     assert any(all((a - b).abs().max() < 1e-4 for a, b in zip(pair, want)) for pair in (seen, seen.flip(0)))
 
 
-def test_ffe_tokens_are_colour_left_right_then_structure_left_right():
-    """Mirroring an eye in place changes only its structure token; repainting it changes both of its tokens."""
-    extractor, _ = eye_tokens()
+def test_ffe_concatenates_four_embeddings_and_projects_them_together():
+    """p_F = W [colour left, colour right, structure left, structure right] + b, cut into four tokens   [sec. 3.2]"""
+    extractor, backbone = eye_tokens()
     picture, points = torch.rand(1, 3, 64, 64) * 2 - 1, two_eyes()[None]
-    boxes = {0: (slice(23, 37), slice(13, 27)), 1: (slice(26, 40), slice(37, 51))}
+    embeddings = []
     with torch.no_grad():
-        before = extractor(picture, points)
-        assert before.shape == (1, 4, 24)
-        for side, (rows, columns) in boxes.items():
-            mirrored, painted = picture.clone(), picture.clone()
-            mirrored[..., rows, columns] = picture[..., rows, columns].flip(-1)
-            painted[..., rows, columns] *= .5
-            change = [(extractor(v, points) - before).abs().amax(-1)[0] > 1e-3 for v in (mirrored, painted)]
-            assert change[0].tolist() == [False, False, side == 0, side == 1]
-            assert change[1].tolist() == [side == 0, side == 1, side == 0, side == 1]
+        got = extractor(picture, points)
+        early, middle = backbone(backbone.seen[0])                                          # left eye, right eye
+        colour = torch.cat([early.mean((2, 3)), (early.var((2, 3), correction=0) + 1e-6).sqrt()], 1)
+        for head, eyes in ((extractor.colour, colour), (extractor.structure, F.adaptive_avg_pool2d(middle, 4).flatten(1))):
+            embeddings += [extractor.norm(head.weight @ eye + head.bias) for eye in eyes]
+        want = extractor.project.weight @ torch.cat(embeddings) + extractor.project.bias
+        assert got.shape == (1, 4, 24) and [len(e) for e in embeddings] == [6] * 4
+        close(got.flatten(), want, 1e-4)
+        picture[..., 26:40, 37:51] *= .5                            # one projection: every token reads either eye
+        assert ((extractor(picture, points) - got).abs().amax(-1) > 1e-3).all()
 
 
 def test_ffe_ignores_the_rest_of_the_picture_and_of_the_batch():
@@ -647,7 +664,7 @@ def test_fie_accepts_no_reference_axis_at_all():
         close(encoder(torch.zeros(2, 0, 16), torch.zeros(2, 0, dtype=torch.bool)), absent)
 
 
-def test_eq7_fusion_starts_as_the_vre_prompt_and_can_learn():
+def test_fusion_starts_as_the_vre_prompt_and_can_learn():
     """77 + 4 + 7 -> 77: bitwise p_L at initialisation, whatever the references say, null tokens too; the gradient lives."""
     fusion, (p_l, p_f, p_i) = hf.PromptFusion(64), [torch.randn(2, n, 64) for n in (77, 4, 7)]
     null = hf.FaceIdentityEncoder(id_dim=16, dim=64)(torch.zeros(2, 1, 16), torch.zeros(2, 1, dtype=torch.bool))
@@ -661,7 +678,7 @@ def test_eq7_fusion_starts_as_the_vre_prompt_and_can_learn():
         assert hf.PromptFusion(1024)(*p).shape == (1, 77, 1024)
 
 
-def test_eq7_fusion_reads_sets_of_tokens_once_it_has_learned():
+def test_fusion_reads_sets_of_tokens_once_it_has_learned():
     """Redrawn: every prompt token feels p_F and p_I, their order says nothing, and p_L's order is kept."""
     fusion, (p_l, p_f, p_i) = randomised(hf.PromptFusion(64)), [torch.randn(2, n, 64) for n in (77, 4, 7)]
     order = torch.randperm(77)
@@ -804,7 +821,7 @@ def test_eq11_weak_responses_are_lifted_by_the_exponential(k):
     close(hf.mfa_mask(heatmaps, 6), hf.mfa_mask(heatmaps, 6, k=10., eps=1e-6), 1e-12)
 
 
-def test_eq12_each_picture_is_normalised_by_itself():
+def test_eq11_each_picture_is_normalised_by_itself():
     """min 0 and max range / (range + eps) per picture, within [0, 1] even for negative responses; flat maps give 0."""
     heatmaps = torch.rand(3, 5, 12, 12, dtype=f64) * torch.tensor([1., .03, 1e-3], dtype=f64).view(3, 1, 1, 1)
     raw = heatmaps.mean(1).flatten(1)
@@ -819,7 +836,7 @@ def test_eq12_each_picture_is_normalised_by_itself():
     assert hf.mfa_mask(torch.full((1, 98, 16, 16), .25, dtype=f64), 16).abs().max() < 1e-6
 
 
-def test_eq13_loss_compares_composites_on_the_background():
+def test_eq12_eq13_loss_compares_composites_on_the_background():
     """perceptual(M x_hat + (1 - M) B, M x + (1 - M) B): with squares mean((M (x_hat - x))^2) for any B; grey is 0."""
     restored, target = torch.randn(2, 2, 3, 6, 6, dtype=f64)
     mask, seen = torch.rand(2, 1, 6, 6, dtype=f64), []
@@ -869,7 +886,14 @@ def projection_distance(l, h, w):
 
 def test_eq14_distance_is_the_least_of_all_affine_maps():
     """A moved corner of a square costs (a^2 + b^2) / 4; affine images cost 0; never above the raw distance."""
-    d = lambda *v: metrics.affine_landmark_distance(*v).item()
+    def d(l, h, w=None):
+        """The stable form; where Eq. 15 has its inverse, the printed one says the same."""
+        found = metrics.affine_landmark_distance(l, h, w).item()
+        if len(l) > 3 and not (l[:, 1] == 2 * l[:, 0] + 1).all():
+            printed = hf.affine_landmark_distance(l, h, torch.ones(len(l), dtype=f64) if w is None else w).item()
+            assert found == pytest.approx(printed, rel=1e-6, abs=1e-6)
+        return found
+
     square = torch.tensor([[0., 0], [1, 0], [1, 1], [0, 1]], dtype=f64)
     moved = square.clone()
     moved[3] += torch.tensor([.3, -.4])
@@ -892,8 +916,11 @@ def test_eq15_solves_eq14():
     l, h, w = pixels(20).double(), pixels(20).double(), .1 + torch.rand(20, dtype=f64)
     lifted = torch.cat([l, torch.ones(20, 1, dtype=f64)], 1)
     star = (h.T * w) @ lifted @ torch.linalg.inv((lifted.T * w) @ lifted)
-    got = metrics.affine_fit(l, h, w)
-    close(got, star, 1e-6)
+    got = hf.affine_fit(l, h, w)
+    close(got, star, 1e-9)
+    close(metrics.affine_fit(l, h, w), got, 1e-6)
+    many = torch.stack([l, l.flip(0)]), torch.stack([h, 2 * h])                             # a batch of faces
+    close(hf.affine_landmark_distance(*many, w), metrics.affine_landmark_distance(*many, w), 1e-6)
     cost = lambda a: (w * (lifted @ a.T - h).square().sum(-1)).sum()
     assert cost(got).item() == pytest.approx(metrics.affine_landmark_distance(l, h, w).item())
     assert all(cost(got + .01 * torch.randn(2, 3, dtype=f64)) > cost(got) for _ in range(20))

@@ -170,6 +170,39 @@ def test_references_are_the_person_and_never_the_face_itself(tmp_path):
     assert present.all() and torch.equal(images[:, 1], again)
 
 
+def test_held_out_people_lend_no_picture_to_training(tmp_path):
+    """With --data alone whole people are held out: neither their faces nor their photographs are trained on."""
+    for person in range(4):
+        for i in range(3):
+            common.write_image(tmp_path / f"{person}" / f"{i}.png", torch.full((3, 16, 16), person / 2 - 0.75))
+    faces = common.Faces(str(tmp_path), 16)
+    hf.check_people(tiny_config(data=str(tmp_path)), faces)
+    for batch in [faces.training(4, 0, k) for k in range(5)] + [faces.held_out(9)]:
+        references, present = hf.draw_references(faces, hf.album(faces), batch, 2)
+        held_out = [bool((images > 0.5).all()) for images in (batch["hq"], references)]
+        assert present.all() and held_out == [len(batch["hq"]) == 3] * 2 and (batch["hq"].max() < 0.5) != held_out[0]
+
+
+def test_two_people_are_enough_and_one_is_not(tmp_path):
+    """One of two is held out: the other is still trained with references. One folder of one person is refused."""
+    for person in "ab":
+        for i in range(2):
+            common.write_image(tmp_path / person / f"{i}.png", torch.zeros(3, 16, 16))
+    hf.check_people(tiny_config(data=str(tmp_path)), common.Faces(str(tmp_path), 16))
+    one = str(tmp_path / "a")
+    with pytest.raises(common.UserError, match="no sub-folders"):
+        hf.check_people(tiny_config(data=one), common.Faces(one, 16))
+
+
+def test_networks_that_nothing_reads_do_not_run(tmp_path):
+    """--ide fie looks for no landmarks, --mfa none draws no heatmaps: a step works without a detector."""
+    cfg = tiny_config(ide="fie", mfa="none", onestep_steps=1, output=str(tmp_path), device="cpu")
+    run, face_nets = common.Run(cfg), hf.face_networks(cfg, "cpu")
+    face_nets.detector = None
+    nets = hf.prepare(cfg, face_nets, "cpu")
+    assert set(hf.train_onestep(cfg, run, common.Faces("", 32), nets, face_nets)) == {"lora", "prompt"}
+
+
 def test_references_are_mirrored_with_their_face(tmp_path):
     """The eyes of a mirrored face change places: a ramp from left to right tells which way a picture looks."""
     for person in "ab":
@@ -333,28 +366,34 @@ def test_given_encoder_and_adapter_are_kept_in_the_checkpoint(trained, tmp_path)
     call("sample", "-i", trained / "lq", "-o", tmp_path / "res", "--checkpoint", tmp_path / "out", "--device", "cpu")
 
 
-def test_osdface_release_loads_and_restores(tiny_sd, tmp_path):
-    """associate_2.ckpt, embedding_change and a LoRA file, in their names: merged, loaded strictly, one face restored."""
+ATTENTION, CONVOLUTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "down_blocks.0.resnets.0.conv1"
+
+
+@pytest.fixture(scope="module")
+def osdface(tmp_path_factory):
+    """(folder, VRE, adapter, LoRA): random weights as associate_2.ckpt, embedding_change and a LoRA file, in their names."""
     torch.manual_seed(1)
-    vre, adapter = hf.VREncoder(), hf.PromptAdapter()
-    release = tmp_path / "osdface"
-    release.mkdir()
+    folder, vre, adapter = tmp_path_factory.mktemp("osdface"), hf.VREncoder(), hf.PromptAdapter()
     state = {f"vqvae_LQ.{n}": t for n, t in vre.state_dict().items()} | {"vqvae_LQ.decoder.conv_in.bias": torch.ones(3)}
-    torch.save({"state_dict": state}, release / "associate_2.ckpt")
-    torch.save(adapter.state_dict(), release / "embedding_change_weights.pth")
+    torch.save({"state_dict": state}, folder / "associate_2.ckpt")
+    torch.save(adapter.state_dict(), folder / "embedding_change_weights.pth")
+    lora = {f"unet.{ATTENTION}.lora_A.weight": torch.randn(16, 32), f"unet.{ATTENTION}.lora_B.weight": torch.randn(32, 16),
+            f"unet.{CONVOLUTION}.lora.down.weight": torch.randn(16, 32, 3, 3),
+            f"unet.{CONVOLUTION}.lora.up.weight": torch.randn(32, 16, 1, 1)}
+    safetensors.torch.save_file(lora, folder / "pytorch_lora_weights.safetensors")
+    return folder, vre, adapter, list(lora.values())
+
+
+def test_osdface_release_loads_and_restores(tiny_sd, osdface):
+    """Merged, loaded strictly, one face restored."""
+    release, vre, adapter, (a, b, ca, cb) = osdface
     base = UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet")
-    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    conv = "down_blocks.0.resnets.0.conv1"
-    a, b = torch.randn(16, 32), torch.randn(32, 16)
-    ca, cb = torch.randn(16, 32, 3, 3), torch.randn(32, 16, 1, 1)
-    lora = {f"unet.{layer}.lora_A.weight": a, f"unet.{layer}.lora_B.weight": b,
-            f"unet.{conv}.lora.down.weight": ca, f"unet.{conv}.lora.up.weight": cb}
-    safetensors.torch.save_file(lora, release / "pytorch_lora_weights.safetensors")
     nets, cfg = hf.load_osdface(release, str(tiny_sd))
-    got, want = nets["unet"].get_submodule(layer).weight, base.get_submodule(layer).weight + b @ a
+    got, want = nets["unet"].get_submodule(ATTENTION).weight, base.get_submodule(ATTENTION).weight + b @ a
     assert torch.allclose(got, want, atol=1e-5)
     kernel = torch.einsum("or,rikl->oikl", cb[..., 0, 0], ca)
-    assert torch.allclose(nets["unet"].get_submodule(conv).weight, base.get_submodule(conv).weight + kernel, atol=1e-4)
+    assert torch.allclose(nets["unet"].get_submodule(CONVOLUTION).weight, base.get_submodule(CONVOLUTION).weight + kernel,
+                          atol=1e-4)
     assert torch.equal(nets["vre"].codebook, vre.codebook) and cfg.vre_double_normalise
     assert torch.equal(nets["prompt"].adapter.conv2.weight, adapter.conv2.weight)
     lq, nothing = torch.rand(1, 3, 256, 256), torch.zeros(1, 1, dtype=torch.bool)
@@ -362,12 +401,43 @@ def test_osdface_release_loads_and_restores(tiny_sd, tmp_path):
     assert out.shape == lq.shape and out.isfinite().all()
 
 
+def test_training_starts_from_osdface(tiny_sd, osdface, tmp_path, capsys):
+    """Section 4.1: before a step HonestFace without references is OSDFace; one step trains its LoRA, VRE and adapter kept."""
+    release, vre, adapter, (a, b, ca, cb) = osdface
+    flags = ["train", "--preset", "paper", "--pretrained_model_name_or_path", tiny_sd, "--face_networks", "reader",
+             "--image_size", "64", "--eye_crop", "8", "--max_train_steps", "1", "--num_workers", "0", "--validation_faces",
+             "2", "--device", "cpu", "--mixed_precision", "no", "--learning_rate", "1e-8", "--osdface", release]
+    call(*flags, "-o", tmp_path / "out")
+    parts = weights(tmp_path / "out")
+    for layer, want_a, want_b in ((ATTENTION, a, b), (CONVOLUTION, ca, cb)):
+        assert torch.allclose(parts[f"lora.{layer}.lora_A.weight"], want_a, atol=1e-5)
+        assert torch.allclose(parts[f"lora.{layer}.lora_B.weight"], want_b, atol=1e-5)
+    assert torch.equal(parts["vre.quantize.embedding.weight"], vre.codebook)
+    assert torch.allclose(parts["prompt.adapter.conv2.weight"], adapter.conv2.weight, atol=1e-5)
+    nets, cfg, _ = hf.load_networks(hf.Sample(input="", checkpoint=str(tmp_path / "out")), "cpu")
+    former, _ = hf.load_osdface(release, str(tiny_sd))
+    x = torch.rand(1, 3, 64, 64)
+    assert cfg.vre_double_normalise
+    codes = hf.vre_tokens(nets["vre"](x), nets["vre"].codebook)
+    assert torch.equal(codes, hf.vre_tokens(former["vre"](x), former["vre"].codebook))
+    z = hf.encode(former["vae"], x)
+    own, theirs = (hf.restore_latent(n["unet"], z, n["prompt"].adapter(codes), 399) for n in (nets, former))
+    assert torch.allclose(own, theirs, atol=1e-3 * theirs.abs().max().item())
+    assert "--rank" in refused(capsys, *flags, "--rank", "8", "-o", tmp_path / "other")
+    assert "not OSDFace's release" in refused(capsys, *flags[:-1], tmp_path / "nowhere", "-o", tmp_path / "other")
+
+
 def test_paper_sizes_on_the_meta_device():
-    """Fact sheet: 865.91 M UNet, 351.7 M of it in the discriminator, 83.65 M VAE, 978.34 M for OSDFace in all."""
+    """Table 3a: 978.4 M for OSDFace, 1,059 M for HonestFace (here 1,058.1 M); 351.7 M of the UNet in the discriminator."""
     millions = lambda *nets: sum(p.numel() for net in nets for p in net.parameters()) / 1e6
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(**hf.SD21_UNET), AutoencoderKL(**hf.SD21_VAE)
         vre, adapter = hf.VREncoder(), hf.PromptAdapter()
+        prompt = hf.PromptBuilder(hf.Train(**hf.PAPER), None, 512)                         # with VGG16 to relu3_3
+        recogniser, detector = metrics.IResNet(50), metrics.FAN98()
+        parts = [round(millions(net), 1) for net in (unet, vae, vre.encoder, prompt, recogniser, detector)]
+        assert parts == [865.9, 83.7, 28.4, 12.4, 43.6, 24.2]
+        assert round(millions(unet, vae, vre.encoder, prompt, recogniser, detector), 1) == 1058.1
         assert round(millions(unet), 2) == 865.91 and round(millions(vae), 2) == 83.65
         assert round(millions(unet, vae, vre.encoder, adapter), 1) == 978.3
         judge = hf.LatentDiscriminator(unet, hf.ALL_LAYERS, 16, 16.0)
@@ -487,6 +557,7 @@ def test_ablation_rows_share_the_frozen_networks(tmp_path, capsys):
     rows = json.loads((tmp_path / "rows.json").read_text())
     folders = sorted(p.name.split("_")[0] for p in tmp_path.iterdir() if p.is_dir())
     assert folders == ["prior", "vae", "vre"] and {r["row"] for r in rows.values()} == {"no IDE", "MFA with MSE"}
+    assert all({"lpips_toy", "dists_toy", "fid_toy"} <= set(r["scores"]) for r in rows.values())   # Table 2 and 3c
     capsys.readouterr()
     call(*flags)
     assert capsys.readouterr().out.count("finished before") == 2
