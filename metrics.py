@@ -238,7 +238,7 @@ def mmd_rbf(x, y, sigma=10.0, scale=1000.0):
 
 # ------------------------------------------------------------------------ faces
 
-# WFLW-98 indices; "left" is the left of the picture. UNSTATED: HonestFace does not list the points of A-LD.
+# WFLW-98 indices; "left" is the left of the picture. UNSTATED: HonestFace says eyes, eyebrows and mouth border, not which points.
 # 34 for eyes and brows and 20 for the mouth give the ratio of its two columns, the root of Eq. 14 their size.
 EYES_AND_BROWS = tuple(range(33, 51)) + tuple(range(60, 76))
 MOUTH = tuple(range(76, 96))

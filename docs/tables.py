@@ -12,11 +12,14 @@ A block looks like this; the script replaces what stands between the marks, and 
 NAME.json is the metrics.json of a training run (its rows) or the rows.json of an ablation (mean and standard deviation
 over seeds). Columns are scores; `seconds`, `steps` and `paper` can be columns of an ablation. `NAME@group` picks one
 group of an ablation's rows, beside the unchanged method, or another table of metrics.json, such as `per_attribute`.
-`claims` compares two rows of an ablation for every line of claims.json: [table of the paper, row, row it beats, score,
-"lower" or "higher" is better, the paper's words or its two numbers].
+claims.json holds the ablation tables of the papers as printed, each row beside the name of ours and each column beside
+our score; `claims` compares every two rows in every column with our rows of NAME.json. "statements" are comparisons that
+a paper makes in words or curves, "not_computed" lists what the toy world cannot tell, "stale" the rows whose saved
+numbers were made by code that is gone.
 """
 import ast
 import functools
+import itertools
 import json
 import re
 import statistics
@@ -35,7 +38,7 @@ ROWS = {"lq": "degraded", "posterior_mean": "posterior mean", "restored_faces": 
         "template": "restored, template prompt", "prior": "painted by the prior alone",
         "edited": "restored with the template, then edited (FlowEdit)"}
 DIGITS = {"psnr": 2, "psnr_gain": 2, "source_psnr_gain": 2, "ssim": 3, "fid_toy": 2, "deg_toy": 1, "lmd_toy": 2, "ald_e_toy": 2,
-          "lpips_toy": 2,
+          "lpips_toy": 3, "reconstruction_fid_toy": 2, "reconstruction_lpips_toy": 3, "latent_peak": 2,
           "ald_m_toy": 2, "attr_toy": 3, "quality_toy": 2, "reconstruction_psnr": 2, "seconds": 0, "steps": 0,
           "ms_per_face": 0, "generator_calls": 0, "million_parameters": 1,
           "hps_std_toy": 4, "pick_std_toy": 4, "clip_std_toy": 4}
@@ -93,27 +96,49 @@ def verdict(gains: list) -> str:
     """gains: per seed, positive where the paper is right. Clear if every seed agrees and the mean is two standard
     errors away from zero."""
     if len(gains) < 3:
-        return "too few seeds" if gains else "not run"
+        return "too few seeds" if gains else "to be measured"
     clear = abs(statistics.mean(gains)) > 2 * statistics.stdev(gains) / len(gains) ** 0.5
     if not clear or min(gains) <= 0 <= max(gains):
         return "not distinguishable"
     return "reproduced" if gains[0] > 0 else "not reproduced"
 
 
+def comparisons(printed: dict):
+    """Yield (where, row that is better in print, other row, column, printed numbers, our score, "lower"/"higher").
+
+    Every two rows of every table, in every column; then what the paper says in words or curves.
+    """
+    for table in printed["tables"]:
+        for (_, first, a), (_, second, b) in itertools.combinations(table["rows"], 2):
+            for (head, score, better), x, y in zip(table["columns"], a, b):
+                if x is not None and y is not None:
+                    swap = x != y and (x > y) != (better == "higher")
+                    rows, numbers = (second, first) if swap else (first, second), (y, x) if swap else (x, y)
+                    yield table["where"], *rows, head, numbers, score, better
+    for where, row, other, score, better, words in printed.get("statements", []):
+        yield where, row, other, words, None, score, better
+
+
 def claims(name: str) -> str:
-    """A line per claim: the paper's words, our difference (mean and deviation over the seeds both rows have), verdict."""
+    """A line per comparison of two printed rows: our difference (mean and deviation over the seeds both have), verdict."""
+    printed = json.loads((DOCS / "claims.json").read_text())[name]
     path = DOCS / "results" / f"{name}.json"
     entries = json.loads(path.read_text()).values() if path.exists() else []
-    scores = {(e["row"], e["seed"]): e["scores"] for e in entries}
-    lines = [["paper", "claim", "paper's numbers", "ours: score", "difference", "seeds", "verdict"], ["---"] * 7]
-    for where, row, other, score, better, words in json.loads((DOCS / "claims.json").read_text())[name]:
+    scores = {(e["row"], e["seed"]): e["scores"] for e in entries if e["row"] not in printed.get("stale", [])}
+    lines = [["paper", "better in print", "than", "in print", "ours: score", "difference", "seeds", "verdict"], ["---"] * 8]
+    for where, row, other, head, numbers, score, better in comparisons(printed):
         seeds = sorted({seed for r, seed in scores if r == row} & {seed for r, seed in scores if r == other})
         both = [(scores[row, s], scores[other, s]) for s in seeds]
         differences = [a[score] - b[score] for a, b in both if score in a and score in b]
         sign = 1 if better == "higher" else -1
-        lines.append([where, f"{row} beats {other}", words, f"{score}, {better} is better", number(score, differences, 1),
-                      str(len(differences)), verdict([sign * d for d in differences])])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        found = "equal in print" if numbers and numbers[0] == numbers[1] else verdict([sign * d for d in differences])
+        words = f"{head} {numbers[0]:g} / {numbers[1]:g}" if numbers else head
+        lines.append([where, row, other, words, f"{score}, {better} is better", number(score, differences, 1),
+                      str(len(differences)), found])
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    if printed.get("not_computed"):
+        text += "\nNot computed here: " + "; ".join(f"{what} ({why})" for what, why in printed["not_computed"]) + ".\n"
+    return text
 
 
 @functools.cache

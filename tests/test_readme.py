@@ -137,24 +137,37 @@ def test_tables_are_what_the_results_say(path):
 
 def test_a_verdict_needs_three_seeds_that_agree():
     verdict = script("tables").verdict
-    assert [verdict([]), verdict([1.0, 1.0])] == ["not run", "too few seeds"]
+    assert [verdict([]), verdict([1.0, 1.0])] == ["to be measured", "too few seeds"]
     assert verdict([1.0, 1.1, 0.9]) == "reproduced" and verdict([-1.0, -1.1, -0.9]) == "not reproduced"
     assert verdict([0.1, 3.0, 0.1]) == "not distinguishable", "the mean is less than two standard errors from zero"
     assert verdict([5.0, 5.0, -0.1, 5.0, 5.0, 5.0, 5.0, 5.0]) == "not distinguishable", "one seed disagrees"
     assert verdict([0.0, 0.0, 0.0]) == "not distinguishable"
 
 
-def test_claims_compare_rows_that_exist_by_the_seeds_they_share(tmp_path, monkeypatch):
-    tables = script("tables")
-    listed = json.loads((ROOT / "docs" / "claims.json").read_text())
-    for name, lines in listed.items():
+def test_claims_compare_rows_that_exist():
+    """Every row of ours that a printed row stands beside is a row of `ablate`; every printed row has a number a column."""
+    for name, printed in json.loads((ROOT / "docs" / "claims.json").read_text()).items():
         rows = METHODS[name.split("_ablation")[0]].ABLATIONS
-        assert all({row, other} <= set(rows) and better in ("lower", "higher") for _, row, other, _, better, _ in lines)
+        for table in printed["tables"]:
+            assert all(len(numbers) == len(table["columns"]) for _, _, numbers in table["rows"]), table["where"]
+            assert all(len(column) == 3 and column[2] in ("lower", "higher") for column in table["columns"])
+            assert {row for _, row, _ in table["rows"]} <= set(rows), table["where"]
+        assert all({row, other} <= set(rows) for _, row, other, *_ in printed.get("statements", []))
+
+
+def test_every_two_printed_rows_are_compared_by_the_seeds_they_share(tmp_path, monkeypatch):
+    tables = script("tables")
     monkeypatch.setattr(tables, "DOCS", tmp_path)
     (tmp_path / "results").mkdir()
-    (tmp_path / "claims.json").write_text(json.dumps({"x": [["Table 1", "A", "B", "fid_toy", "lower", "1 / 2"]]}))
+    table = dict(where="Table 1", columns=[["FID", "fid_toy", "lower"], ["PSNR", "psnr", "higher"]],
+                 rows=[["b", "B", [2, 20]], ["a", "A", [1, 20]], ["c", "C", [3, None]]])
+    (tmp_path / "claims.json").write_text(json.dumps({"x": dict(tables=[table], not_computed=[["Table 9", "no CLIP"]])}))
     entries = [dict(row=row, seed=seed, scores=dict(fid_toy=value)) for row, seed, value in
                [("A", 0, 1.0), ("B", 0, 2.0), ("A", 1, 1.5), ("B", 1, 2.6), ("A", 2, 0.0), ("A", 3, 1.0), ("B", 3, 1.9)]]
     (tmp_path / "results" / "x.json").write_text(json.dumps({str(i): e for i, e in enumerate(entries)}))
-    assert tables.claims("x").splitlines()[2] == \
-        "| Table 1 | A beats B | 1 / 2 | fid_toy, lower is better | -1.000 ± 0.100 | 3 | reproduced |"
+    assert tables.claims("x").splitlines()[2:] == [
+        "| Table 1 | A | B | FID 1 / 2 | fid_toy, lower is better | -1.000 ± 0.100 | 3 | reproduced |",
+        "| Table 1 | B | A | PSNR 20 / 20 | psnr, higher is better |  | 0 | equal in print |",
+        "| Table 1 | B | C | FID 2 / 3 | fid_toy, lower is better |  | 0 | to be measured |",
+        "| Table 1 | A | C | FID 1 / 3 | fid_toy, lower is better |  | 0 | to be measured |",
+        "", "Not computed here: Table 9 (no CLIP)."]
