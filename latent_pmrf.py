@@ -1,10 +1,10 @@
 """Latent-PMRF: restore a face by its posterior mean, then move the estimate to a real face with a flow between latents.
 
-Paper: "Latent-PMRF" (arXiv 2507.00447 v1); baseline: PMRF (arXiv 2410.00418). Among all estimators whose outputs
-look real, the one with the least squared error transports the posterior mean to the distribution of clean images.
-PMRF (posterior-mean rectified flow) learns that transport on pixels; here it runs between latents of Sim-VAE, an
-autoencoder plain enough (3x3 convolutions, per-pixel LayerNorm, no attention) to reconstruct faces almost exactly: its
-error bounds the distortion.
+Paper: "Latent-PMRF" (arXiv 2507.00447 v1); baseline: PMRF (arXiv 2410.00418). Among all estimators whose outputs look
+real, the one with the least squared error transports the posterior mean to the distribution of clean images. PMRF
+(posterior-mean rectified flow) learns that transport on pixels. Latent-PMRF learns it between latents of Sim-VAE, an
+autoencoder so plain (3x3 convolutions, per-pixel LayerNorm, no attention) that it reconstructs faces almost exactly. Its
+reconstruction error bounds the distortion.
 
     paper      name here   shape                range     meaning
     y, x       lq, hq      (B, 3, S, S)         [-1, 1]   degraded and clean face
@@ -16,25 +16,23 @@ error bounds the distortion.
     v_t(z_t)   velocity    (B, c, h, w)                   HDiT, which sees z_t and t only, never y
 
     [Eq. 1] euler_sample   [Eq. 2, 3, 5] cfm_loss   [Eq. 4] flow_source: options 1 and 2   [Eq. 6] vae_loss
-    [Figure 2] interpolate   [sec. 4.1] SimVAE   [sec. 6.1] HDiT and the paper preset
+    [Figure 2] interpolate   [sec. 4.1] SimVAE   [sec. 6.1] HDiT and the values of `Train`
 
-Run `python latent_pmrf.py train` (toy world, CPU, minutes) or `train --preset paper --data FFHQ`; then `sample`.
-`--space pixel` is PMRF itself. Left out: Real-ESRGAN degradation for natural images, tiled velocity for large pictures.
+Read first: `train_flow`, `restore`, the losses and `euler_sample` between them; then `SimVAE`. SwinIR and HDiT are networks
+of other papers. Run `python latent_pmrf.py train` (toy faces, CPU, minutes) or `train --preset paper --data FFHQ`.
+`--space pixel` is PMRF itself. Left out: the Real-ESRGAN degradation for natural images.
 """
-import dataclasses
 import functools
 import math
-import time
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-# common comes first: it sets GOMP_SPINCOUNT before torch is imported
-from common import (DEGRADATIONS, Faces, Run, SampleFlags, Stage, TrainFlags, UserError, at_once, command_line,
-                    degrade_pair, find_checkpoint, finished_parts, is_run, load_model, load_strict,
-                    lr_schedule, make_optimizer, not_half, print_ablation, print_table, random_crop, read_curves,
-                    read_torch, read_weights, refuse_unread, restore_folder, run_ablation, same_settings, save_model,
-                    saved_flags, shared_parts, versions, warmup_cosine, write_curve, write_grid, write_json)
+# common comes first: it sets up OpenMP before torch is imported
+from common import (DEGRADATIONS, TOY, Run, SampleFlags, TrainFlags, UserError, at_once, average_gradients, command_line,
+                    ema_update, find_checkpoint, load_run, load_strict, lr_schedule, make_optimizer, open_faces, print_table,
+                    random_crop, read_json, read_torch, read_weights, restore_folder, saved_config, set_learning_rate, start_ema,
+                    warmup_cosine, write_grid, write_json)
 
 import torch
 import torch.nn as nn
@@ -45,61 +43,73 @@ import metrics
 
 # ------------------------------------------------------------------------------------------------ configuration
 
+# Sizes of the networks. paper: [sec. 6.1]; UNSTATED: the widths of the flow (PMRF's), the layout of Sim-VAE (authors' file).
+SIZES = {
+    "toy": dict(
+        vae=dict(widths=(16, 32, 64)),
+        mmse=dict(dim=64, depths=(4, 4), heads=4, features=48, unshuffle=4, drop_path=0.0, residual=True),
+        flow=dict(widths=(64, 128), depths=(2, 4), patch=1, head_dim=32, mapping_width=128),
+        pixel_flow=dict(widths=(64, 128), depths=(2, 4), patch=2, head_dim=32, mapping_width=128)),
+    "small": dict(
+        vae=dict(widths=(64, 128, 256)),
+        mmse=dict(dim=120, depths=(6, 6, 6, 6), unshuffle=4, drop_path=0.0, residual=True),
+        flow=dict(widths=(192, 384), depths=(4, 8), patch=1, mapping_width=384),
+        pixel_flow=dict(widths=(192, 384), depths=(4, 8), patch=4, mapping_width=384)),
+    "paper": dict(
+        vae=dict(widths=(128, 256, 512, 512)),
+        mmse=dict(dim=180, depths=(6,) * 8, heads=6, features=64, unshuffle=8, drop_path=0.1, residual=False),
+        flow=dict(widths=(256, 512, 1024), depths=(2, 4, 6), patch=1, head_dim=64, mapping_width=768),
+        pixel_flow=dict(widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64, mapping_width=768))}
+HDIT_PMRF = dict(in_channels=3, **SIZES["paper"]["pixel_flow"], depthwise=False)
+
 
 @dataclass(frozen=True)
 class Train(TrainFlags):
     """Train Sim-VAE, the posterior mean and the flow, then restore held-out faces."""
+    # The values are the paper's [sec. 6.1] where no comment says otherwise; TOY_VALUES below are the toy's.
     output: str = "runs/latent_pmrf"       # folder for weights, checkpoints, log and pictures
-    batch_size: int = 8                    # faces per process and micro-batch; paper 64 over 8 GPUs
-    max_grad_norm: float = 1.0             # clip the gradient of mmse and flow (0: off, as PMRF); the VAE's always at 1
     stage: typing.Literal["all", "vae", "mmse", "flow"] = "all"  # one stage, or all in order
+    size: typing.Literal["toy", "small", "paper"] = "paper"  # of the networks, see SIZES
+    degradation: typing.Literal[tuple(DEGRADATIONS)] = "difface"  # "following [46, 60]": PMRF's
+    batch_size: int = 8                    # faces per process and micro-batch; paper 64 over 8 GPUs
     space: typing.Literal["latent", "pixel"] = "latent"  # where the flow runs; pixel is PMRF, which has no VAE
-    source: typing.Literal["encode_mean", "latent_mean"] = "encode_mean"  # sec. 3.2: options 2 and 1
+    source: typing.Literal["encode_mean", "latent_mean"] = "encode_mean"  # Eq. 4: options 2 and 1
     vae: str = ""                          # Sim-VAE to use, not train: folder of a run, diffusers folder or hub id
-    mmse: str = ""                         # SwinIR to use: a run's folder, or swinir_restoration512_L1.pth of DifFace
-    # Sim-VAE
-    latent_channels: int = 16              # c of the latent; paper 32
-    vae_widths: tuple[int, ...] = (16, 32, 64)  # channels per level, finest first; paper 128 256 512 512
+    mmse: str = ""                         # SwinIR to use: folder of a run, or swinir_restoration512_L1.pth of DifFace
+    latent_channels: int = 32              # c of the latent; Table 3: 16, 24, 32, 48
     vae_norm: typing.Literal["layer", "group"] = "layer"  # Table 2: per-pixel LayerNorm or GroupNorm
-    vae_resizer: typing.Literal["sim", "pixel_shuffle", "sd"] = "sim"  # interpolation, pixel shuffle or Figure 5a
+    vae_resizer: typing.Literal["sim", "pixel_shuffle", "sd"] = "sim"  # Table 2: interpolation, pixel shuffle, Figure 5a
     vae_block: typing.Literal["sim", "sd"] = "sim"  # Figure 3: one norm and one activation, or SD-VAE's two
-    perceptual: typing.Literal["reader", "vgg19", "none"] = "reader"  # network of the perceptual loss; paper vgg19
+    perceptual: typing.Literal["vgg19", "reader", "none"] = "vgg19"  # network of the perceptual loss
     vgg: str = ""                          # file of torchvision's vgg19 weights (default: torchvision fetches them)
     perceptual_weight: float = 0.05        # DIFFERS: authors' file; sec. 4.2: as Real-ESRGAN, whose is 1.0
     kl_weight: float = 1e-6                # of the KL summed over a latent
-    vae_steps: int = 1150                  # paper 150 000
-    vae_learning_rate: float = 2e-3        # peak; paper 1e-4
-    vae_min_learning_rate: float = 1e-4    # end of the cosine; paper 1e-6
-    vae_cosine_steps: int = 1150           # horizon of the cosine; paper vae_steps, authors' file 200 000
-    vae_warmup_steps: int = 50             # linear, from a tenth of the peak (DIFFERS: paper 500 at a tenth, flat)
-    vae_crop: int = 32                     # side of the random crop the VAE sees; paper 256
-    # posterior mean
-    mmse_dim: int = 64                     # SwinIR width; DifFace 180
-    mmse_depths: tuple[int, ...] = (4, 4)  # Swin layers per residual group; DifFace 6 x 8
-    mmse_heads: int = 4                    # attention heads; DifFace 6
-    mmse_features: int = 48                # width at full resolution, after upsampling; DifFace 64
-    mmse_unshuffle: int = 4                # space-to-depth before and upsampling after; DifFace 8
-    mmse_residual: bool = True  # add the input, as SwinIR does for denoising: learns sooner; DifFace does not
-    mmse_drop_path: float = 0.0            # share of skipped residual branches in training; DifFace 0.1
-    mmse_steps: int = 3700                 # paper trains none (DifFace's weights); PMRF 1000 epochs
-    mmse_learning_rate: float = 2e-3       # PMRF 5e-4, constant
-    # flow
-    flow_widths: tuple[int, ...] = (64, 128)  # HDiT width per level; paper 256 512 1024
-    flow_depths: tuple[int, ...] = (2, 4)  # layers per level (fine levels count twice: down and up); paper 2 4 6
-    flow_patch: int = 1                    # patch of the latent flow
-    pixel_patch: int = 2                   # patch of the pixel flow; PMRF 4
-    pixel_depths: tuple[int, ...] = (2, 4)  # flow_depths of the pixel flow; PMRF 2 2 8
-    neighborhood: int = 7                  # side of the attention window on all levels but the last
-    head_dim: int = 32                     # width of an attention head; paper 64
-    depthwise: bool = True  # depth-wise convolutions in attention and feed-forward [sec. 6.1]; never in the pixel flow
-    mapping_width: int = 128               # width of the time embedding; paper 768
-    source_noise: float = 0.1              # sigma_s: noise on the source, in units of the space the flow runs in
-    source_sample: bool = True             # source is a sample of the posterior q(z | x_hat), not its mean
-    gradient_checkpointing: bool = False   # recompute the flow's layers in the backward pass: less memory, more time
-    flow_steps: int = 600                  # paper 400 000
-    learning_rate: float = 2e-3            # of the flow; paper 5e-4, constant
+    vae_steps: int = 150_000               # of Sim-VAE
+    vae_learning_rate: float = 1e-4        # peak of a cosine
+    vae_min_learning_rate: float = 1e-6    # its end
+    vae_cosine_steps: int = 200_000        # its horizon (DIFFERS: authors' file; paper vae_steps)
+    vae_warmup_steps: int = 500            # linear, from a tenth of the peak (DIFFERS: paper 500 at a tenth, flat)
+    vae_crop: int = 256                    # side of the random crop the VAE sees
+    mmse_steps: int = 270_000              # paper trains none (DifFace's weights); this is PMRF's 1000 epochs of FFHQ
+    mmse_learning_rate: float = 5e-4       # PMRF, constant
+    depthwise: bool = True                 # depth-wise convolutions in the flow's layers; never in the pixel flow
+    flow_steps: int = 400_000              # of the flow
+    learning_rate: float = 5e-4            # of the flow, constant
     flow_weight_decay: float = 0.0         # of the flow; UNSTATED: none in the paper, 0.01 in PMRF
-    num_inference_steps: int = 4           # Euler steps of the faces restored at the end; paper 25
+    source_noise: float = 0.1              # sigma_s: noise on the source; UNSTATED: authors' file
+    source_sample: bool = True             # source is a sample of the posterior q(z | x_hat), not its mean
+    num_inference_steps: int = 25          # Euler steps of the faces restored at the end [sec. 3.3]
+
+
+# The fields that decide what weights mean: `Run` refuses to go on with a run that has others.
+SETTINGS = ("size", "space", "source", "latent_channels", "vae_norm", "vae_resizer", "vae_block", "depthwise")
+TOY_VALUES = dict(
+    TOY, size="toy", degradation="codeformer", latent_channels=16, perceptual="reader", vae_steps=1150, vae_learning_rate=2e-3,
+    vae_min_learning_rate=1e-4, vae_cosine_steps=1150, vae_warmup_steps=50, vae_crop=32, mmse_steps=3700, mmse_learning_rate=2e-3,
+    flow_steps=600, learning_rate=2e-3, num_inference_steps=4)
+SMALL = dict(
+    size="small", image_size=128, batch_size=64, latent_channels=16, vae_steps=20_000, vae_cosine_steps=20_000, vae_crop=128,
+    mmse_steps=20_000, flow_steps=50_000, checkpointing_steps=2000)
 
 
 @dataclass(frozen=True)
@@ -107,41 +117,9 @@ class Sample(SampleFlags):
     """Restore faces with trained weights."""
     output: str = "results/latent_pmrf"    # folder for restored_faces/, posterior_mean/, cmp/ and args.json
     checkpoint: str = "runs/latent_pmrf"   # output folder of a training run, or PMRF's released folder or hub id
-    vae: str = ""                          # Sim-VAE instead of the checkpoint's: folder of a run, or as --vae of train
-    mmse: str = ""                         # SwinIR instead of the checkpoint's: folder of a run, or a released file
-    num_inference_steps: int = 0           # Euler steps K (0: as trained, PMRF 25); 1 is one step from the mean
-    vae_memory_gb: float = 0.0             # decode in tiles that need no more than this much memory (0: whole)
-
-
-@dataclass(frozen=True)
-class Ablate(Train):
-    """Rerun the paper's tables at toy size."""
-    output: str = "runs/latent_pmrf_ablate"  # folder for rows.json and the shared networks
-    table: typing.Literal["all", "space", "vae", "source"] = "all"  # Table 4 and Figure 6; Tables 2, 3; section 3.2
-    rows: tuple[str, ...] = ()             # only these rows (default: all)
-    seeds: int = 1                         # repetitions with other seeds
-    vae_steps: int = 1000                  # a row is meant to take 3-5 CPU minutes
-    vae_cosine_steps: int = 1000           # as vae_steps
-    mmse_steps: int = 1500                 # shared by the rows of a seed
-    flow_steps: int = 400                  # of the latent and of the pixel flow
-    num_inference_steps: int = 10          # Euler steps
-    validation_faces: int = 128            # held-out faces restored and measured per row
-
-
-# [sec. 6.1], degradation "following [46, 60]": PMRF's. UNSTATED: EMA, precision, clipping, widths of the flow (PMRF's);
-# the layout of Sim-VAE and its EMA (authors' file). mmse_steps: PMRF's 1000 epochs of FFHQ at its batch of 256; the
-# paper takes DifFace's SwinIR. DIFFERS: vae_cosine_steps, the authors' 200 000; printed is a cosine that ends at 1e-6.
-PAPER = dict(
-    image_size=512, batch_size=8, degradation="difface", ema_decay=0.9999, mixed_precision="bf16", num_workers=8,
-    checkpointing_steps=5000, log_steps=100, optimizer="adamw", lr_scheduler="constant", lr_warmup_steps=0,
-    max_grad_norm=0.0, latent_channels=32, vae_widths=(128, 256, 512, 512), perceptual="vgg19", vae_steps=150_000,
-    vae_learning_rate=1e-4, vae_min_learning_rate=1e-6, vae_cosine_steps=200_000, vae_warmup_steps=500, vae_crop=256,
-    mmse_dim=180, mmse_depths=(6,) * 8, mmse_heads=6, mmse_features=64, mmse_unshuffle=8, mmse_residual=False,
-    mmse_drop_path=0.1, mmse_steps=270_000, mmse_learning_rate=5e-4,
-    flow_widths=(256, 512, 1024), flow_depths=(2, 4, 6), pixel_patch=4, pixel_depths=(2, 2, 8), head_dim=64,
-    mapping_width=768, flow_steps=400_000, learning_rate=5e-4, num_inference_steps=25)
-HDIT_PMRF = dict(in_channels=3, widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64, mapping_width=768,
-                 depthwise=False)
+    vae: str = ""                          # Sim-VAE instead of the checkpoint's, as --vae of train
+    mmse: str = ""                         # SwinIR instead of the checkpoint's, as --mmse of train
+    num_inference_steps: int = 0           # Euler steps K (0: as trained); 1 is one step from the mean
 
 
 # ------------------------------------------------------------------------------------------------ model: Sim-VAE
@@ -297,46 +275,12 @@ class SimVAE(nn.Module):
 
     def encode(self, x):
         """-> mean, logvar (B, c, h, w) of q(z | x); logvar within [-30, 20]."""
-        with not_half(x):
-            mean, logvar = self.encoder(x.float()).chunk(2, dim=1)
+        mean, logvar = self.encoder(x.float()).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
         """-> (B, 3, H, W), not clamped."""
-        with not_half(z):
-            return self.decoder(z.float())
-
-    def decode_tiled(self, z, memory_gb: float):
-        """`decode` in tiles that need about memory_gb. Exact: a tile sees all the latents that can reach its pixels.
-
-        UserError with GroupNorm, whose statistics are of the whole picture, and where memory_gb is too little.
-        """
-        if any(isinstance(layer, nn.GroupNorm) for layer in self.modules()):
-            raise UserError("--vae_memory_gb: GroupNorm sees the whole picture, tiles would change it; leave it out")
-        halo = math.ceil(self.reach())
-        # The widest moment: about five activations of widths[0] channels at full resolution.
-        per_pixel = 5 * self.widths[0] * z.element_size() * len(z) / 2 ** 30
-        tile = int(math.sqrt(memory_gb / per_pixel) / self.factor) - 2 * halo
-        if tile < 1:
-            least = per_pixel * (self.factor * (2 * halo + 4)) ** 2
-            raise UserError(f"--vae_memory_gb {memory_gb}: too little for one tile; give at least {least:.2f}")
-        f, (height, width) = self.factor, z.shape[-2:]
-        rows = []
-        for y in range(0, height, tile):
-            row = []
-            for x in range(0, width, tile):
-                top, left = max(0, y - halo), max(0, x - halo)
-                piece = self.decode(z[..., top:y + tile + halo, left:x + tile + halo])
-                row.append(piece[..., (y - top) * f:(y - top + tile) * f, (x - left) * f:(x - left + tile) * f])
-            rows.append(torch.cat(row, dim=-1))
-        return torch.cat(rows, dim=-2)
-
-    def reach(self) -> float:
-        """Radius of the decoder's receptive field in latents: one per 3x3 convolution, halved at each doubling."""
-        radius = 1.0 + 2 * self.mid_layers
-        for level in range(len(self.widths)):
-            radius += (2 * (self.layers + 1) + 1) / 2 ** level  # of the blocks and the resizer (or conv_out)
-        return radius
+        return self.decoder(z.float())
 
 
 # ------------------------------------------------------------------------------------------------ model: SwinIR
@@ -489,45 +433,51 @@ class SwinIR(nn.Module):
 
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)  # one call inside inference mode must not spoil a training that follows
-def neighborhood_tiles(height: int, width: int, kernel: int, device: torch.device, tile: int = 8):
-    """Which keys a tile of queries needs: query index (n, t^2), key index (n, r^2), mask (n, t^2, r^2), place (H W,).
-
-    The windows of t x t queries lie inside one region of r x r = (t + kernel - 1)^2 keys, cut off at the border.
-    """
-    axes, count = [], functools.partial(torch.arange, device=device)
+def neighborhood_mask(height: int, width: int, kernel: int, device) -> torch.Tensor:
+    """(H W, H W) bool: True where a key lies in the kernel x kernel window of a query; at a border the window shifts in."""
+    axes = []
     for length in (height, width):
-        t, r = min(tile, length), min(tile + kernel - 1, length)
-        queries = (count(0, length, t)[:, None] + count(t)).clamp(max=length - 1)                        # (tiles, t)
-        keys = (queries[:, :1] - kernel // 2).clamp(0, length - r) + count(r)                            # (tiles, r)
-        start = (queries - kernel // 2).clamp(0, length - kernel)  # the window shifts at a border, it never shrinks
-        inside = (keys[:, None] >= start[..., None]) & (keys[:, None] < start[..., None] + kernel)       # (tiles, t, r)
-        axes.append((queries, keys, inside))
-    (qy, ky, my), (qx, kx, mx) = axes
-    flat = lambda y, x: (y[:, None, :, None] * width + x[None, :, None, :]).flatten(2).flatten(0, 1)
-    mask = (my[:, None, :, None, :, None] & mx[None, :, None, :, None, :]).flatten(4).flatten(2, 3).flatten(0, 1)
-    # Where each token's answer stands; tiles that hang over the edge repeat its last queries, which nobody reads.
-    ty, (tiles_x, tx) = qy.shape[1], qx.shape
-    y, x = torch.meshgrid(count(height), count(width), indexing="ij")
-    place = ((y // ty) * tiles_x + x // tx) * (ty * tx) + (y % ty) * tx + x % tx
-    return flat(qy, qx), flat(ky, kx), mask, place.flatten()
+        keys = torch.arange(length, device=device)
+        start = (keys - kernel // 2).clamp(0, length - kernel)[:, None]
+        axes.append((keys >= start) & (keys < start + kernel))                               # (queries, keys)
+    return (axes[0][:, None, :, None] & axes[1][None, :, None, :]).reshape(height * width, height * width)
+
+
+@functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def neighborhood_blocks(height: int, width: int, kernel: int, device):
+    """The same window for `flex_attention`, which skips the blocks of keys that no query of a block attends to."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def window(b, h, query, key):
+        row = (query // width - kernel // 2).clamp(0, height - kernel)
+        column = (query % width - kernel // 2).clamp(0, width - kernel)
+        return ((key // width - row >= 0) & (key // width - row < kernel)
+                & (key % width - column >= 0) & (key % width - column < kernel))
+
+    return create_block_mask(window, None, None, height * width, height * width, device=device)
+
+
+@functools.lru_cache
+def compiled_flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(flex_attention)
 
 
 def neighborhood_attention(q, k, v, height: int, width: int, kernel_size: int = 7, scale: float | None = None):
     """Each query attends to the kernel_size x kernel_size keys around it; at a border the window shifts in [NATTEN].
 
-    q, k, v (B, heads, H * W, head_dim), row-major -> the same shape. Plain PyTorch: tiles of 8 x 8 queries share the
-    region of keys they need, so memory grows with H * W, not its square, and the fused attention kernels still apply.
-    Raises ValueError if the grid is smaller than the window or the window is even.
+    q, k, v (B, heads, H * W, head_dim), row-major -> the same shape. Raises ValueError if the grid is smaller than the
+    window or the window is even.
     """
     if kernel_size % 2 == 0 or kernel_size > min(height, width) or q.shape[-2] != height * width:
         raise ValueError(f"neighborhood_attention: window {kernel_size} must be odd and fit the {height}x{width} grid "
                          f"of {q.shape[-2]} tokens")
-    batch, heads, _, dim = q.shape
-    query, key, mask, place = neighborhood_tiles(height, width, kernel_size, q.device)
-    gather = lambda x, index: x.flatten(0, 1)[:, index].flatten(0, 1)[:, None]  # (B heads n, 1, tokens, dim)
-    out = F.scaled_dot_product_attention(gather(q, query), gather(k, key), gather(v, key),
-                                         attn_mask=mask.repeat(batch * heads, 1, 1)[:, None], scale=scale)
-    return out.view(batch, heads, -1, dim)[:, :, place]
+    if q.is_cuda:
+        blocks = neighborhood_blocks(height, width, kernel_size, q.device)
+        return compiled_flex_attention()(q, k, v, block_mask=blocks, scale=scale)
+    mask = neighborhood_mask(height, width, kernel_size, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def rms_norm(x, scale, eps: float = 1e-6):
@@ -909,36 +859,232 @@ def flow_source(nets, cfg, lq, noise):
     return latent_source(nets["vae"], estimate, cfg.source_sample, noise), estimate
 
 
+def flow_target(nets, cfg, hq, noise):
+    """z_1: a draw of q(z | x) [UNSTATED: the authors' code; the paper says E(x)], or for PMRF the pixels in [0, 1]."""
+    return hq * 0.5 + 0.5 if cfg.space == "pixel" else latent_source(nets["vae"], hq, True, noise)
+
+
 @torch.no_grad()
-def restore(nets, cfg, lq, noise, steps: int, decode=None):
-    """lq (B, 3, S, S) in [-1, 1] -> {"restored_faces", "posterior_mean"}, the same shape, clipped."""
-    decode = decode or ("vae" in nets and nets["vae"].decode)
+def restore(nets, cfg, lq, noise, steps: int):
+    """lq (B, 3, S, S) in [-1, 1] -> {"restored_faces", "posterior_mean"}, the same shape, clipped [sec. 3.3].
+
+    `noise(like)` draws N(0, 1).
+    """
     z0, estimate = flow_source(nets, cfg, lq, noise)
-    estimate = decode(z0) if estimate is None else estimate
+    estimate = nets["vae"].decode(z0) if estimate is None else estimate
     z0 = z0.float()                                                # the state stays float32 under autocast
     z1 = euler_sample(nets["flow"], z0 + cfg.source_noise * noise(z0), steps)
-    restored = z1 * 2 - 1 if cfg.space == "pixel" else decode(z1)
+    restored = z1 * 2 - 1 if cfg.space == "pixel" else nets["vae"].decode(z1)
     return {"restored_faces": restored.float().clamp(-1, 1), "posterior_mean": estimate.float().clamp(-1, 1)}
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def perceptual_network(cfg, device):
+    """Callable (a, b) -> scalar. vgg19 is the paper's; the toy faces have a network of their own."""
+    if cfg.perceptual == "none":
+        return lambda a, b: a.new_zeros(())
+    if cfg.perceptual == "vgg19":
+        return VGGLoss(cfg.vgg).to(device)
+    return functools.partial(metrics.feature_distance, metrics.load_reader("a", cfg.readers).to(device))
+
+
+def train_vae(cfg, run, faces, nets):
+    """Stage 1: Sim-VAE on clean crops, without autocast. A sample of the posterior is decoded, not its mean [Eq. 6].
+
+    DIFFERS: AdamW (0.9, 0.99) with weight decay 0.01 and gradients clipped at 1, as the authors' code; the paper says
+    Adam with its defaults. On a GPU TF32 multiplies, which they turn off.
+    """
+    vae, perceptual = nets["vae"].train().requires_grad_(True), perceptual_network(cfg, run.device)
+    optimizer = make_optimizer(cfg, vae.parameters(), cfg.vae_learning_rate, betas=(0.9, 0.99))
+    factor = warmup_cosine(cfg.vae_cosine_steps, cfg.vae_warmup_steps, cfg.vae_min_learning_rate / cfg.vae_learning_rate, first=0.1)
+    modules, steps = {"vae": vae}, min(cfg.vae_steps, cfg.max_train_steps)
+    ema = start_ema(modules)                                       # averaged weights, for `sample`
+    first = run.load("vae", modules, ema, optimizer)               # 0, or where a stopped run was saved
+    clean = functools.partial(faces.training, degraded=False)
+
+    for step, batch in run.batches(clean, "vae", first, steps):    # seeds torch by (seed, stage, step): resuming is bit-exact
+        optimizer.zero_grad()
+        for hq in random_crop(batch["hq"], cfg.vae_crop).chunk(cfg.gradient_accumulation_steps):
+            mean, logvar = vae.encode(hq)
+            z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+            loss, parts = vae_loss(vae.decode(z), hq, mean, logvar, perceptual, cfg.perceptual_weight, cfg.kl_weight)
+            (loss / cfg.gradient_accumulation_steps).backward()    # micro-batches add up their gradients
+        average_gradients(modules, run.world)
+        grad_norm = nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        set_learning_rate(optimizer, cfg.vae_learning_rate * factor(step))
+        optimizer.step()
+        ema_update(ema, modules, cfg.ema_decay, step)
+        run.log("vae", step, loss=loss, **parts, grad_norm=grad_norm)  # stops a run whose loss is not finite
+        run.save("vae", step, modules, ema, optimizer)             # every --checkpointing_steps
+
+    vae.load_state_dict(ema["vae"])
+
+
+def train_mmse(cfg, run, faces, nets):
+    """Stage 2: the posterior mean, by least squares. With --source latent_mean the target is the latent."""
+    mmse = nets["mmse"].train().requires_grad_(True)
+    steps = min(cfg.mmse_steps, cfg.max_train_steps)
+    optimizer, factor = make_optimizer(cfg, mmse.parameters(), cfg.mmse_learning_rate), lr_schedule(cfg, steps)
+    modules = {"mmse": mmse}
+    ema = start_ema(modules)
+    first, pieces = run.load("mmse", modules, ema, optimizer), cfg.gradient_accumulation_steps
+
+    for step, batch in run.batches(faces.training, "mmse", first, steps):
+        optimizer.zero_grad()
+        for lq, hq in zip(batch["lq"].chunk(pieces), batch["hq"].chunk(pieces)):
+            with run.autocast():
+                estimate = mmse(lq * 0.5 + 0.5).float()
+            if cfg.source == "latent_mean":
+                loss = (estimate - nets["vae"].encode(hq)[0]).square().mean()
+            else:
+                loss = mmse_loss(estimate, hq * 0.5 + 0.5)
+            (loss / pieces).backward()
+        average_gradients(modules, run.world)
+        grad_norm = nn.utils.clip_grad_norm_(mmse.parameters(), cfg.max_grad_norm)
+        set_learning_rate(optimizer, cfg.mmse_learning_rate * factor(step))
+        optimizer.step()
+        ema_update(ema, modules, cfg.ema_decay, step)
+        run.log("mmse", step, mse=loss, grad_norm=grad_norm)
+        run.save("mmse", step, modules, ema, optimizer)
+
+    mmse.load_state_dict(ema["mmse"])
+
+
+def train_flow(cfg, run, faces, nets):
+    """Stage 3: a rectified flow carries the source (posterior mean) to the clean face; everything else is frozen."""
+    flow = nets["flow"].train().requires_grad_(True)
+    flow.gradient_checkpointing = cfg.gradient_checkpointing
+    steps = min(cfg.flow_steps, cfg.max_train_steps)
+    # Adam (0.9, 0.95) [sec. 6.1]: AdamW without decay. DIFFERS: gradients are clipped, the paper does not say so
+    optimizer = make_optimizer(cfg, flow.parameters(), cfg.learning_rate, weight_decay=cfg.flow_weight_decay)
+    modules, factor = {"flow": flow}, lr_schedule(cfg, steps)
+    ema = start_ema(modules)
+    first, pieces = run.load("flow", modules, ema, optimizer), cfg.gradient_accumulation_steps
+
+    for step, batch in run.batches(faces.training, "flow", first, steps):
+        # The two ends of the path: t = 0 a noisy latent of the posterior mean, t = 1 a latent of the clean face
+        with torch.no_grad(), run.autocast():
+            z0, _ = flow_source(nets, cfg, batch["lq"], torch.randn_like)
+            z1 = flow_target(nets, cfg, batch["hq"], torch.randn_like)
+        z0 = z0.float() + cfg.source_noise * torch.randn_like(z0, dtype=torch.float32)
+        t = stratified_time(len(z0), run.rank, run.world).to(run.device)
+
+        # Match the velocity of the line between them
+        optimizer.zero_grad()
+        for a, b, s in zip(z0.chunk(pieces), z1.float().chunk(pieces), t.chunk(pieces)):
+            with run.autocast():
+                loss = cfm_loss(lambda z, t: flow(z, t).float(), a, b, s)                    # [Eq. 3, 5]
+            (loss / pieces).backward()
+        average_gradients(modules, run.world)
+        grad_norm = nn.utils.clip_grad_norm_(flow.parameters(), cfg.max_grad_norm)
+        set_learning_rate(optimizer, cfg.learning_rate * factor(step))
+        optimizer.step()
+        ema_update(ema, modules, cfg.ema_decay, step)
+        run.log("flow", step, cfm=loss, grad_norm=grad_norm)
+        run.save("flow", step, modules, ema, optimizer)
+
+    flow.load_state_dict(ema["flow"])
+
+
+def stages_of(cfg) -> list:
+    """The stages of a configuration in order; each trains the network of its name."""
+    return ["mmse", "flow"] if cfg.space == "pixel" else ["vae", "mmse", "flow"]
+
+
+def stands_on(cfg, part: str) -> list:
+    """The parts that are trained on top of `part`; of the autoencoder the posterior mean only if it predicts latents."""
+    return ["flow"] * (part != "flow") + ["mmse"] * (part == "vae" and cfg.source == "latent_mean")
+
+
+def train(cfg: Train) -> None:
+    """The stages asked for, in order. Each is written when it ends, with pictures of what there is."""
+    stages = stages_of(cfg)
+    if cfg.stage not in ["all", *stages] or cfg.stage != "all" and getattr(cfg, cfg.stage, ""):
+        raise UserError(f"--stage {cfg.stage}: nothing to train; it is given by a flag, or --space {cfg.space} has none")
+    run = Run(cfg, SETTINGS)
+    faces, held = open_faces(cfg, mirror=True)
+    nets = {stage: build(cfg, stage) for stage in stages}
+    done = take_networks(cfg, run, nets)
+    nets = {stage: net.to(run.device).eval().requires_grad_(False) for stage, net in nets.items()}
+    for stage in stages if cfg.stage == "all" else [cfg.stage]:
+        if stage in done and cfg.stage == "all":
+            run.say(f"stage {stage}: taken as it is")
+            continue
+        {"vae": train_vae, "mmse": train_mmse, "flow": train_flow}[stage](cfg, run, faces, nets)
+        nets[stage].eval().requires_grad_(False)
+        run.finish(stage, {stage: nets[stage].state_dict()}, later=stands_on(cfg, stage))
+        done = [s for s in stages if s in (*done, stage)]
+        if run.main:
+            found = restore_held_out(cfg, run, {s: nets[s] for s in done}, held.held_out(8))
+            write_grid(run.folder / f"samples_{stage}.png", {name: x for name, x in found.items() if x.shape[1] == 3})
+    if run.main and done == stages:
+        report(cfg, run, held, nets)
 
 
 # ------------------------------------------------------------------------------------------------ networks, weights
 
 
 def build(cfg, part: str) -> nn.Module:
-    """The network of one part, with the sizes of a `Train` configuration."""
+    """The network of one part, in the sizes of a `Train` configuration."""
+    sizes = SIZES[cfg.size]
     if part == "vae":
-        return SimVAE(cfg.latent_channels, cfg.vae_widths, norm=cfg.vae_norm, resizer=cfg.vae_resizer,
-                      block=cfg.vae_block)
+        return SimVAE(cfg.latent_channels, **sizes["vae"], norm=cfg.vae_norm, resizer=cfg.vae_resizer, block=cfg.vae_block)
     if part == "mmse":
-        predicts = cfg.latent_channels if cfg.source == "latent_mean" else 0
-        return SwinIR(cfg.mmse_dim, cfg.mmse_depths, cfg.mmse_heads, unshuffle=cfg.mmse_unshuffle,
-                      features=cfg.mmse_features, tokens=cfg.image_size // cfg.mmse_unshuffle,
-                      drop_path=cfg.mmse_drop_path, latent_channels=predicts,
-                      residual=cfg.mmse_residual and not predicts)
-    sizes, depthwise = (cfg.latent_channels, cfg.flow_widths, cfg.flow_depths, cfg.flow_patch), cfg.depthwise
+        tokens = cfg.image_size // sizes["mmse"]["unshuffle"]
+        if cfg.source == "latent_mean":
+            return SwinIR(**{**sizes["mmse"], "residual": False}, tokens=tokens, latent_channels=cfg.latent_channels)
+        return SwinIR(**sizes["mmse"], tokens=tokens)
     if cfg.space == "pixel":                                      # PMRF's network
-        sizes, depthwise = (3, cfg.flow_widths, cfg.pixel_depths, cfg.pixel_patch), False
-    return HDiT(*sizes, cfg.head_dim, cfg.mapping_width, kernel=cfg.neighborhood, depthwise=depthwise)
+        return HDiT(3, **sizes["pixel_flow"], depthwise=False)
+    return HDiT(cfg.latent_channels, **sizes["flow"], depthwise=cfg.depthwise)
+
+
+def take_networks(cfg, run, nets: dict) -> list:
+    """Fill `nets` with what --vae and --mmse name and with what --output holds already; returns the names of those."""
+    done = []
+    for part in nets:
+        path = run.folder / f"{part}.safetensors"
+        if getattr(cfg, part, ""):
+            nets[part] = load_part(cfg, part, getattr(cfg, part))
+        elif path.exists() and not (part == cfg.stage and cfg.overwrite):
+            if part == cfg.stage and not cfg.resume_from_checkpoint:
+                raise UserError(f"--stage {part}: {path} is there; --overwrite trains it anew")
+            load_strict(nets[part], read_weights(path), path)
+        else:
+            if cfg.stage in stands_on(cfg, part):
+                raise UserError(f"--stage {cfg.stage} needs {part}: train it first (--stage {part}), or give --{part}")
+            continue
+        done.append(part)
+    return done
+
+
+def load_part(cfg, part: str, where: str) -> nn.Module:
+    """A released Sim-VAE or SwinIR, or that of another run's folder, in place of one that is trained here."""
+    path = Path(where) / f"{part}.safetensors"
+    if path.exists() and (Path(where) / "config.json").exists():
+        before = read_json(Path(where) / "config.json").get("train", {})
+        for name in [name for name in SETTINGS if name.startswith(part) or name == "source"]:
+            if before.get(name, getattr(cfg, name)) != getattr(cfg, name):
+                raise UserError(f"--{part} {where}: was trained with --{name} {before[name]}, not {getattr(cfg, name)}")
+        net = build(cfg, part)
+        load_strict(net, read_weights(path), f"--{part} {where}")
+        return net
+    if part == "mmse":
+        return load_swinir(build(cfg, "mmse"), where)
+    vae = load_sim_vae(where)
+    if vae.decoder.conv_in.in_channels != cfg.latent_channels:
+        raise UserError(f"--vae {where}: set --latent_channels {vae.decoder.conv_in.in_channels}, which it has")
+    return vae
+
+
+def load_swinir(mmse: SwinIR, where: str) -> SwinIR:
+    """DifFace's weights into `mmse`. The masks of shifted windows belong to the picture's size: ours are kept."""
+    state = {name.removeprefix("model."): tensor for name, tensor in read_weights(where).items()}
+    masks = {name: t for name, t in mmse.state_dict().items() if name.endswith("attn_mask") and name in state}
+    load_strict(mmse, state | masks, f"--mmse {where}")
+    return mmse
 
 
 def load_sim_vae(where: str) -> SimVAE:
@@ -987,338 +1133,67 @@ def load_pmrf(where: Path) -> dict:
     return nets
 
 
-def load_part(cfg, part: str, where: str) -> nn.Module:
-    """A released Sim-VAE or SwinIR, or that of another run's folder, in place of one that is trained here."""
-    if Path(where).is_dir() and is_run(Path(where)):
-        config, found = load_model(where, "latent_pmrf")
-        if part not in found:
-            raise UserError(f"--{part} {where}: this run holds {', '.join(found)} but no {part}")
-        same_switches(cfg, config, where, [part], part)
-        net = build(cfg, part)
-        load_strict(net, found[part], f"--{part} {where}")
-        return net
-    if part == "vae":
-        if (cfg.vae_norm, cfg.vae_resizer, cfg.vae_block) != ("layer", "sim", "sim"):
-            raise UserError(f"--vae {where}: goes not together with --vae_norm, --vae_resizer, --vae_block")
-        vae = load_sim_vae(where)
-        channels = vae.decoder.conv_in.in_channels
-        if (channels, vae.widths) != (cfg.latent_channels, tuple(cfg.vae_widths)):
-            raise UserError(f"--vae {where}: set --latent_channels {channels} --vae_widths "
-                            f"{' '.join(map(str, vae.widths))}, which it has")
-        return vae
-    mmse = build(cfg, "mmse")
-    if cfg.mmse_residual:
-        print(f"--mmse {where}: read as a network that adds its input; DifFace's does not (train --no-mmse_residual)",
-              flush=True)
-    state = {name.removeprefix("model."): t for name, t in read_weights(where).items()}
-    masks = {name: t for name, t in mmse.state_dict().items() if name.endswith("attn_mask")}  # of this size, not theirs
-    load_strict(mmse, state | {name: t for name, t in masks.items() if name in state}, f"--mmse {where}")
-    return mmse
+# ------------------------------------------------------------------------------------------------ restore, measure
 
 
-def stages_of(cfg) -> list:
-    """All stages of this configuration, in order; each trains the network of its name."""
-    return ["mmse", "flow"] if cfg.space == "pixel" else ["vae", "mmse", "flow"]
+@torch.no_grad()
+def restore_held_out(cfg, run, nets, batch) -> dict:
+    """What the finished networks make of held-out faces: {name: (N, 3, S, S) on the CPU}, in batches.
 
-
-def stands_on(cfg, part: str) -> list:
-    """The parts that must be trained before `part`: the posterior mean needs the autoencoder only for latents."""
-    if part == "flow":
-        return stages_of(cfg)[:-1]
-    return ["vae"] if part == "mmse" and cfg.source == "latent_mean" else []
-
-
-# Fields that change what the weights of a part mean, but not their shapes.
-SWITCHES = {"vae": ("vae_norm", "vae_resizer", "vae_block"), "mmse": ("source", "mmse_residual"),
-            "flow": ("space", "source", "neighborhood", "head_dim")}
-
-
-def same_switches(cfg, config: dict, folder, parts, flag: str) -> None:
-    """UserError where the networks in a run's folder, which --`flag` names, mean something else than cfg says."""
-    before = saved_flags(Train, config, f"--{flag} {folder}")
-    same_settings(cfg, before, [name for part in parts for name in SWITCHES[part]], folder, flag)
-
-
-# ------------------------------------------------------------------------------------------------ training stages
-
-
-def perceptual_network(cfg, device):
-    """Callable (a, b) -> scalar. The toy world has a network of its own for this; `vgg19` is the paper's."""
-    if cfg.perceptual == "none":
-        return lambda a, b: a.new_zeros(())
-    if cfg.perceptual == "vgg19":
-        return VGGLoss(cfg.vgg).to(device)
-    reader = metrics.load_reader("a", cfg.readers).to(device)
-    return functools.partial(metrics.feature_distance, reader)
-
-
-def batches(cfg, run, faces, degraded: bool):
-    """batch_at(k) for `Stage.steps`: hq and, where a stage needs it, its degraded version, made on the workers."""
-    def at(k):
-        batch = faces.training(cfg.batch_size, cfg.seed, k, run.rank, run.world)
-        if not degraded:
-            return dict(hq=batch["hq"])
-        lq, hq = degrade_pair(batch["hq"], DEGRADATIONS[cfg.degradation], batch["seeds"])
-        return dict(hq=hq, lq=lq)
-    return at
-
-
-def train_vae(cfg, run, faces, nets):
-    """Stage 1: Sim-VAE on clean crops, without autocast. A sample of the posterior is decoded, not its mean.
-
-    DIFFERS: AdamW (0.9, 0.99) with weight decay 0.01 and gradients clipped at 1, as the authors' code; the paper says
-    Adam with its defaults. On a GPU TF32 multiplies, which they turn off.
+    `reconstruction` of the autoencoder, its `latents` of the clean faces; `posterior_mean`, and `bound`, the posterior mean
+    coded and decoded [Eq. 4, option 2]; `restored_faces`.
     """
-    run.cfg = dataclasses.replace(cfg, max_grad_norm=1.0)         # the authors clip this stage, PMRF not the others
-    vae, perceptual = nets["vae"], perceptual_network(cfg, run.device)
-    optimizer = make_optimizer(cfg, vae.parameters(), cfg.vae_learning_rate, betas=(0.9, 0.99))
-    lr_at = warmup_cosine(cfg.vae_cosine_steps, cfg.vae_warmup_steps, cfg.vae_min_learning_rate / cfg.vae_learning_rate,
-                          first=0.1)
-    steps = min(cfg.vae_steps, cfg.max_train_steps)
-    stage = Stage(run, "vae", {"vae": vae}, {"vae": optimizer}, steps, lr_at)
-    for _, batch in stage.steps(batches(cfg, run, faces, degraded=False)):
-        hq = random_crop(batch["hq"], cfg.vae_crop)
-        mean, logvar = vae.encode(hq)
-        z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-        loss, parts = vae_loss(vae.decode(z), hq, mean, logvar, perceptual, cfg.perceptual_weight, cfg.kl_weight)
-        stage.update(loss, loss=loss, **parts)
-    run.cfg = cfg
-    return stage
-
-
-def train_mmse(cfg, run, faces, nets):
-    """Stage 2: the posterior mean, by least squares. With --source latent_mean the target is the latent."""
-    mmse, vae = nets["mmse"].train(), nets.get("vae")
-    steps = min(cfg.mmse_steps, cfg.max_train_steps)
-    optimizer = make_optimizer(cfg, mmse.parameters(), cfg.mmse_learning_rate)
-    stage = Stage(run, "mmse", {"mmse": mmse}, {"mmse": optimizer}, steps, lr_schedule(cfg, steps))
-    for _, batch in stage.steps(batches(cfg, run, faces, degraded=True)):
-        with run.autocast():
-            estimate = mmse(batch["lq"] * 0.5 + 0.5)
-        if cfg.source == "latent_mean":
-            with torch.no_grad():
-                target = vae.encode(batch["hq"])[0]
-            loss = (estimate.float() - target).square().mean()
-        else:
-            loss = mmse_loss(estimate.float(), batch["hq"] * 0.5 + 0.5)
-        stage.update(loss, mse=loss)
-    mmse.eval()
-    return stage
-
-
-def train_flow(cfg, run, faces, nets, watch=None):
-    """Stage 3: rectified flow from the source (posterior mean) to the clean face, everything else frozen.
-
-    `watch(stage, step, seconds)` looks on while it trains (the ablation's curves); its own time is not counted. On a
-    CPU these are seconds of this process' threads, so that other programs do not change what is compared.
-    """
-    flow, vae = nets["flow"], nets.get("vae")
-    flow.gradient_checkpointing = cfg.gradient_checkpointing
-    steps = min(cfg.flow_steps, cfg.max_train_steps)
-    # Adam (0.9, 0.95) [sec. 6.1]: AdamW without decay
-    optimizer = make_optimizer(cfg, flow.parameters(), cfg.learning_rate, weight_decay=cfg.flow_weight_decay)
-    stage = Stage(run, "flow", {"flow": flow}, {"flow": optimizer}, steps, lr_schedule(cfg, steps))
-    clock = time.perf_counter if run.device.type == "cuda" else time.process_time
-    seconds, since = 0.0, clock()
-    for step, batch in stage.steps(batches(cfg, run, faces, degraded=True)):
-        with torch.no_grad(), run.autocast():
-            z0, _ = flow_source(nets, cfg, batch["lq"], torch.randn_like)
-            if cfg.space == "pixel":
-                z1 = batch["hq"] * 0.5 + 0.5
-            else:
-                z1 = latent_source(vae, batch["hq"], True, torch.randn_like)  # UNSTATED: the target is a draw, too
-            z0 = z0.float() + cfg.source_noise * torch.randn_like(z0, dtype=torch.float32)
-        pieces = cfg.gradient_accumulation_steps                   # strata of the whole step, over processes and pieces
-        t = stratified_time(len(z0), run.rank * pieces + stage.micro, run.world * pieces).to(run.device)
-        with run.autocast():
-            loss = cfm_loss(lambda z, t: flow(z, t).float(), z0, z1.float(), t)
-        stage.update(loss, cfm=loss)
-        if watch:
-            if run.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds += clock() - since
-            watch(stage, step + 1, seconds)
-            since = clock()
-    return stage
-
-
-TRAINERS = {"vae": train_vae, "mmse": train_mmse, "flow": train_flow}
-
-
-def start(cfg, wanted: list) -> tuple:
-    """(nets, weights of those that are given or finished) of all stages, fresh where there is nothing yet."""
-    torch.manual_seed(cfg.seed)
-    nets, weights = {part: build(cfg, part) for part in stages_of(cfg)}, {}
-    reuse = [part for part in nets if part not in wanted or cfg.resume_from_checkpoint]
-    config, saved = finished_parts(cfg, "latent_pmrf") if reuse else ({}, {})
-    if saved:
-        same_switches(cfg, config, cfg.output, SWITCHES, "output")
-    for part in nets:
-        given = getattr(cfg, part, "")
-        if given:
-            nets[part] = load_part(cfg, part, given)
-            weights[part] = nets[part].state_dict()
-        elif part in reuse and part in saved:
-            load_strict(nets[part], saved[part], f"{cfg.output}, {part}")
-            weights[part] = saved[part]
-        elif part not in wanted and part in stands_on(cfg, cfg.stage):
-            raise UserError(f"--stage {cfg.stage} needs {part}: train it first (--stage {part}), or give --{part}")
-    return nets, weights
-
-
-def train(cfg: Train) -> None:
-    """The stages asked for, in order: each is saved when it ends; then held-out faces are restored and measured."""
-    wanted = stages_of(cfg) if cfg.stage == "all" else [cfg.stage]
-    if cfg.stage not in ["all"] + stages_of(cfg):
-        raise UserError(f"--stage {cfg.stage}: --space {cfg.space} has no such stage, only {', '.join(stages_of(cfg))}")
-    if getattr(cfg, cfg.stage, ""):
-        raise UserError(f"--stage {cfg.stage}: --{cfg.stage} gives that network, there is nothing to train")
-    check_sizes(cfg)
-    run = Run(cfg, fresh=cfg.stage == "all" and not cfg.resume_from_checkpoint)
-    faces = Faces(cfg.data, cfg.image_size, cfg.validation_data)
-    nets, weights = start(cfg, wanted)
-    metrics.load_reader("b", cfg.readers)                          # a missing file comes out before an old run is moved
-    if "vae" in wanted:
-        perceptual_network(cfg, run.device)
-    run.start_log()
-    if cfg.stage != "all" and not cfg.resume_from_checkpoint:
-        run.former = [cfg.stage] + [part for part in nets if cfg.stage in stands_on(cfg, part)]
-    nets = {part: net.to(run.device).eval() for part, net in nets.items()}
-    for part in wanted:
-        if part in weights:
-            run.say(f"stage {part}: {'given' if getattr(cfg, part, '') else 'finished before'}, taken as it is")
-            continue
-        nets[part].requires_grad_(True)
-        stage = TRAINERS[part](cfg, run, faces, nets)
-        nets[part].load_state_dict(stage.ema[part])
-        nets[part].eval().requires_grad_(False)
-        weights[part] = nets[part].state_dict()
-        for later in stages_of(cfg) if cfg.stage != "all" else ():
-            if part in stands_on(cfg, later) and weights.pop(later, None):  # trained on what has just been replaced
-                run.say(f"stage {later} was trained on the former {part} and is dropped; train it again")
-        if run.main:
-            config = dict(method="latent_pmrf", train=dataclasses.asdict(cfg), finished=list(weights))
-            save_model(cfg.output, weights, config)
-    if run.main and set(weights) == set(nets):
-        report(cfg, run, faces, nets)
-
-
-def check_sizes(cfg) -> None:
-    """Sizes that cannot work together, in words, before anything is built. Raises UserError."""
-    if not cfg.vae_learning_rate:
-        raise UserError("--vae_learning_rate 0: must be more than 0")
-    if cfg.perceptual != "vgg19":
-        refuse_unread(cfg, ("vgg",), "perceptual vgg19")
-    if cfg.mmse_unshuffle & (cfg.mmse_unshuffle - 1):
-        raise UserError(f"--mmse_unshuffle {cfg.mmse_unshuffle}: must be a power of two")
-    if cfg.mapping_width % 2:
-        raise UserError(f"--mapping_width {cfg.mapping_width}: must be even")
-    shrink = 2 ** (len(cfg.vae_widths) - 1)
-    if cfg.space == "pixel" and cfg.source == "latent_mean":
-        raise UserError("--source latent_mean: the flow on pixels (--space pixel) has no latents; leave it out")
-    if cfg.source == "latent_mean" and cfg.mmse and not cfg.vae:
-        raise UserError("--mmse: with --source latent_mean it predicts latents of one autoencoder; give that as --vae")
-    if cfg.space == "pixel" and cfg.vae:
-        raise UserError("--vae: the flow on pixels (--space pixel) has no autoencoder; leave it out")
-    if cfg.space == "latent" and min(cfg.vae_crop, cfg.image_size) % shrink:
-        raise UserError(f"--vae_crop {cfg.vae_crop}: must be a multiple of {shrink}, the VAE's factor")
-    tokens = cfg.image_size // cfg.mmse_unshuffle
-    window = 8 * cfg.mmse_unshuffle
-    if cfg.image_size % window:
-        raise UserError(f"--image_size {cfg.image_size}: must be a multiple of {window}, SwinIR's windows")
-    if cfg.mmse_dim % cfg.mmse_heads:
-        raise UserError(f"--mmse_dim {cfg.mmse_dim}: must be a multiple of --mmse_heads {cfg.mmse_heads}")
-    factor = cfg.pixel_patch if cfg.space == "pixel" else cfg.flow_patch * shrink
-    levels, depths = len(cfg.flow_widths), cfg.pixel_depths if cfg.space == "pixel" else cfg.flow_depths
-    side = factor * 2 ** (levels - 1)
-    if cfg.image_size % side:
-        raise UserError(f"--image_size {cfg.image_size}: must be a multiple of {side}, the flow's coarsest token")
-    grid = 2 * cfg.image_size // side                             # tokens a side of the smallest level with windows
-    if cfg.neighborhood % 2 == 0 or (levels > 1 and grid < cfg.neighborhood):
-        raise UserError(f"--neighborhood {cfg.neighborhood}: must be odd and at most {grid}, the smallest grid")
-    if levels != len(depths) or any(w % cfg.head_dim for w in cfg.flow_widths) or cfg.head_dim % 8:
-        raise UserError("--flow_widths: wants as many --flow_depths (--pixel_depths), and multiples of --head_dim, "
-                        "itself one of 8")
-    if cfg.source == "latent_mean" and cfg.space == "latent" and tokens != cfg.image_size // shrink:
-        raise UserError("--source latent_mean: --mmse_unshuffle must equal the VAE's factor, 2 ** (levels - 1)")
-
-
-# ------------------------------------------------------------------------------------------------ measuring
-
-
-def restore_held_out(cfg, run, nets, batch, steps: int) -> dict:
-    """All held-out faces, in batches: lq, hq, posterior_mean, restored_faces, reconstruction (N, 3, S, S) on the CPU.
-
-    Of the autoencoder: `latents` (N, c, h, w) of hq, and `bound`, the posterior mean coded and decoded. hq differs
-    from the batch's only where a degradation turns pairs grey.
-    """
-    lq, clean = degrade_pair(batch["hq"], DEGRADATIONS[cfg.degradation], batch["seeds"])
-    rng, found = torch.Generator().manual_seed(cfg.seed), {"lq": [lq], "hq": [clean]}
+    rng, found = torch.Generator().manual_seed(cfg.seed), {"lq": [batch["lq"]]}
     noise = lambda like: torch.randn(like.shape, generator=rng).to(like)
-    for x, hq in zip(lq.split(at_once(cfg.image_size)), clean.split(at_once(cfg.image_size))):
-        result = restore(nets, cfg, x.to(run.device), noise, steps)
+    for lq, hq in zip(batch["lq"].split(at_once(cfg.image_size)), batch["hq"].split(at_once(cfg.image_size))):
+        result, lq, hq = {}, lq.to(run.device), hq.to(run.device)
         if "vae" in nets:
-            with torch.no_grad():
-                result["latents"] = nets["vae"].encode(hq.to(run.device))[0]
-                result["reconstruction"] = nets["vae"].decode(result["latents"]).clamp(-1, 1)
-                result["bound"] = nets["vae"].decode(nets["vae"].encode(result["posterior_mean"])[0]).clamp(-1, 1)
+            result["latents"] = nets["vae"].encode(hq)[0]
+            result["reconstruction"] = nets["vae"].decode(result["latents"]).clamp(-1, 1)
+        if "flow" in nets:
+            result |= restore(nets, cfg, lq, noise, cfg.num_inference_steps)
+        elif "mmse" in nets and cfg.source == "encode_mean":
+            result["posterior_mean"] = posterior_mean(nets["mmse"], lq)
+        if "vae" in nets and "posterior_mean" in result:
+            result["bound"] = nets["vae"].decode(nets["vae"].encode(result["posterior_mean"])[0]).clamp(-1, 1)
         for name, images in result.items():
             found.setdefault(name, []).append(images.cpu())
-    return {name: torch.cat(images) for name, images in found.items()}
+    return {**{name: torch.cat(images) for name, images in found.items()}, "hq": batch["hq"]}
 
 
-def report(cfg, run, faces, nets) -> dict:
-    """Restore faces the networks never saw; write samples.png, curves.png, metrics.json; print the table."""
-    batch = faces.held_out(cfg.validation_faces)
-    found = restore_held_out(cfg, run, nets, batch, cfg.num_inference_steps)
-    hq, reader = found["hq"], metrics.load_reader("b", cfg.readers)
-    rows = {name: metrics.toy_scores(found[name], hq, reader) for name in ("lq", "posterior_mean", "restored_faces")}
-    if "vae" in nets:
-        rows["reconstruction"] = metrics.toy_scores(found["reconstruction"], hq, reader)
-    extra = dict(faces=len(hq), **run.account(nets))
-    if "vae" in nets:  # [Eq. 4]: how far option 2 is from the posterior mean
-        extra["bound_psnr"] = mean_psnr(found["bound"], found["posterior_mean"])
-    folder = Path(cfg.output)
-    protocol = metrics.toy_protocol(cfg.validation_data or cfg.data, cfg.degradation, len(hq), cfg.readers)
-    write_json(folder / "metrics.json", dict(rows=rows, **extra, protocol=protocol, **versions(run.device)))
-    columns = {name: found[name] for name in ("lq", "posterior_mean", "restored_faces")}
-    write_grid(folder / "samples.png", dict(columns, hq=hq))
-    write_curve(folder / "curves.png", read_curves(folder / "log.jsonl", ("l1", "mse", "cfm")))
+def report(cfg, run, held, nets) -> None:
+    """Restore faces of people the networks never saw; write samples.png and metrics.json; print the table."""
+    batch = held.held_out(cfg.validation_faces)
+    found = restore_held_out(cfg, run, nets, batch)
+    reader = metrics.load_reader("b", cfg.readers)
+    rows = {name: metrics.toy_scores(found[name], found["hq"], reader)
+            for name in ("lq", "posterior_mean", "restored_faces", "reconstruction") if name in found}
+    extra = dict(bound_psnr=metrics.mean_psnr(found["bound"], found["posterior_mean"])) if "vae" in nets else {}
+    if "latents" in found:  # Figure 4: the largest latent of a picture over the mean magnitude
+        size = found["latents"].norm(dim=1).flatten(1)
+        extra["latent_peak"] = (size.amax(1) / size.mean(1)).mean().item()
+    protocol = metrics.toy_protocol(held.folder, cfg.degradation, len(batch["hq"]), cfg.readers)
+    write_json(run.folder / "metrics.json", dict(rows=rows, faces=len(batch["hq"]), **extra, **run.about(nets), protocol=protocol))
+    write_grid(run.folder / "samples.png", {name: found[name] for name in ("lq", "posterior_mean", "restored_faces", "hq")})
     print_table(rows)
-    run.say(f"{len(hq)} held-out faces; {extra['seconds']:.0f} s, {extra['peak_memory_gb']} GB at most; "
-            f"pictures and numbers in {folder}")
-    return rows
-
-
-def mean_psnr(a, b) -> float:
-    return metrics.psnr(a * 0.5 + 0.5, b * 0.5 + 0.5).mean().item()
-
-
-# ------------------------------------------------------------------------------------------------ restore
+    run.say(f"{len(batch['hq'])} held-out faces; pictures and numbers in {run.folder}")
 
 
 def load_networks(cfg: Sample) -> tuple:
-    """(nets, Train configuration) for `sample`: a training run, PMRF's release, or a run with released parts put in."""
+    """(nets, Train configuration) for `sample`: a training run, or PMRF's release; --vae and --mmse replace its parts."""
     path = find_checkpoint(cfg.checkpoint)
-    if is_run(path):
-        config, parts = load_model(cfg.checkpoint, "latent_pmrf")
-        trained = saved_flags(Train, config, f"--checkpoint {cfg.checkpoint}")
-    else:
-        if cfg.vae or cfg.mmse:
-            raise UserError(f"--vae, --mmse: {cfg.checkpoint} is PMRF's release, which brings its own networks")
-        nets = load_pmrf(path)
-        return nets, dataclasses.replace(Train(**PAPER), space="pixel")
-    nets = {}
+    if path.exists() and not (path / "config.json").exists() or path.is_dir() and "method" not in read_json(path / "config.json"):
+        return load_pmrf(path), Train(space="pixel")
+    folder, fields = load_run(cfg.checkpoint, "latent_pmrf")
+    trained, nets = saved_config(Train, fields), {}
     for part in stages_of(trained):
-        given = getattr(cfg, part, "")
-        if given:
-            nets[part] = load_part(trained, part, given)
+        if getattr(cfg, part, ""):
+            nets[part] = load_part(trained, part, getattr(cfg, part))
             continue
-        if part not in parts:
-            raise UserError(f"--checkpoint {cfg.checkpoint}: holds {', '.join(parts)} but no {part}; train it with "
-                            f"--stage {part}")
+        if not (folder / f"{part}.safetensors").exists():
+            raise UserError(f"--checkpoint {cfg.checkpoint}: {part} is not trained yet; go on with that training")
         nets[part] = build(trained, part)
-        load_strict(nets[part], parts[part], f"--checkpoint {cfg.checkpoint}, {part}")
+        load_strict(nets[part], read_weights(folder / f"{part}.safetensors"), f"--checkpoint {cfg.checkpoint}, {part}")
     return nets, trained
 
 
@@ -1327,147 +1202,18 @@ def sample(cfg: Sample) -> None:
     run = Run(cfg)
     nets, trained = load_networks(cfg)
     nets = {part: net.to(run.device).eval() for part, net in nets.items()}
-    if "vae" not in nets and (cfg.vae or cfg.vae_memory_gb):
-        raise UserError(f"--vae, --vae_memory_gb: the flow of {cfg.checkpoint} runs on pixels and has no autoencoder; "
-                        "leave them out")
-    decode = None
-    if cfg.vae_memory_gb:
-        decode = functools.partial(nets["vae"].decode_tiled, memory_gb=cfg.vae_memory_gb)
 
-    def restore_batch(lq, stems):
+    def restore_batch(lq, names):
         # Every face gets the same noise, so that its result depends on the seed and not on its place in the folder.
         rng = torch.Generator().manual_seed(cfg.seed)
         noise = lambda like: torch.randn(like.shape[1:], generator=rng).to(like).expand_as(like)
         with run.autocast():
-            return restore(nets, trained, lq, noise, cfg.num_inference_steps or trained.num_inference_steps, decode)
+            return restore(nets, trained, lq, noise, cfg.num_inference_steps or trained.num_inference_steps)
 
     restore_folder(cfg, restore_batch, trained.image_size, run.device)
 
 
-# ------------------------------------------------------------------------------------------------ ablations
-
-# name -> (table, changed fields, what the paper reports on CelebA-Test at 512 px: comparable in order, not in size).
-# `ablate` fills in the channels. Of the authors' c = 32 Table 3 tries half, three quarters and one and a half times.
-ABLATIONS = {
-    "Latent-PMRF": ("", {}, "PSNR 26.38, FID 11.33 (Tables 1-3); 26.39, 10.94 (Table 4)"),
-    "PMRF*": ("space", dict(space="pixel"), "Table 4: PSNR 26.64, FID 15.17"),
-    "group norm": ("vae", dict(vae_norm="group"), "Table 2, - layernorm: PSNR 43.05, restored 26.17"),
-    "pixel shuffle": ("vae", dict(vae_resizer="pixel_shuffle"), "Table 2, - interpolate: PSNR 42.98, restored 26.25"),
-    "SD resizers": ("vae", dict(vae_resizer="sd"), "Figure 5a; no row, unless it is - interpolate"),
-    "SD block": ("vae", dict(vae_block="sd"), "Figure 3; no row"),
-    "SD-VAE style": ("vae", dict(vae_norm="group", vae_resizer="sd", vae_block="sd"),  # DIFFERS: without its attention
-                     "Table 2, SD-VAE: PSNR 40.40, restored 25.26"),                   # and its norm before conv_out
-    "half the channels": ("vae", dict(latent_channels=0), "Table 3, c = 16: PSNR 37.90, restored 26.44"),
-    "three quarters of the channels": ("vae", dict(latent_channels=0), "Table 3, c = 24: PSNR 40.81, restored 26.39"),
-    "one and a half times the channels": ("vae", dict(latent_channels=0),
-                                          "Table 3, c = 48: PSNR 45.06, restored 26.46"),
-    "option 1, posterior mean of latents": ("source", dict(source="latent_mean"), "worse distortion, sec. 3.2"),
-}
-CHANNELS = {"half the channels": 0.5, "three quarters of the channels": 0.75, "one and a half times the channels": 1.5}
-
-
-def ablate(cfg: Ablate) -> None:
-    """Each row trains only what it changes; the rest is shared by the rows of a seed."""
-    check_sizes(cfg)
-    if cfg.vae or cfg.mmse:
-        raise UserError("--vae, --mmse: ablate trains its own; leave them out")
-    for name in ("space", "source"):                               # a row would not be what its name says
-        if getattr(cfg, name) != getattr(Ablate(), name):
-            raise UserError(f"--{name} {getattr(cfg, name)}: the rows set it; choose them with --table or --rows")
-    rows = dict(ABLATIONS)
-    for name, factor in CHANNELS.items():
-        rows[name] = (rows[name][0], dict(latent_channels=max(1, int(factor * cfg.latent_channels))), rows[name][2])
-    for name, (group, changes, _) in rows.items():                 # only of the rows that will run
-        if name in cfg.rows if cfg.rows else cfg.table in ("all", group):
-            check_sizes(dataclasses.replace(cfg, **changes))
-    done = run_ablation(cfg, rows, ablation_row)
-    print_ablation(done, ABLATIONS, ("psnr", "fid_toy", "deg_toy", "lmd_toy", "reconstruction_psnr"))
-    for pixel in (entry for entry in done.values() if entry["row"] == "PMRF*"):
-        seed = pixel["config"]["seed"]
-        latent = done.get(f"Latent-PMRF, seed {seed}")
-        half = (len(pixel["curve"]) + 1) // 2
-        for when, curve in (("half-way", pixel["curve"][:half]), ("last", pixel["curve"])) if latent else ():
-            steps, seconds = speed_up(latent["curve"], curve)
-            print(f"speed-up to the pixel flow's {when} fid_toy, seed {seed}: {steps} in steps, {seconds} in seconds "
-                  "(paper 5.79x)")
-
-
-def ablation_row(cfg, done: dict) -> dict:
-    """Train what differs from the shared networks, then measure. All flows see the same number of faces [Figure 6].
-
-    The two flows whose speed is compared are also measured on the way, off the clock.
-    """
-    run, faces = Run(cfg), Faces(cfg.data, cfg.image_size, cfg.validation_data)
-    held, reader = faces.held_out(cfg.validation_faces), metrics.load_reader("b", cfg.readers)
-    torch.manual_seed(cfg.seed)
-    nets = {}
-    for part in stages_of(cfg):
-        nets[part] = build(cfg, part).to(run.device).eval()
-        if part != "flow":
-            shared_network(cfg, run, faces, nets, part)
-    last = min(cfg.flow_steps, cfg.max_train_steps)
-    compared = cfg.space == "pixel" or f"Latent-PMRF, seed {cfg.seed}" not in done
-    curve, found, scores = [], {}, {}
-    average = build(cfg, "flow").to(run.device).eval()
-
-    def watch(stage, step, seconds):
-        if step == last or (compared and step % max(1, last // 10) == 0):
-            average.load_state_dict(stage.ema["flow"])
-            found.update(restore_held_out(cfg, run, {**nets, "flow": average}, held, cfg.num_inference_steps))
-            scores.update(ablation_scores(found, reader))
-            curve.append((step, round(seconds, 2), scores["fid_toy"]))
-
-    train_flow(cfg, run, faces, nets, watch)
-    return dict(scores=scores, curve=curve, steps=curve[-1][0], seconds=curve[-1][1])
-
-
-@torch.no_grad()
-def ablation_scores(found, reader) -> dict:
-    """Toy scores and LPIPS' stand-in of the restored faces and, as `reconstruction_*`, of the autoencoder's."""
-    scores = {}
-    for name, prefix in (("restored_faces", ""), ("reconstruction", "reconstruction_")):
-        if name in found:
-            pairs = zip(found[name].split(64), found["hq"].split(64))
-            lpips = torch.cat([metrics.reader_lpips(reader, a, b) for a, b in pairs]).mean().item()
-            values = dict(metrics.toy_scores(found[name], found["hq"], reader), lpips_toy=lpips)
-            scores |= {prefix + key: value for key, value in values.items()}
-    return scores | ({"latent_peak": latent_peak(found["latents"])} if "latents" in found else {})
-
-
-def latent_peak(z) -> float:
-    """Largest magnitude of a latent (B, c, h, w) over its mean magnitude, mean over the batch: Figure 4's outliers."""
-    magnitude = z.norm(dim=1).flatten(1)
-    return (magnitude.amax(1) / magnitude.mean(1)).mean().item()
-
-
-def shared_network(cfg, run, faces, nets, part: str) -> None:
-    """The autoencoder or the posterior mean: trained once for all rows of a seed that agree on its settings."""
-    matters = ("seed", "image_size", "data", "validation_data", "batch_size", "gradient_acc", "optimizer", "lr_",
-               "max_", "ema_decay", "mixed_precision", "readers", "vgg")
-    if part == "vae" or cfg.source == "latent_mean":
-        matters += ("vae", "latent_channels", "perceptual", "kl_weight")
-    if part == "mmse":
-        matters += ("mmse", "degradation", "source")
-    nets[part].requires_grad_(True)
-    trained = shared_parts(cfg, "latent_pmrf", part, matters,
-                           lambda: {part: TRAINERS[part](cfg, run, faces, nets).ema[part]})
-    load_strict(nets[part], trained[part], f"{cfg.output}, {part}")
-    nets[part].eval().requires_grad_(False)
-
-
-def speed_up(latent: list, pixel: list) -> tuple:
-    """How much sooner the latent curve [(step, seconds, fid)] reaches the last value of the pixel curve, as text."""
-    for step, seconds, fid in latent:
-        if fid <= pixel[-1][2]:
-            return f"{pixel[-1][0] / step:.2f}x", f"{pixel[-1][1] / seconds:.2f}x"
-    return "not reached", "not reached"
-
-
-VERBS = {
-    "train": (Train, {"toy": Train(), "paper": Train(**PAPER)}, train),
-    "sample": (Sample, {}, sample),
-    "ablate": (Ablate, {"toy": Ablate(), "paper": Ablate(**PAPER)}, ablate),
-}
+VERBS = {"train": (Train, {"toy": TOY_VALUES, "small": SMALL, "paper": {}}, train), "sample": (Sample, {}, sample)}
 
 if __name__ == "__main__":
     command_line(__doc__, VERBS)

@@ -14,22 +14,18 @@ Real networks and FaceReader share their calls, so that one can replace another:
 Numbers read by a FaceReader end in `_toy`: they compare runs of this project, and with nothing else.
 Sources: HonestFace (Eq. 14, 15), DISTS (arXiv 2004.07728), AdaFace, AdaptiveWingLoss, FaRL, VQFR, pyiqa.
 """
-import csv
 import functools
 import json
 import math
 import sys
-import typing
 import warnings
-from collections import Counter, OrderedDict, defaultdict
-from dataclasses import dataclass, replace
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-# common comes first: it sets GOMP_SPINCOUNT before torch is imported
-from common import (ATTRIBUTES, DEGRADATIONS, PRECISIONS, TOY_SPLITS, Degradation, Run, Stage, TrainFlags, UserError,
-                    command_line, degrade, list_images, load_strict, lr_schedule, make_optimizer, mix, pick_device,
-                    read_image, read_weights, toy_faces, whole_file)
+# common comes first: it sets up OpenMP before torch is imported
+from common import UserError, command_line, list_images, load_strict, pick_device, read_image, read_weights
 
 import lpips
 import safetensors.torch
@@ -53,6 +49,11 @@ def psnr(a, b):
     """10 log10(1 / MSE), RGB: (B, 3, H, W) twice in [0, 1] -> (B,) dB; inf where the images are equal."""
     same_images(a, b)
     return -10 * (a - b).square().flatten(1).mean(1).log10()
+
+
+def mean_psnr(a, b) -> float:
+    """Mean PSNR of (B, 3, H, W) in [-1, 1]."""
+    return psnr(a / 2 + 0.5, b / 2 + 0.5).mean().item()
 
 
 def luma(x):
@@ -812,9 +813,9 @@ def load_reader(name="b", folder=None, needs=()):
     "attributes", "landmarks", "identity", what the caller reads: UserError where the file was trained without such
     labels; `not_trained` of the reader names them.
     """
-    path = Path(folder or Path(__file__).parent / "weights") / f"reader_{name}.safetensors"
+    path = Path(folder or Path(__file__).parent / "toy" / "weights") / f"reader_{name}.safetensors"
     if not path.is_file():
-        raise UserError(f"{path}: no such reader; make it with python metrics.py train-reader --which {name}")
+        raise UserError(f"{path}: no such reader; make it with python -m toy.backbones readers")
     state = {key: v.float() if v.is_floating_point() else v for key, v in read_weights(path).items()}
     reader = FaceReader(len(state["stem.1.weight"]) if "stem.1.weight" in state else 16)
     load_strict(reader, state, path)
@@ -835,295 +836,6 @@ def reader_lpips(reader, a, b):
     """LPIPS' stand-in: squared distance of unit feature vectors, mean over places, sum over stages. -> (B,)"""
     pairs = zip(reader.stages(a), reader.stages(b))
     return sum((F.normalize(x.float()) - F.normalize(y.float())).square().sum(1).mean((1, 2)) for x, y in pairs)
-
-
-# ------------------------------------------------------------------------ training the reader
-
-
-@dataclass(frozen=True)
-class TrainReader(TrainFlags):
-    """Train the face readers on toy faces, or on a folder of faces with what labels it has; measure them."""
-    output: str = "runs/reader"            # folder for checkpoints and log
-    readers: str = ""                      # folder that receives the readers (default without --data: weights/)
-    which: typing.Literal["all", "a", "b", "c"] = "all"  # a: for losses, b: for measuring, c: a second one for losses
-    width_a: int = 12                      # channels of reader a at 64 px
-    width_b: int = 16                      # channels of reader b
-    width_c: int = 12                      # channels of reader c
-    optimizer: typing.Literal["muon", "adamw"] = "adamw"  # muon for c: half the steps
-    lr_warmup_steps: int = 100             # steps in which the learning rate rises to its peak
-    steps: int = 1000                      # optimiser steps of each reader
-    learning_rate: float = 3e-3            # of AdamW
-    weight_decay: float = 0.02             # of AdamW
-    identities: int = 2000                 # toy people to tell apart
-    margin: float = 0.2                    # ArcFace's additive angle, radians
-    margin_scale: float = 24.0             # ArcFace's s
-    attribute_weight: float = 2.0          # of the binary cross-entropy
-    landmark_weight: float = 1.0           # of the cross-entropy of heatmaps plus the distance in pixels
-    quality_weight: float = 20.0           # of the squared error
-    batch_size: int = 64                   # faces per step
-    mixed_precision: PRECISIONS = "bf16"   # autocast type
-    ema_decay: float = 0.99                # of the averaged weights that are stored
-    num_workers: int = 1                   # processes that draw faces ahead
-    validation_faces: int = 1200           # held-out faces, four per person in the toy world
-
-
-def spoil(hq, seeds):
-    """Faces of every quality: (B, 3, S, S) in [-1, 1], seeds (B,) -> (image (B, 3, S, S), quality (B,)).
-
-    A quarter stays clean; the others are hq + u (degrade(hq) - hq), u = 1 for half of them, uniform for the rest.
-
-    UNSTATED: no paper trains such a network. The label is 1 - sqrt(1 - SSIM to the clean face): 1 for that
-    face, falling with blur, noise and blocks alike, readable from the picture because SSIM is relative to the
-    picture's own contrast, and stretched by the root where faces are almost clean.
-    """
-    smooth = Degradation("what an MSE network leaves: blur alone", (0.1, 12), (1, 16), (0, 1), (95, 100))
-    lq = hq.clone()
-    for kind, spec in enumerate((DEGRADATIONS["codeformer"], DEGRADATIONS["gfpgan"], smooth), 1):
-        rows = (seeds % 4 == kind).nonzero()[:, 0]
-        if len(rows):
-            lq[rows] = degrade(hq[rows], spec, seeds[rows])
-    u = (seeds // 4 % 1009 / 504).clamp(max=1).view(-1, 1, 1, 1).to(hq)
-    image = hq + u * (lq - hq)
-    return image, 1 - (1 - ssim(image / 2 + 0.5, hq / 2 + 0.5)).clamp(min=0).sqrt()
-
-
-class ToyLabels:
-    """Toy faces with all labels: training(step) -> a batch of cfg.identities people, held_out() -> others."""
-
-    def __init__(self, cfg):
-        self.cfg, self.classes = cfg, cfg.identities
-
-    def batch(self, people, seeds, split):
-        toy = toy_faces(TOY_SPLITS[split].start + people, seeds, size=FaceReader.SIDE)
-        image, quality = spoil(toy.image, seeds)
-        return dict(hq=toy.image, image=image, quality=quality, identity=people, attributes=toy.attributes,
-                    landmarks=toy.landmarks)
-
-    def training(self, step):
-        rng = torch.Generator().manual_seed(mix("reader", self.cfg.seed, self.cfg.which, step))
-        people = torch.randint(self.classes, (self.cfg.batch_size,), generator=rng)
-        return self.batch(people, torch.randint(2**40, people.shape, generator=rng), "train")
-
-    def held_out(self):
-        rng = torch.Generator().manual_seed(mix("reader, held out"))
-        people = torch.arange(self.cfg.validation_faces) // 4
-        seeds = torch.randint(2**40, people.shape, generator=rng)
-        parts = [self.batch(p, s, "val") for p, s in zip(people.split(100), seeds.split(100))]
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-
-def read_tables(folder, pattern):
-    """Rows of the CSV files `pattern` in the folder or above it: {picture: [(column, text), ...]}."""
-    found = {}
-    for path in [p for place in (folder.parent, folder) for p in sorted(place.glob(pattern))]:
-        with open(path, newline="", encoding="utf-8") as file:
-            header, *rows = csv.reader(file)
-        found |= {(path.parent / row[0]).resolve(): list(zip(header[1:], row[1:])) for row in rows if row}
-    return found
-
-
-def label_rows(attributes, landmarks, size):
-    """Rows of one picture of `size` (W, H) -> (12,) 0/1, (98, 2) points in pixels at 64; NaN: unknown."""
-    values = {name.strip(): float(text) for name, text in attributes or ()}
-    known = torch.tensor([values.get(name, math.nan) for _, name, *_ in ATTRIBUTES])
-    points = torch.tensor([float(text) for _, text in landmarks or ()]).view(-1, 2)
-    if len(points) == 68:
-        points = points[torch.tensor(FROM_68)].mean(1)
-    if len(points) != 98:
-        points = torch.full((98, 2), math.nan)
-    known = torch.where(known.isnan(), known, (known > 0).float())
-    return known, points / torch.tensor(size) * FaceReader.SIDE
-
-
-class FolderLabels:
-    """Real faces of a folder with the labels it has: identity -1 and NaN where it has none. Calls as ToyLabels.
-
-    Sub-folders of two pictures or more are people, if there are three such at least. attributes.csv (CelebA's
-    names, -1/1) and landmarks*.csv (x0,y0,x1,... of 68 or 98 points, pixels of the file) lie in the folder or
-    above it; their first column is the path from there. Held out: every tenth person (below ten: picture).
-    """
-
-    def __init__(self, cfg):
-        self.cfg, root, files = cfg, Path(cfg.data), list_images(cfg.data, recursive=True)
-        sizes = Counter(path.parent for path in files)
-        persons = [folder for folder in sorted(sizes) if sizes[folder] > 1 and folder != root]
-        persons = {folder: k for k, folder in enumerate(persons)} if len(persons) > 2 else {}
-        images, people, labels = [], [], []
-        try:
-            attributes, landmarks = read_tables(root, "attributes.csv"), read_tables(root, "landmarks*.csv")
-            for path in files:
-                image, place = read_image(path), path.resolve()
-                labels.append(label_rows(attributes.get(place), landmarks.get(place), image.shape[:0:-1]))
-                small = bilinear(image[None], FaceReader.SIDE, antialias=True)[0]
-                images.append((small.clamp(-1, 1) * 127.5 + 127.5).round().byte())
-                people.append(persons.get(path.parent, -1))
-        except (ValueError, RuntimeError, csv.Error) as error:  # an unreadable picture, text where a number should be
-            raise UserError(f"--data {cfg.data}: {str(error).splitlines()[0]}; mend or remove it") from None
-        if len(images) < 20:
-            raise UserError(f"--data {cfg.data}: {len(images)} pictures; a reader needs 20 at the very least")
-        self.images, self.people, self.classes = torch.stack(images), torch.tensor(people), len(persons)
-        self.attributes, self.landmarks = [torch.stack(column) for column in zip(*labels)]
-        order = torch.arange(len(people))
-        held = torch.where((self.people >= 0) & (len(persons) >= 10), self.people, order) % 10 == 9
-        self.kept, self.held = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
-
-    def batch(self, places, seeds):
-        hq = self.images[places] / 127.5 - 1
-        image, quality = spoil(hq, seeds)
-        return dict(hq=hq, image=image, quality=quality, identity=self.people[places],
-                    attributes=self.attributes[places], landmarks=self.landmarks[places])
-
-    def training(self, step):
-        rng = torch.Generator().manual_seed(mix("reader", self.cfg.seed, self.cfg.which, step))
-        places = self.kept[torch.randint(len(self.kept), (self.cfg.batch_size,), generator=rng)]
-        return self.batch(places, torch.randint(2**40, places.shape, generator=rng))
-
-    def held_out(self):
-        rng = torch.Generator().manual_seed(mix("reader, held out"))
-        places = self.held[:self.cfg.validation_faces]
-        return self.batch(places, torch.randint(2**40, places.shape, generator=rng))
-
-
-def identity_loss(embeddings, classes, identity, margin, scale):
-    """ArcFace: cross-entropy of s cos(theta + m) for the right class, s cos(theta) for the others [ArcFace Eq. 3].
-
-    embeddings (B, D) and classes (N, D) of any length, identity (B,) -> scalar.
-    """
-    angle = (F.normalize(embeddings) @ F.normalize(classes).T).clamp(-0.9999, 0.9999).acos()
-    right = F.one_hot(identity, len(classes)).bool()
-    angle = torch.where(right, (angle + margin).clamp(max=math.pi), angle)
-    return F.cross_entropy(scale * angle.cos(), identity)
-
-
-def heatmap_loss(reader, logits, landmarks):
-    """Cross-entropy to a Gaussian of one cell around each point, plus the distance of the means in pixels.
-
-    The target is g_y g_x, so that its cross-entropy is logsumexp(logits) - sum_yx g_y g_x logits_yx: no map
-    of targets has to be made. logits (B, 98, 32 * 32), landmarks (B, 98, 2) in pixels at 64 -> scalar.
-    """
-    centres = torch.arange(reader.GRID, device=logits.device) + 0.5
-    offset = centres - landmarks[..., None] * reader.GRID / reader.SIDE  # (B, 98, 2, 32) cells
-    gx, gy = (-offset.square() / 2).softmax(-1).unbind(2)
-    inner = (gy[:, :, None] @ logits.unflatten(2, (reader.GRID, reader.GRID)))[:, :, 0] * gx
-    pixels = (reader.point_means(logits) * reader.SIDE - landmarks).abs().sum(-1)
-    return (logits.logsumexp(-1) - inner.sum(-1) + pixels).mean()
-
-
-def reader_losses(reader, classes, batch, cfg):
-    """{name: weighted loss} of one batch, each over the faces that carry its label."""
-    stages = reader.stages(batch["image"].contiguous(memory_format=torch.channels_last))
-    whole, losses, known = stages[4].flatten(1), {}, batch["identity"] >= 0
-    if known.any():
-        embeddings = reader.identity(whole)[known].float()
-        people = batch["identity"][known]
-        losses["identity"] = identity_loss(embeddings, classes, people, cfg.margin, cfg.margin_scale)
-    labels, known = batch["attributes"], ~batch["attributes"].isnan()
-    if known.any():
-        bce = F.binary_cross_entropy_with_logits(reader.attributes(whole).float()[known], labels[known])
-        losses["attributes"] = cfg.attribute_weight * bce
-    known = ~batch["landmarks"].isnan().flatten(1).any(1)
-    known[1::2] = False  # every second face is enough: this loss costs more than the others together
-    if known.any():
-        maps = heatmap_loss(reader, reader.point_logits(stages)[known], batch["landmarks"][known])
-        losses["landmarks"] = cfg.landmark_weight * maps
-    return losses | {"quality": cfg.quality_weight * F.mse_loss(reader.score(stages), batch["quality"])}
-
-
-def train_reader(cfg):
-    """Train the readers that cfg.which names, store them, and measure what was stored."""
-    if cfg.data and not cfg.readers:
-        raise UserError("--data wants --readers FOLDER for what it trains: weights/ holds the readers of the toy world")
-    for name in ("image_size", "degradation", "validation_data"):
-        if getattr(cfg, name) != getattr(TrainReader(), name):
-            raise UserError(f"--{name} {getattr(cfg, name)}: not read here; readers see 64 px under every degradation, "
-                            "and a part of --data is held out")
-    cfg = replace(cfg, readers=cfg.readers or str(Path(__file__).parent / "weights"))
-    for number, name in enumerate("abc"):
-        if cfg.which not in ("all", name):
-            continue
-        one = replace(cfg, which=name, output=str(Path(cfg.output) / name), seed=cfg.seed + number)
-        run = Run(one, fresh=not one.resume_from_checkpoint)
-        if run.world > 1:
-            raise UserError("train-reader runs in one process; start it without torchrun")
-        data = FolderLabels(one) if cfg.data else ToyLabels(one)
-        reader = FaceReader(getattr(one, f"width_{name}"))
-        reader = reader.to(run.device, memory_format=torch.channels_last)
-        classes = nn.ParameterList([0.05 * torch.randn(max(1, data.classes), 128)]).to(run.device)
-        parameters = [*reader.parameters(), *classes.parameters()]
-        optimizer = make_optimizer(one, parameters, one.learning_rate, (0.9, 0.999), one.weight_decay)
-        steps, modules = min(one.steps, one.max_train_steps), dict(reader=reader, classes=classes)
-        stage = Stage(run, f"reader_{name}", modules, dict(reader=optimizer), steps, lr_schedule(one, steps))
-        run.start_log()
-        for _, batch in stage.steps(data.training):
-            with run.autocast():
-                losses = reader_losses(reader.train(), classes[0], batch, one)
-            stage.update(sum(losses.values()), **losses)
-        if run.main:
-            reader.load_state_dict(stage.ema["reader"])
-            finish_reader(one, name, reader, data.held_out(), run)
-
-
-def finish_reader(cfg, name, reader, held, run):
-    """Measure the reader as stored in the run's folder on held-out faces, print the numbers, install it with them."""
-    path = Path(cfg.readers) / f"reader_{name}.safetensors"
-    save_reader(run.folder / path.name, reader, {})
-    missing = [label for label in ("attributes", "landmarks") if held[label].isnan().all()]
-    missing += ["identity"] if (held["identity"] < 0).all() else []
-    if missing:
-        run.say(f"not trained, since {cfg.data} has no such labels: {', '.join(missing)}")
-    rows = measure_reader(load_reader(name, run.folder).to(run.device), held)
-    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    about = dict(command=command, seed=cfg.seed, steps=cfg.steps, not_trained=missing, measured=rows)
-    save_reader(path, reader, about)
-    wanted = dict(attribute_accuracy_clean=">= 0.97", verification_auc_clean=">= 0.99",
-                  landmark_px_clean="<= 1.0", quality_rank_correlation=">= 0.90")
-    run.say(f"{path}: {path.stat().st_size / 2**20:.2f} MB, {len(held['hq'])} held-out faces")
-    for key, value in rows.items():
-        run.say(f"  {key:26} {'no labels' if math.isnan(value) else f'{value:9.4f}'}  {wanted.get(key, '')}")
-
-
-def save_reader(path, reader, about):
-    """Matrices in half precision, vectors in single; `about` goes into the file's metadata as JSON."""
-    state = {name: v.detach().cpu().contiguous() for name, v in reader.state_dict().items()}
-    state = {name: v.half() if v.is_floating_point() and v.dim() > 1 else v for name, v in state.items()}
-    with whole_file(path) as temporary:
-        about = {key: json.dumps(value) for key, value in about.items()}
-        safetensors.torch.save_file(state, temporary, about)
-
-
-def ranks(values):
-    """Ranks from 0 of (N,) numbers; equal ones share their mean rank."""
-    _, place, count = values.unique(return_inverse=True, return_counts=True)
-    return (count.cumsum(0) - (count + 1) / 2)[place].double()
-
-
-def spearman(a, b):
-    """Rank correlation of (N,) and (N,), -1..1."""
-    return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
-
-
-def verification_auc(embeddings, people):
-    """Chance that a pair of one person is more alike than a pair of two: (N, D), (N,) -> 0..1, or NaN."""
-    first, second = torch.triu_indices(len(people), len(people), 1)
-    same = people[first] == people[second]
-    n, m = same.sum().item(), (~same).sum().item()
-    order = ranks(identity_similarity(embeddings[first], embeddings[second]))
-    return (order[same].sum().item() - n * (n - 1) / 2) / (n * m) if n and m else math.nan
-
-
-@torch.no_grad()
-def measure_reader(reader, held):
-    """The reader on faces never trained on, clean and spoilt: {name: number}, NaN without labels."""
-    device, rows = next(reader.parameters()).device, {}
-    for kind, images in (("clean", held["hq"]), ("spoilt", held["image"])):
-        parts = [(*reader(x), reader.landmarks(x)) for x in images.to(device).split(100)]
-        identity, logits, _, quality, points = [torch.cat(column).cpu() for column in zip(*parts)]
-        known, labels = held["identity"] >= 0, held["attributes"]
-        right = ((logits > 0) == (labels > 0.5))[~labels.isnan()].double()
-        rows[f"attribute_accuracy_{kind}"] = right.mean().item()
-        rows[f"verification_auc_{kind}"] = verification_auc(identity[known], held["identity"][known])
-        rows[f"landmark_px_{kind}"] = landmark_distance(points, held["landmarks"]).nanmean().item()
-    return rows | {"quality_rank_correlation": spearman(quality, held["quality"])}
 
 
 # ------------------------------------------------------------------------ whole sets of toy faces
@@ -1158,6 +870,7 @@ def toy_scores(restored, hq, reader, lq=None):
         if "attributes" not in reader.not_trained:
             rows["attr_toy"].append(((read_x.attributes > 0) == (read_y.attributes > 0)).float().mean(1))
         rows["quality_toy"].append(read_x.quality)
+        rows["lpips_toy"].append(reader_lpips(reader, x, y))
         for found, v in zip(features, (x, y)):
             found.append(reader.features(v))
     scores = {name: torch.cat(values).mean().item() for name, values in rows.items()}
@@ -1179,6 +892,7 @@ def toy_protocol(data, degradation, count, readers=""):
         ald_e_toy=f"root of HonestFace's Eq. 14, 34 points of eyes and brows, pixels; {reader}",
         ald_m_toy=f"root of HonestFace's Eq. 14, 20 points of the mouth, pixels; {reader}",
         attr_toy=f"share of 12 attributes read alike; {reader}",
+        lpips_toy=f"LPIPS' form on the features of the reader; {reader}",
         quality_toy=f"mean quality read from the restored face, 1 = clean; {reader}")
 
 
@@ -1503,10 +1217,9 @@ def print_rows(cfg, rows, skipped):
 def main(argv=None):
     """`metrics.py RESTORED ...` is short for `metrics.py measure --input RESTORED ...`."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and argv[0] not in ("-h", "--help", "measure", "train-reader"):
+    if argv and argv[0] not in ("-h", "--help", "measure"):
         argv = ["measure"] + ["--input"] * (not argv[0].startswith("-")) + argv
-    verbs = {"measure": (Measure, {}, measure), "train-reader": (TrainReader, {}, train_reader)}
-    command_line(__doc__, verbs, argv)
+    command_line(__doc__, {"measure": (Measure, {}, measure)}, argv)
 
 
 if __name__ == "__main__":
