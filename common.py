@@ -1139,8 +1139,8 @@ class SampleFlags:
     mixed_precision: typing.Literal["no", "bf16"] = "no"  # autocast type
 
 
-TOY = dict(image_size=64, mixed_precision="no", optimizer="muon", lr_scheduler="cosine", lr_warmup_steps=50, ema_decay=0.999, num_workers=0, log_steps=10,
-           checkpointing_steps=500)
+TOY = dict(image_size=64, mixed_precision="no", optimizer="muon", lr_scheduler="cosine", lr_warmup_steps=50, ema_decay=0.999,
+           num_workers=0, log_steps=10, checkpointing_steps=500)
 EVERYDAY = ("input", "output", "checkpoint", "data", "stage", "resume_from_checkpoint", "num_inference_steps", "batch_size",
             "max_train_steps", "device", "seed")
 
