@@ -725,13 +725,14 @@ def write_labels(folder: Path, names: list, faces: ToyFaces) -> None:
 def draw_split(folder: Path, first: int, people: int, each: int, size: int, bar) -> None:
     """One sub-folder a person: the same identity under `each` poses, lights, moods and attributes."""
     names, drawn = [], []
-    for person in range(people):
-        faces = toy_faces(first + person, torch.arange(each), size=size)
+    for person in range(0, people, 8):                             # eight people at a time
+        count = min(8, people - person)
+        faces = toy_faces(first + person + torch.arange(count).repeat_interleave(each), torch.arange(each).repeat(count), size=size)
         for i, image in enumerate(faces.image):
-            names.append(f"{person:04d}/{i:02d}.png")
+            names.append(f"{person + i // each:04d}/{i % each:02d}.png")
             save(image, folder / names[-1])
         drawn.append(faces)
-        bar.update(each)
+        bar.update(len(faces.image))
     write_labels(folder, names, ToyFaces(*map(torch.cat, zip(*drawn))))
 
 
@@ -741,18 +742,23 @@ def draw_pairs(folder: Path, count: int, size: int, bar) -> None:
     The pictures are none of train/, so that a reference photograph is never the target itself.
     """
     rows = []
-    for k in range(count):
-        source = toy_faces(SPLITS["train"][0] + k % SPLITS["train"][1], 1000 + k, size=size)
-        before = source.attributes[0].tolist()
-        choices = [i for i in range(len(before)) if before[i] < 0.5 or not any(i in group for group in SIBLINGS)]
-        index = choices[k // 3 % len(choices)]
-        after, sign = switched(before, index)
-        target = toy_faces(SPLITS["train"][0] + k % SPLITS["train"][1], 1000 + k, torch.tensor([after]), size)
-        for where, image in (("source", source.image[0]), ("target", target.image[0])):
-            save(image, folder / where / f"{k:05d}.png")
-        rows.append(dict(source=f"source/{k:05d}.png", target=f"target/{k:05d}.png", attribute=ATTRIBUTES[index][1], sign=sign,
-                         source_prompt=verbalise(before), target_prompt=verbalise(after), accepted=True))
-        bar.update(2)
+    for start in range(0, count, 64):
+        numbers = torch.arange(start, min(start + 64, count))
+        people = SPLITS["train"][0] + numbers % SPLITS["train"][1]
+        source = toy_faces(people, 1000 + numbers, size=size)
+        edits = []
+        for k, before in zip(numbers.tolist(), source.attributes.tolist()):
+            choices = [i for i in range(len(before)) if before[i] < 0.5 or not any(i in group for group in SIBLINGS)]
+            index = choices[k // 3 % len(choices)]
+            edits.append((index, *switched(before, index)))
+        target = toy_faces(people, 1000 + numbers, torch.tensor([after for _, after, _ in edits]), size)
+        for i, (k, (index, after, sign)) in enumerate(zip(numbers.tolist(), edits)):
+            for where, image in (("source", source.image[i]), ("target", target.image[i])):
+                save(image, folder / where / f"{k:05d}.png")
+            rows.append(dict(source=f"source/{k:05d}.png", target=f"target/{k:05d}.png", attribute=ATTRIBUTES[index][1],
+                             sign=sign, source_prompt=verbalise(source.attributes[i]), target_prompt=verbalise(after),
+                             accepted=True))
+        bar.update(2 * len(numbers))
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -766,7 +772,8 @@ def draw(folder, size: int = 64, share: float = 1.0) -> None:
     counts = {name: (first, max(2, round(share * people)), each) for name, (first, people, each) in SPLITS.items()}
     pairs = max(4, round(share * PAIRS))
     total = sum(people * each for _, people, each in counts.values()) + 2 * pairs
-    with tqdm(total=total, desc=f"drawing faces into {folder}") as bar:
+    print(f"drawing {total} toy faces into {folder}, once", flush=True)
+    with tqdm(total=total, desc="drawing", disable=None) as bar:
         for name, (first, people, each) in counts.items():
             draw_split(part / name, first, people, each, size, bar)
         draw_pairs(part / "pairs", pairs, size, bar)
