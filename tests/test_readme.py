@@ -1,4 +1,4 @@
-"""The README's commands: the quick start runs (shortened), the others are only parsed; what it names exists."""
+"""The README and the pages: their commands parse, what they name exists, their tables are what the results say."""
 import importlib.util
 import json
 import re
@@ -6,22 +6,20 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
 
-import a2bfr
 import common
+import a2bfr
 import honestface
 import latent_pmrf
 import metrics
 import pref_restore
-from common import command_line
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text()
+TEXT = (ROOT / "README.md").read_text() + (ROOT / "docs" / "weights.md").read_text()
 BLOCKS = re.findall(r"^```bash[^\n]*\n(.*?)^```", TEXT, re.S | re.M)
 COMMANDS = [line.split("   #")[0] for block in BLOCKS for line in block.splitlines() if line]
 METHODS = {"latent_pmrf": latent_pmrf, "honestface": honestface, "a2bfr": a2bfr, "pref_restore": pref_restore}
+ROWS = json.loads((ROOT / "docs" / "rows.json").read_text())
 CALLED = [(m, c) for c in COMMANDS for m in METHODS if f"{m}.py " in c]
 
 
@@ -33,72 +31,11 @@ def script(name):
     return module
 
 
-def verbs(method, instead=None):
-    """The verbs of a method, all with the function `instead` if given."""
-    return {name: (flags, presets, instead or run) for name, (flags, presets, run) in method.VERBS.items()}
-
-
 @pytest.mark.parametrize("name, command", CALLED)
 def test_every_flag_of_the_readme_exists(name, command):
-    """Parsed as the program would, with a function that only takes the configuration."""
-    seen = []
-    command_line("x", verbs(METHODS[name], seen.append), shlex.split(command.split(f"{name}.py")[1]))
-    assert len(seen) == 1
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """name -> folder in which the quick start's `train` ran, with fewer steps and faces; each method once."""
-    root, done = tmp_path_factory.mktemp("quick_start"), set()
-    (root / "docs").symlink_to(ROOT / "docs")
-
-    def run(name):
-        if name not in done:
-            command_line("x", verbs(METHODS[name]),
-                         [*quick_start(name)[0], "--max_train_steps", "2", "--validation_faces", "8",
-                          *(["--bank", "64", "--consistency_seeds", "2"] if name == "pref_restore" else [])])
-            done.add(name)
-        return root
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        yield run
-
-
-def quick_start(name) -> list:
-    """Arguments of the two commands of the first screen for a method: train, sample."""
-    return [shlex.split(c.split(f"{name}.py")[1]) for c in COMMANDS if c.startswith(f"python {name}.py")][:2]
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_the_quick_start_runs(name, trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained(name))
-    sample = quick_start(name)[1]
-    command_line("x", verbs(METHODS[name]), sample)
-    folder = Path(sample[sample.index("-o") + 1])
-    restored = sorted(p.name for p in (folder / "restored_faces").iterdir())
-    assert restored == sorted(p.stem + ".png" for p in (ROOT / "docs" / "toy_lq").iterdir())
-    assert "restored 6 faces" in capsys.readouterr().out
-
-
-def test_side_by_side_restores_the_same_faces_with_all_methods(trained, tmp_path):
-    """The script of docs/ on the runs above: a row and a column of pictures per method, numbers as measured apart."""
-    for name in METHODS:
-        runs = trained(name) / "runs"
-    script("side_by_side").main(["--runs", str(runs), "--faces", "3", "-o", str(tmp_path)])
-    found = json.loads((tmp_path / "results" / "side_by_side.json").read_text())
-    assert list(found["rows"]) == ["degraded", "bicubic of 32 px", "posterior mean", "Latent-PMRF", "HonestFace",
-                                   "A2BFR", "Pref-Restore"]
-    assert [found["rows"][m].get("generator_calls") for m in ("Latent-PMRF", "HonestFace", "A2BFR", "Pref-Restore")] \
-        == [5, 1, 12, 10]                                          # posterior mean + 4; one; 4 steps of 3; 10
-    hq, lq = [torch.stack([common.read_image(p) for p in sorted(folder.iterdir())]) for folder in
-              (runs / "side_by_side_faces" / "hq", runs / "side_by_side_faces" / "lq")]
-    for title, folder in (("degraded", "lq"), ("HonestFace", "honestface_lq/restored_faces")):
-        images = torch.stack([common.read_image(p) for p in sorted((runs / "side_by_side_faces" / folder).iterdir())])
-        error = ((images - hq) / 2).square().flatten(1).mean(1)
-        assert found["rows"][title]["psnr"] == pytest.approx((-10 * error.log10()).mean().item(), abs=1e-3)
-    assert found["rows"]["degraded"]["psnr_gain"] == 0 and (lq != hq).any()
-    assert Image.open(tmp_path / "side_by_side.png").size == (8 * 116 + 4, 3 * 116 + 20)
+    """Parsed and checked as the program would, without running it."""
+    _, cfg = common.parse("x", METHODS[name].VERBS, shlex.split(command.split(f"{name}.py")[1]))
+    common.check_config(cfg)
 
 
 def test_measuring_a_folder_against_itself(capsys):
@@ -122,11 +59,10 @@ def test_the_equation_map_names_functions_that_exist(method):
 
 @pytest.mark.parametrize("module", METHODS.values(), ids=METHODS)
 def test_presets_pass_their_own_checks(module):
-    for preset in (module.Train(), module.Train(**module.PAPER), module.Ablate()):
-        common.check_numbers(preset)
-    paper = module.Train(**module.PAPER)
-    assert getattr(paper, "lora_optimizer", paper.optimizer) == ("prodigy" if module is a2bfr else "adamw")
-    assert paper.image_size == 512
+    cls, presets, _ = module.VERBS["train"]
+    for preset in presets.values():
+        common.check_config(cls(**preset))
+    assert not presets["paper"] and cls().image_size == 512       # the defaults are the paper's values
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
@@ -145,9 +81,9 @@ def test_a_verdict_needs_three_seeds_that_agree():
 
 
 def test_claims_compare_rows_that_exist():
-    """Every row of ours that a printed row stands beside is a row of `ablate`; every printed row has a number a column."""
+    """Every row of ours that a printed row stands beside is a row of rows.json; every printed row has a number a column."""
     for name, printed in json.loads((ROOT / "docs" / "claims.json").read_text()).items():
-        rows = METHODS[name.split("_ablation")[0]].ABLATIONS
+        rows = ROWS[name.split("_ablation")[0]]["rows"]
         for table in printed["tables"]:
             assert all(len(numbers) == len(table["columns"]) for _, _, numbers in table["rows"]), table["where"]
             assert all(len(column) == 3 and column[2] in ("lower", "higher") for column in table["columns"])
@@ -171,3 +107,34 @@ def test_every_two_printed_rows_are_compared_by_the_seeds_they_share(tmp_path, m
         "| Table 1 | B | C | FID 2 / 3 | fid_toy, lower is better |  | 0 | to be measured |",
         "| Table 1 | A | C | FID 1 / 3 | fid_toy, lower is better |  | 0 | to be measured |",
         "", "Not computed here: Table 9 (no CLIP)."]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_of_the_ablations_is_a_configuration(name):
+    cls, presets, _ = METHODS[name].VERBS["train"]
+    flags_of = script("replicate").flags_of
+    for row, settings in ROWS[name]["rows"].items():
+        argv = ["train", *flags_of(ROWS[name]["every row"] | settings, Path("base"))]
+        common.check_config(common.parse("x", METHODS[name].VERBS, argv)[1])
+
+
+def test_a_replication_runs_its_rows_once_and_flattens_their_scores(tmp_path, monkeypatch):
+    """Two rows of two seeds with a stand-in for `train`: folders, flags, the base folder, and what is done stays done."""
+    replicate, calls = script("replicate"), []
+
+    def run(command, cwd):
+        out = Path(command[command.index("-o") + 1])
+        calls.append(command[2:])
+        out.mkdir(parents=True)
+        rows = {"lq": dict(psnr=20.0), "restored_faces": dict(psnr=25.0 + len(calls))}
+        (out / "metrics.json").write_text(json.dumps(dict(rows=rows, bound_psnr=38.0, seconds=1, torch="t", python="p", device="d",
+                                                          commit="c")))
+        return type("Done", (), dict(returncode=0))
+
+    monkeypatch.setattr(replicate.subprocess, "run", run)
+    argv = ["latent_pmrf", "--rows", "Latent-PMRF", "group norm", "--seeds", "2", "-o", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    replicate.main(argv)
+    replicate.main(argv)
+    assert len(calls) == 4 and "--vae_norm" in calls[1] and str(tmp_path / "runs" / "latent_pmrf" / "latent_pmrf_0") in calls[1]
+    found = json.loads((tmp_path / "latent_pmrf_ablation.json").read_text())
+    assert len(found) == 4 and found["group norm, seed 1"]["scores"] == dict(psnr=29.0, lq_psnr=20.0, bound_psnr=38.0, seconds=1)
