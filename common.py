@@ -532,6 +532,8 @@ class Run:
                                     "repeat that, or choose another --output")
         elif cfg.resume_from_checkpoint:
             self.say(f"{self.folder} holds no run yet: starting anew")
+        if self.world > 1:                                        # all have looked before rank 0 writes
+            dist.barrier()
         if self.main:
             for path in holds if not going_on else []:
                 path.unlink()
@@ -658,6 +660,8 @@ class Run:
             for name, tensors in weights.items():
                 save_part(self.folder / f"{name}.safetensors", tensors)
             (self.folder / "state.pt").unlink(missing_ok=True)
+        if self.world > 1:                                        # the next stage looks for state.pt
+            dist.barrier()
 
     def about(self, nets: dict) -> dict:
         """For metrics.json: command, versions, seconds, peak memory, parameters of each network."""
