@@ -476,8 +476,10 @@ def open_faces(cfg, mirror: bool = False) -> tuple:
     data, validation = cfg.data, cfg.validation_data
     if not data:
         from toy import faces as toy
-        if not Path("data/toy").exists():
+        if not Path("data/toy").exists() and int(os.environ.get("RANK", 0)) == 0:
             toy.draw("data/toy")
+        if dist.is_initialized():                                 # the other processes wait for it
+            dist.barrier()
         data, validation = "data/toy/train", validation or "data/toy/val"
     options = dict(size=cfg.image_size, degradation=cfg.degradation)
     if validation:
