@@ -514,6 +514,7 @@ class Run:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         torch.manual_seed(cfg.seed)                               # the same initial weights in every process
         torch.set_float32_matmul_precision("high")                # TF32 on GPUs that have it
+        torch.backends.cuda.enable_cudnn_sdp(False)               # its bf16 gradients were NaN for A2BFR's toy (torch 2.11)
         self.sums, self.count = collections.defaultdict(float), 0
         if hasattr(cfg, "resume_from_checkpoint"):
             self.enter_folder(settings)
