@@ -551,7 +551,9 @@ class Run:
             tqdm.write(text)
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.mixed_precision == "bf16")
+        native = torch.cuda.is_bf16_supported if self.device.type == "cuda" else torch.cpu._is_avx512_bf16_supported
+        bf16 = native() if self.cfg.mixed_precision == "auto" else self.cfg.mixed_precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
     def batches(self, batch_at, stage: str, first: int, last: int):
         """Yield (step, batch) for steps first .. last - 1; batch_at(count, seed, step, rank, world) makes a batch.
@@ -694,9 +696,9 @@ class Steps(torch.utils.data.Dataset):
 
 
 def ignore_signals(worker: int) -> None:
-    """In a loader's process: Ctrl-C reaches the whole group, but the main process decides when to end."""
+    """In a loader's process: Ctrl-C and SIGTERM reach the whole group, but the main process decides when to end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def pick_device(name: str) -> torch.device:
@@ -1123,7 +1125,7 @@ class TrainFlags:
     lr_warmup_steps: int = 0               # steps in which the learning rate rises to its peak
     ema_decay: float = 0.9999              # of the averaged weights that are saved and sampled (0: no average)
     max_train_steps: int = 10_000_000      # cap on the optimiser steps of each stage
-    mixed_precision: typing.Literal["no", "bf16"] = "bf16"  # autocast type
+    mixed_precision: typing.Literal["auto", "no", "bf16"] = "bf16"  # autocast type; auto: bf16 where the processor has it
     device: str = "auto"                   # auto, cpu, cuda, cuda:1, mps
     seed: int = 0                          # every draw of a run follows from it
     num_workers: int = 4                   # processes that prepare batches ahead
@@ -1148,7 +1150,7 @@ class SampleFlags:
     mixed_precision: typing.Literal["no", "bf16"] = "no"  # autocast type
 
 
-TOY = dict(image_size=64, mixed_precision="no", optimizer="muon", lr_scheduler="cosine", lr_warmup_steps=50, ema_decay=0.999,
+TOY = dict(image_size=64, mixed_precision="auto", optimizer="muon", lr_scheduler="cosine", lr_warmup_steps=50, ema_decay=0.999,
            num_workers=0, log_steps=10, checkpointing_steps=500)
 EVERYDAY = ("input", "output", "checkpoint", "data", "stage", "resume_from_checkpoint", "num_inference_steps", "batch_size",
             "max_train_steps", "device", "seed")
