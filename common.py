@@ -506,7 +506,7 @@ class Run:
         """`settings`: fields of cfg that decide what weights mean; UserError where the run in --output has others."""
         self.cfg, self.folder, self.started = cfg, Path(cfg.output), time.time()
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main, self.stop, self.waited, self.spent, self.told = self.rank == 0, False, 0.0, 1e-9, 0.0
+        self.main, self.stop, self.waited, self.begun, self.told = self.rank == 0, False, 0.0, self.started, 0.0
         self.device = pick_device(cfg.device)
         if self.world > 1 and not dist.is_initialized():
             if self.device.type == "cuda":
@@ -564,7 +564,9 @@ class Run:
         loader = torch.utils.data.DataLoader(
             Steps(batch_at, self.cfg, self.rank, self.world), batch_size=None, sampler=range(first, last),
             num_workers=self.cfg.num_workers, worker_init_fn=ignore_signals)
-        begun, self.waited = time.time(), 0.0                     # waited: for faces, reading and degrading them
+        self.begun, self.waited = time.time(), 0.0                # waited: for faces, reading and degrading them
+        self.sums.clear()                                         # of a stage that ended between two lines of the log
+        self.count = 0
         before = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             source = iter(loader)
@@ -576,7 +578,6 @@ class Run:
                     raise batch
                 torch.manual_seed(mix(self.cfg.seed, stage, step, self.rank))
                 yield step, {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-                self.spent = time.time() - begun
                 if self.stop == "saved":
                     if self.world > 1:                            # torchrun ends all when one ends: rank 0 saves first
                         dist.barrier()
@@ -609,7 +610,7 @@ class Run:
         if self.main:
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(dict(stage=stage, step=step + 1, **row, seconds=round(time.time() - self.started, 2),
-                                           data_share=round(self.waited / self.spent, 4))) + "\n")
+                                           data_share=round(self.waited / (time.time() - self.begun), 4))) + "\n")
             if not sys.stderr.isatty() and time.time() - self.told > 15:                # where no progress bar is drawn
                 self.say(f"{stage}, step {step + 1}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
                 self.told = time.time()
