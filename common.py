@@ -715,11 +715,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def versions(device) -> dict:
-    """What a number was measured with: torch, python, device, and the commit of this file ("" outside a clone)."""
+    """What a number was measured with: torch, python, device, and the commit of this file ("" outside a clone or without git)."""
+    import shutil
     import subprocess
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     return dict(torch=torch.__version__, python=sys.version.split()[0], device=name, commit=commit)
 
 
