@@ -237,16 +237,17 @@ def from_pil(picture: Image.Image) -> torch.Tensor:
         tops = (1, 255, 65535) if picture.mode == "F" else (255, 65535) if picture.mode == "I" else (65535,)
         top = next((top for top in tops if grey.max() <= 1.5 * top), grey.max())
         picture = Image.fromarray((grey / top * 255).clip(0, 255).round().astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (128, 128, 128, 255)), picture)
-    elif "icc_profile" in picture.info:
+    alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
+    if "icc_profile" in picture.info:
         from PIL import ImageCms
+        picture = picture.convert({"L": "L", "LA": "L", "CMYK": "CMYK"}.get(picture.mode, "RGB"))   # no alpha, no palette
         try:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(picture.info["icc_profile"]))
             picture = ImageCms.profileToProfile(picture, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
         except ImageCms.PyCMSError:                               # damaged, or of another colour space than the picture
             pass
+    if alpha:
+        picture = Image.composite(picture.convert("RGB"), Image.new("RGB", picture.size, (128, 128, 128)), alpha)
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -669,14 +670,17 @@ class Run:
         if self.world > 1:                                        # the next stage looks for state.pt
             dist.barrier()
 
-    def about(self, nets: dict) -> dict:
-        """For metrics.json: command, versions, seconds, peak memory, parameters of each network."""
+    def report(self, rows: dict, pictures: dict, nets: dict, **more) -> None:
+        """metrics.json with `rows` {row: {score: number}}, what they were measured with and `more`; samples.png; the table."""
         import resource
         memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else \
             1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return dict(argv=sys.argv, seconds=round(time.time() - self.started, 1), peak_memory_gb=round(memory / 2 ** 30, 2),
-                    parameters={name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()},
-                    **versions(self.device))
+        write_json(self.folder / "metrics.json", dict(
+            rows=rows, **more, argv=sys.argv, seconds=round(time.time() - self.started, 1), peak_memory_gb=round(memory / 2 ** 30, 2),
+            parameters={name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}, **versions(self.device)))
+        write_grid(self.folder / "samples.png", pictures)
+        print_table(rows)
+        self.say(f"pictures and numbers in {self.folder}")
 
 
 RUN_FILES = ("config.json", "state.pt", "log.jsonl", "metrics.json")
@@ -892,6 +896,22 @@ def save_part(path, tensors: dict, about: dict | None = None) -> None:
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
         safetensors.torch.save_file(flat, temporary, metadata={"format": "pt"} | (about or {}))
+
+
+def open_run(where: str, cls) -> tuple:
+    """(folder, its `cls` configuration) of a run's folder or hub id; the configuration is None where it is a release's.
+
+    cls: the `Train` of the method. UserError where nothing is there, or the run is of another method.
+    """
+    folder, method = find_checkpoint(where), Path(inspect.getfile(cls)).stem
+    if not folder.exists():
+        raise UserError(f"--checkpoint {where}: no such folder; train first: python {method}.py train -o {where}")
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if "method" not in config:
+        return folder, None
+    if config["method"] != method:
+        raise UserError(f"--checkpoint {where}: belongs to {config['method']}, not to {method}")
+    return folder, saved_config(cls, config["train"])
 
 
 def load_run(where: str, method: str) -> tuple:
