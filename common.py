@@ -1084,7 +1084,7 @@ def restore_folder(cfg, restore, size: int, device) -> None:
     out, files = Path(cfg.output), list_images(cfg.input)
     if (out / "restored_faces").exists() and not cfg.overwrite:
         raise UserError(f"--output {out}: holds results; choose another folder, or --overwrite")
-    stems = collections.Counter(path.stem for path in files)
+    taken = collections.Counter(name for path in files for name in {path.stem, path.name})
     batch, done, told = [], 0, False
     for number, path in enumerate(tqdm(files, "restoring", disable=None)):
         try:
@@ -1096,7 +1096,7 @@ def restore_folder(cfg, restore, size: int, device) -> None:
                 tqdm.write(f"{path.name}: {image.shape[2]}x{image.shape[1]}, its centred square is restored at {size}x{size}; "
                            "so are others of other sizes")
                 told = True
-            batch.append((path.stem if stems[path.stem] == 1 else path.name, resize(centred_square(image), size)))
+            batch.append((path.stem if taken[path.stem] == 1 else path.name, resize(centred_square(image), size)))
         if batch and (len(batch) == cfg.batch_size or number == len(files) - 1):
             names, lq = zip(*batch)
             results = restore(torch.stack(lq).to(device), list(names))
