@@ -373,7 +373,7 @@ class Faces:
                 self.labels[key] = torch.tensor([table.get(name, missing) for name in self.names])
         if "attributes" in self.labels:                           # CelebA writes -1 and 1
             known = self.labels["attributes"]
-            self.labels["attributes"] = torch.where(known.isnan(), known, (known > 0).float())
+            self.labels["attributes"] = torch.where(known.isnan(), known, (known > 0.5).float())
         self.captions = read_json(self.folder / "captions.json") if (self.folder / "captions.json").exists() else {}
 
     def __len__(self) -> int:
