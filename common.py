@@ -487,8 +487,8 @@ def open_faces(cfg, mirror: bool = False) -> tuple:
         return Faces(data, mirror=mirror, **options), Faces(validation, **options)
     files = list_images(data, recursive=True)
     held = min(200, max(1, len(files) // 10))
-    people = [path.parent for path in files]
-    first = people.index(people[-held]) or len(files) - held      # whole people, unless one person is all there is
+    starts = [k for k in range(1, len(files)) if files[k].parent != files[k - 1].parent]    # of the people but the first
+    first = max((k for k in starts if k <= len(files) - held), default=min(starts, default=len(files) - held))
     if first < 1:
         raise UserError(f"--data {data}: holds too few pictures to keep one for measuring; give --validation_data")
     return Faces(data, mirror=mirror, files=files[:first], **options), Faces(data, files=files[first:], **options)
