@@ -313,6 +313,8 @@ def whole_file(path):
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)                                # safetensors writes files for their owner alone
         os.replace(temporary, path)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:                   # e.g. the disk is full
+        raise OSError(f"{path}: cannot be written ({first_line(error)})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -669,6 +671,10 @@ class Run:
             (self.folder / "state.pt").unlink(missing_ok=True)
         if self.world > 1:                                        # the next stage looks for state.pt
             dist.barrier()
+
+    def show(self, stage: str, pictures: dict) -> None:
+        """samples_STAGE.png of {title: (N, 3, S, S)}, at the end of every stage."""
+        write_grid(self.folder / f"samples_{stage}.png", pictures)
 
     def report(self, rows: dict, pictures: dict, nets: dict, **more) -> None:
         """metrics.json with `rows` {row: {score: number}}, what they were measured with and `more`; samples.png; the table."""
