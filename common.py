@@ -408,7 +408,10 @@ class Faces:
         raise UserError(f"{self.folder}: no picture can be read")
 
     def batch(self, places, seeds, degraded: bool = True) -> dict:
-        """hq, lq (B, 3, S, S), person, place, seeds (B,), and attributes (B, 12), landmarks (B, 98, 2), captions if known."""
+        """hq, lq (B, 3, S, S), person, place, seeds (B,), and attributes (B, 12), landmarks (B, 98, 2), captions if known.
+
+        No landmarks where faces are mirrored, which exchanges left and right.
+        """
         places = [self.readable(int(k)) for k in places]
         images, sizes = zip(*map(self.load, places))
         found = dict(hq=torch.stack(images) / 127.5 - 1, person=self.person[places], place=torch.tensor(places),
@@ -419,7 +422,7 @@ class Faces:
             found["lq"], found["hq"] = degrade_pair(found["hq"], self.degradation, found["seeds"])
         if "attributes" in self.labels:
             found["attributes"] = self.labels["attributes"][places]
-        if "landmarks" in self.labels:                            # pixels of the file -> pixels of the square
+        if "landmarks" in self.labels and not self.mirror:        # pixels of the file -> pixels of the square
             size = torch.tensor(sizes, dtype=torch.float32)[:, None]
             side = size.min(-1, keepdim=True).values
             points = self.labels["landmarks"][places].view(-1, 98, 2) - (size - side) / 2

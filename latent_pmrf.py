@@ -29,10 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # common comes first: it sets up OpenMP before torch is imported
-from common import (DEGRADATIONS, TOY, Run, SampleFlags, TrainFlags, UserError, at_once, average_gradients, command_line,
-                    ema_update, find_checkpoint, load_run, load_strict, lr_schedule, make_optimizer, open_faces, print_table,
-                    random_crop, read_json, read_torch, read_weights, restore_folder, saved_config, set_learning_rate, start_ema,
-                    warmup_cosine, write_grid, write_json)
+from common import (DEGRADATIONS, TOY, Run, SampleFlags, TrainFlags, UserError, average_gradients, command_line, ema_update,
+                    find_checkpoint, load_strict, lr_schedule, make_optimizer, open_faces, open_run, random_crop, read_torch,
+                    read_weights, restore_folder, start_ema, warmup_cosine)
 
 import torch
 import torch.nn as nn
@@ -913,7 +912,8 @@ def train_vae(cfg, run, faces, nets):
             (loss / cfg.gradient_accumulation_steps).backward()    # micro-batches add up their gradients
         average_gradients(modules, run.world)
         grad_norm = nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        set_learning_rate(optimizer, cfg.vae_learning_rate * factor(step))
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.vae_learning_rate * factor(step)
         optimizer.step()
         ema_update(ema, modules, cfg.ema_decay, step)
         run.log("vae", step, loss=loss, **parts, grad_norm=grad_norm)  # stops a run whose loss is not finite
@@ -943,7 +943,8 @@ def train_mmse(cfg, run, faces, nets):
             (loss / pieces).backward()
         average_gradients(modules, run.world)
         grad_norm = nn.utils.clip_grad_norm_(mmse.parameters(), cfg.max_grad_norm)
-        set_learning_rate(optimizer, cfg.mmse_learning_rate * factor(step))
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.mmse_learning_rate * factor(step)
         optimizer.step()
         ema_update(ema, modules, cfg.ema_decay, step)
         run.log("mmse", step, mse=loss, grad_norm=grad_norm)
@@ -979,7 +980,8 @@ def train_flow(cfg, run, faces, nets):
             (loss / pieces).backward()
         average_gradients(modules, run.world)
         grad_norm = nn.utils.clip_grad_norm_(flow.parameters(), cfg.max_grad_norm)
-        set_learning_rate(optimizer, cfg.learning_rate * factor(step))
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.learning_rate * factor(step)
         optimizer.step()
         ema_update(ema, modules, cfg.ema_decay, step)
         run.log("flow", step, cfm=loss, grad_norm=grad_norm)
@@ -1018,7 +1020,7 @@ def train(cfg: Train) -> None:
         done = [s for s in stages if s in (*done, stage)]
         if run.main:
             found = restore_held_out(cfg, run, {s: nets[s] for s in done}, held.held_out(8))
-            write_grid(run.folder / f"samples_{stage}.png", {name: x for name, x in found.items() if x.shape[1] == 3})
+            run.show(stage, {name: x for name, x in found.items() if x.shape[1] == 3})
     if run.main and done == stages:
         report(cfg, run, held, nets)
 
@@ -1063,11 +1065,11 @@ def take_networks(cfg, run, nets: dict) -> list:
 def load_part(cfg, part: str, where: str) -> nn.Module:
     """A released Sim-VAE or SwinIR, or that of another run's folder, in place of one that is trained here."""
     path = Path(where) / f"{part}.safetensors"
-    if path.exists() and (Path(where) / "config.json").exists():
-        before = read_json(Path(where) / "config.json").get("train", {})
+    if path.exists():
+        _, before = open_run(where, Train)
         for name in [name for name in SETTINGS if name.startswith(part) or name == "source"]:
-            if before.get(name, getattr(cfg, name)) != getattr(cfg, name):
-                raise UserError(f"--{part} {where}: was trained with --{name} {before[name]}, not {getattr(cfg, name)}")
+            if before and getattr(before, name) != getattr(cfg, name):
+                raise UserError(f"--{part} {where}: was trained with --{name} {getattr(before, name)}, not {getattr(cfg, name)}")
         net = build(cfg, part)
         load_strict(net, read_weights(path), f"--{part} {where}")
         return net
@@ -1145,7 +1147,7 @@ def restore_held_out(cfg, run, nets, batch) -> dict:
     """
     rng, found = torch.Generator().manual_seed(cfg.seed), {"lq": [batch["lq"]]}
     noise = lambda like: torch.randn(like.shape, generator=rng).to(like)
-    for lq, hq in zip(batch["lq"].split(at_once(cfg.image_size)), batch["hq"].split(at_once(cfg.image_size))):
+    for lq, hq in zip(batch["lq"].split(cfg.batch_size), batch["hq"].split(cfg.batch_size)):
         result, lq, hq = {}, lq.to(run.device), hq.to(run.device)
         if "vae" in nets:
             result["latents"] = nets["vae"].encode(hq)[0]
@@ -1162,38 +1164,32 @@ def restore_held_out(cfg, run, nets, batch) -> dict:
 
 
 def report(cfg, run, held, nets) -> None:
-    """Restore faces of people the networks never saw; write samples.png and metrics.json; print the table."""
+    """Restore faces of people the networks never saw, and measure them."""
     batch = held.held_out(cfg.validation_faces)
-    found = restore_held_out(cfg, run, nets, batch)
-    reader = metrics.load_reader("b", cfg.readers)
-    rows = {name: metrics.toy_scores(found[name], found["hq"], reader)
-            for name in ("lq", "posterior_mean", "restored_faces", "reconstruction") if name in found}
-    extra = dict(bound_psnr=metrics.mean_psnr(found["bound"], found["posterior_mean"])) if "vae" in nets else {}
-    if "latents" in found:  # Figure 4: the largest latent of a picture over the mean magnitude
-        size = found["latents"].norm(dim=1).flatten(1)
-        extra["latent_peak"] = (size.amax(1) / size.mean(1)).mean().item()
-    protocol = metrics.toy_protocol(held.folder, cfg.degradation, len(batch["hq"]), cfg.readers)
-    write_json(run.folder / "metrics.json", dict(rows=rows, faces=len(batch["hq"]), **extra, **run.about(nets), protocol=protocol))
-    write_grid(run.folder / "samples.png", {name: found[name] for name in ("lq", "posterior_mean", "restored_faces", "hq")})
-    print_table(rows)
-    run.say(f"{len(batch['hq'])} held-out faces; pictures and numbers in {run.folder}")
+    found, reader = restore_held_out(cfg, run, nets, batch), metrics.load_reader("b", cfg.readers)
+    shown = [name for name in ("lq", "posterior_mean", "restored_faces") if name in found]
+    rows = {name: metrics.toy_scores(found[name], found["hq"], reader) for name in shown}
+    more = dict(faces=len(batch["hq"]), protocol=metrics.toy_protocol(held.folder, cfg.degradation, len(batch["hq"]), cfg.readers))
+    if "vae" in nets:
+        rows["reconstruction"] = metrics.toy_scores(found["reconstruction"], found["hq"], reader)
+        more["bound_psnr"] = metrics.mean_psnr(found["bound"], found["posterior_mean"])     # of option 2 [Eq. 4]
+        length = found["latents"].norm(dim=1).flatten(1)
+        more["latent_peak"] = (length.amax(1) / length.mean(1)).mean().item()                # outliers [Figure 4]
+    run.report(rows, {name: found[name] for name in (*shown, "hq")}, nets, **more)
 
 
 def load_networks(cfg: Sample) -> tuple:
     """(nets, Train configuration) for `sample`: a training run, or PMRF's release; --vae and --mmse replace its parts."""
-    path = find_checkpoint(cfg.checkpoint)
-    if path.exists() and not (path / "config.json").exists() or path.is_dir() and "method" not in read_json(path / "config.json"):
-        return load_pmrf(path), Train(space="pixel")
-    folder, fields = load_run(cfg.checkpoint, "latent_pmrf")
-    trained, nets = saved_config(Train, fields), {}
+    folder, trained = open_run(cfg.checkpoint, Train)
+    if trained is None:
+        return load_pmrf(folder), Train(space="pixel")
+    nets = {}
     for part in stages_of(trained):
         if getattr(cfg, part, ""):
             nets[part] = load_part(trained, part, getattr(cfg, part))
-            continue
-        if not (folder / f"{part}.safetensors").exists():
-            raise UserError(f"--checkpoint {cfg.checkpoint}: {part} is not trained yet; go on with that training")
-        nets[part] = build(trained, part)
-        load_strict(nets[part], read_weights(folder / f"{part}.safetensors"), f"--checkpoint {cfg.checkpoint}, {part}")
+        else:
+            nets[part] = build(trained, part)
+            load_strict(nets[part], read_weights(folder / f"{part}.safetensors"), f"--checkpoint {cfg.checkpoint}, {part}")
     return nets, trained
 
 
