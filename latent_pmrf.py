@@ -1067,7 +1067,7 @@ def load_part(cfg, part: str, where: str) -> nn.Module:
     path = Path(where) / f"{part}.safetensors"
     if path.exists():
         _, before = open_run(where, Train)
-        for name in [name for name in SETTINGS if name.startswith(part) or name == "source"]:
+        for name in [name for name in SETTINGS if name.startswith(part) or name == "source" and part == "mmse"]:
             if before and getattr(before, name) != getattr(cfg, name):
                 raise UserError(f"--{part} {where}: was trained with --{name} {getattr(before, name)}, not {getattr(cfg, name)}")
         net = build(cfg, part)
