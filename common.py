@@ -522,18 +522,19 @@ class Run:
         torch.set_float32_matmul_precision("high")                # TF32 on GPUs that have it
         torch.backends.cuda.enable_cudnn_sdp(False)               # its bf16 gradients were NaN for A2BFR's toy (torch 2.11)
         self.sums, self.count = collections.defaultdict(float), 0
+        self.former, self.entered = [], False
         if hasattr(cfg, "resume_from_checkpoint"):
-            self.enter_folder(settings)
+            self.check_folder(settings)
 
-    def enter_folder(self, settings: tuple) -> None:
-        """Refuse a folder that holds another run, unless this one goes on with it or overwrites it; write config.json."""
+    def check_folder(self, settings: tuple) -> None:
+        """UserError where --output holds another run, unless this one goes on with it or overwrites it."""
         cfg, config = self.cfg, self.folder / "config.json"
-        going_on = cfg.resume_from_checkpoint or cfg.stage != "all"
+        self.going_on = bool(cfg.resume_from_checkpoint or cfg.stage != "all")
         holds = [p for p in sorted(self.folder.glob("*")) if p.name in RUN_FILES or p.suffix == ".safetensors"]
-        if holds and not (going_on or cfg.overwrite):
+        if holds and not (self.going_on or cfg.overwrite):
             raise UserError(f"--output {self.folder}: holds another run ({holds[0].name}); --resume_from_checkpoint latest "
                             "goes on with it, --overwrite replaces it")
-        if config.exists() and going_on:
+        if config.exists() and self.going_on:
             before = read_json(config)["train"]
             for name in settings:
                 if before.get(name) != json.loads(json.dumps(getattr(cfg, name))):
@@ -541,16 +542,27 @@ class Run:
                                     "repeat that, or choose another --output")
         elif cfg.resume_from_checkpoint:
             self.say(f"{self.folder} holds no run yet: starting anew")
+        self.former = [] if self.going_on else holds
+
+    def enter_folder(self) -> None:
+        """Before the first step, when all that a run needs has been opened: what --overwrite replaces goes."""
+        self.entered = True
         if self.world > 1:                                        # all have looked before rank 0 writes
             dist.barrier()
         if self.main:
-            for path in holds if not going_on else []:
-                path.unlink()
-            write_json(config, dict(method=Path(inspect.getfile(type(cfg))).stem, train=dataclasses.asdict(cfg)))
+            for path in self.former:
+                path.unlink(missing_ok=True)
+            write_json(self.folder / "config.json", dict(method=Path(inspect.getfile(type(self.cfg))).stem,
+                                                         train=dataclasses.asdict(self.cfg)))
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(dict(argv=sys.argv, world=self.world, **versions(self.device))) + "\n")
         if self.world > 1:
             dist.barrier()
+
+    def part(self, name: str) -> Path | None:
+        """The file of a part that this run, or the one it goes on with, has finished."""
+        path = self.folder / f"{name}.safetensors"
+        return path if path.exists() and path not in self.former else None
 
     def say(self, text: str) -> None:
         if self.main:
@@ -570,6 +582,8 @@ class Run:
         loader = torch.utils.data.DataLoader(
             Steps(batch_at, self.cfg, self.rank, self.world), batch_size=None, sampler=range(first, last),
             num_workers=self.cfg.num_workers, worker_init_fn=ignore_signals)
+        if not self.entered:
+            self.enter_folder()
         self.begun, self.waited = time.time(), 0.0                # waited: for faces, reading and degrading them
         self.sums.clear()                                         # of a stage that ended between two lines of the log
         self.count = 0

@@ -1047,16 +1047,18 @@ def take_networks(cfg, run, nets: dict) -> list:
     """Fill `nets` with what --vae and --mmse name and with what --output holds already; returns the names of those."""
     done = []
     for part in nets:
-        path = run.folder / f"{part}.safetensors"
+        path = run.part(part)
         if getattr(cfg, part, ""):
             nets[part] = load_part(cfg, part, getattr(cfg, part))
-        elif path.exists() and not (part == cfg.stage and cfg.overwrite):
-            if part == cfg.stage and not cfg.resume_from_checkpoint:
-                raise UserError(f"--stage {part}: {path} is there; --overwrite trains it anew")
+        elif path and part == cfg.stage and cfg.overwrite:
+            continue
+        elif path and part == cfg.stage and not cfg.resume_from_checkpoint:
+            raise UserError(f"--stage {part}: {path} is there; --overwrite trains it anew")
+        elif path:
             load_strict(nets[part], read_weights(path), path)
+        elif cfg.stage in stands_on(cfg, part):
+            raise UserError(f"--stage {cfg.stage} needs {part}: train it first (--stage {part}), or give --{part}")
         else:
-            if cfg.stage in stands_on(cfg, part):
-                raise UserError(f"--stage {cfg.stage} needs {part}: train it first (--stage {part}), or give --{part}")
             continue
         done.append(part)
     return done
