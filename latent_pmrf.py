@@ -1017,7 +1017,7 @@ def train(cfg: Train) -> None:
         {"vae": train_vae, "mmse": train_mmse, "flow": train_flow}[stage](cfg, run, faces, nets)
         nets[stage].eval().requires_grad_(False)
         run.finish(stage, {stage: nets[stage].state_dict()}, later=stands_on(cfg, stage))
-        done = [s for s in stages if s in (*done, stage)]
+        done = [s for s in stages if s in (*done, stage) and s not in stands_on(cfg, stage)]
         if run.main:
             found = restore_held_out(cfg, run, {s: nets[s] for s in done}, held.held_out(8))
             run.show(stage, {name: x for name, x in found.items() if x.shape[1] == 3})
