@@ -543,6 +543,8 @@ class Run:
         elif cfg.resume_from_checkpoint:
             self.say(f"{self.folder} holds no run yet: starting anew")
         self.former = [] if self.going_on else holds
+        if self.going_on and cfg.overwrite and not cfg.resume_from_checkpoint:               # --stage X --overwrite
+            self.former = [self.folder / f"{cfg.stage}.safetensors", self.folder / "state.pt"]
 
     def enter_folder(self) -> None:
         """Before the first step, when all that a run needs has been opened: what --overwrite replaces goes."""

@@ -1011,13 +1011,14 @@ def train(cfg: Train) -> None:
     done = take_networks(cfg, run, nets)
     nets = {stage: net.to(run.device).eval().requires_grad_(False) for stage, net in nets.items()}
     for stage in stages if cfg.stage == "all" else [cfg.stage]:
-        if stage in done and cfg.stage == "all":
+        if stage in done:
             run.say(f"stage {stage}: taken as it is")
             continue
         {"vae": train_vae, "mmse": train_mmse, "flow": train_flow}[stage](cfg, run, faces, nets)
         nets[stage].eval().requires_grad_(False)
-        run.finish(stage, {stage: nets[stage].state_dict()}, later=stands_on(cfg, stage))
-        done = [s for s in stages if s in (*done, stage) and s not in stands_on(cfg, stage)]
+        given = [s for s in stages if getattr(cfg, s, "")]         # by --vae or --mmse: `sample` wants them too
+        run.finish(stage, {s: nets[s].state_dict() for s in (*given, stage)}, later=stands_on(cfg, stage))
+        done = [s for s in stages if s in (*done, stage)]
         if run.main:
             found = restore_held_out(cfg, run, {s: nets[s] for s in done}, held.held_out(8))
             run.show(stage, {name: x for name, x in found.items() if x.shape[1] == 3})
@@ -1048,13 +1049,12 @@ def take_networks(cfg, run, nets: dict) -> list:
     done = []
     for part in nets:
         path = run.part(part)
+        stale = any(part in stands_on(cfg, other) for other in nets if other not in done)   # trained on a part that is gone
         if getattr(cfg, part, ""):
             nets[part] = load_part(cfg, part, getattr(cfg, part))
-        elif path and part == cfg.stage and cfg.overwrite:
-            continue
         elif path and part == cfg.stage and not cfg.resume_from_checkpoint:
             raise UserError(f"--stage {part}: {path} is there; --overwrite trains it anew")
-        elif path:
+        elif path and not stale:
             load_strict(nets[part], read_weights(path), path)
         elif cfg.stage in stands_on(cfg, part):
             raise UserError(f"--stage {cfg.stage} needs {part}: train it first (--stage {part}), or give --{part}")
