@@ -1,17 +1,15 @@
 """What the tests that run a method's file as a program share."""
-import os
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+import torch.nn as nn
 
 import common
+from toy import faces as toy
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,52 +35,75 @@ def caller(method, libraries_talk=False):
     return call, refused
 
 
-def weights(folder):
-    return safetensors.torch.load_file(Path(folder) / "model.safetensors")
+def weights(folder) -> dict:
+    """{"part.tensor name": tensor} of all finished parts of a run."""
+    return {f"{path.stem}.{name}": tensor for path in sorted(Path(folder).glob("*.safetensors"))
+            for name, tensor in safetensors.torch.load_file(path).items()}
 
 
-def same(a, b):
+def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-def toy_pictures(folder, count):
-    faces = common.toy_faces(torch.arange(count), torch.arange(count), size=40)
+def toy_data(folder, size=32, share=0.01) -> Path:
+    """A small data/toy: train/, val/ and test/ of whole people, pairs/, with all labels. 1 percent is 10 people and 20 pairs."""
+    toy.draw(folder, size, share)
+    return Path(folder)
+
+
+def toy_pictures(folder, count, size=40) -> None:
+    faces = toy.toy_faces(torch.arange(count), torch.arange(count), size=size)
     for i, image in enumerate(faces.image):
         common.write_image(folder / f"{i:02d}.png", image)
 
 
-def train_once_more(call, refused, capsys, monkeypatch, finished, folder, *flags, read=weights):
-    """Two copies of a finished run train a stage again, with other flags; one is stopped after its first step.
-
-    Resuming must go on with the new training, not take the stage for finished. Returns the weights of both.
-    """
-    stopped, straight = (shutil.copytree(finished, folder / name) for name in ("stopped", "straight"))
-    with monkeypatch.context() as patch:
-        update = common.Stage.update
-
-        def stopping(stage, *loss, **logged):
-            update(stage, *loss, **logged)
-            stage.stop = True
-        patch.setattr(common.Stage, "update", stopping)
-        assert "stopped at step 1 of" in refused(capsys, "train", *flags, "-o", stopped)
-    call("train", *flags, "-o", stopped, "--resume_from_checkpoint", "latest")
-    call("train", *flags, "-o", straight)
-    before, after = read(finished), read(straight)
-    assert any(not torch.equal(before[n], after[n]) for n in after)
-    return read(stopped), after
+KILLED = """
+import os, signal, sys
+import common, {method}
+{method}.SIZES["toy"] = {sizes}
+save = common.Run.save
+def dying(run, stage, step, *rest):
+    save(run, stage, step, *rest)
+    if (stage, step + 1) == ({stage!r}, {step}):
+        os.kill(os.getpid(), signal.SIGKILL)
+common.Run.save = dying
+common.command_line("x", {method}.VERBS, sys.argv[1:])
+"""
 
 
-def kill_in_stage(program, out, stage, *flags):
-    """SIGKILL `program train -o out` as soon as state.pt is of that stage; returns the arguments, to go on with."""
-    command = [sys.executable, program, "train", *flags, "--checkpointing_steps", "1", "-o", str(out)]
-    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS=str(torch.get_num_threads()))
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-    for _ in range(2400):
-        if process.poll() is not None:
-            break
-        if (out / "state.pt").exists() and torch.load(out / "state.pt", weights_only=True)["stage"] == stage:
-            break
-        time.sleep(0.05)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
-    return command[2:]
+def kill(method: str, sizes: dict, stage: str, step: int, *flags) -> None:
+    """`METHOD.py train` with toy sizes `sizes` in a process of its own, which gets SIGKILL after that step of that stage."""
+    text = KILLED.format(method=method, sizes=sizes, stage=stage, step=step)
+    command = [sys.executable, "-c", text, "train", *map(str, flags)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == -9, ended.stderr[-2000:]
+
+
+class Trap:
+    """An object whose unpickling would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+class ScriptTrap(nn.Module):
+    """Saved as a TorchScript archive, it writes a file while torch.jit.load reads it."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.path, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]):
+        self.path, self.training = state[0], state[1]
+        assert torch.from_file(state[0], True, 1).numel() == 1
+
+    def forward(self, x):
+        return x
