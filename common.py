@@ -256,11 +256,21 @@ def list_images(path, recursive: bool = False) -> list:
     path, known = Path(path), Image.registered_extensions().keys() - {".pdf", ".mpg", ".mpeg", ".eps", ".h5", ".hdf"}
     if path.is_file():
         return [path]
-    found = sorted(p for p in (path.rglob("*") if recursive else path.glob("*"))
-                   if p.suffix.lower() in known and p.name[0] != "." and p.is_file())
+    found, passed, seen = [], [], set()
+    for folder, inside, names in os.walk(path, followlinks=True):
+        if os.path.realpath(folder) in seen or seen and not recursive:                      # a loop of links ends here
+            passed += [folder] if not recursive else []
+            inside.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        files = [Path(folder, name) for name in names if name[0] != "."]
+        found += [file for file in files if file.suffix.lower() in known and file.is_file()]
+        passed += [file for file in files if file.suffix.lower() not in known | {".csv", ".json", ".jsonl"}]
     if not found:
         raise UserError(f"{path}: {'no pictures in this folder' if path.is_dir() else 'no such file or folder'}")
-    return found
+    if passed:
+        print(f"{path}: {len(passed)} files or folders passed over, such as {Path(passed[0]).name}", flush=True)
+    return sorted(found)
 
 
 def read_image(path, size: int | None = None) -> torch.Tensor:
