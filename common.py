@@ -654,10 +654,10 @@ class Run:
         """
         stop = self.stop == "asked"
         if self.world > 1:                                        # all processes stop at the same step
-            asked = torch.tensor(float(stop and (step + 1) % self.cfg.log_steps == 0), device=self.device)
+            asked, stop = torch.tensor(float(stop), device=self.device), False
             if (step + 1) % self.cfg.log_steps == 0:
                 dist.all_reduce(asked)
-            stop = asked.item() > 0
+                stop = asked.item() > 0
         if not stop and (step + 1) % self.cfg.checkpointing_steps:
             return
         weights = {name: trained(module) for name, module in modules.items()}
