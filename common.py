@@ -244,7 +244,7 @@ def from_pil(picture: Image.Image) -> torch.Tensor:
         try:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(picture.info["icc_profile"]))
             picture = ImageCms.profileToProfile(picture, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        except ImageCms.PyCMSError:                               # damaged, or of another colour space than the picture
+        except (ImageCms.PyCMSError, OSError):                    # damaged, or of another colour space than the picture
             pass
     if alpha:
         picture = Image.composite(picture.convert("RGB"), Image.new("RGB", picture.size, (128, 128, 128)), alpha)
