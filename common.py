@@ -625,12 +625,12 @@ class Run:
         self.stop = "asked"
         self.say("stopping after this step (once more: at once, without saving)")
 
-    def log(self, stage: str, step: int, **values) -> None:
-        """Mean of each value over --log_steps steps, as a line of log.jsonl. UserError where one is not finite."""
+    def log(self, stage: str, step: int, every: int = 0, **values) -> None:
+        """Mean of each value over `every` (0: --log_steps) steps, as a line of log.jsonl. UserError where one is not finite."""
         for name, value in values.items():
             self.sums[name] = self.sums[name] + value.detach()    # stays on the device: no wait for a GPU
         self.count += 1
-        if (step + 1) % self.cfg.log_steps and (step + 1) % self.cfg.checkpointing_steps:
+        if (step + 1) % (every or self.cfg.log_steps) and (step + 1) % self.cfg.checkpointing_steps:
             return
         row = {name: round((total / self.count).item(), 6) for name, total in self.sums.items()}
         self.sums.clear()
@@ -647,8 +647,9 @@ class Run:
                 self.say(f"{stage}, step {step + 1}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
                 self.told = time.time()
 
-    def save(self, stage: str, step: int, modules: dict, ema: dict, *optimizers) -> None:
-        """state.pt: all that a resumed run needs, every --checkpointing_steps and where a stop was asked for.
+    def save(self, stage: str, step: int, modules: dict, ema: dict, *optimizers, every: int = 0) -> None:
+        """state.pt: all that a resumed run needs, at every `every`-th step (0: --checkpointing_steps) and where a stop was
+        asked for.
 
         modules {name: module}, ema {name: {tensor name: tensor}}. UserError where weights are not finite.
         """
@@ -658,7 +659,7 @@ class Run:
             if (step + 1) % self.cfg.log_steps == 0:
                 dist.all_reduce(asked)
                 stop = asked.item() > 0
-        if not stop and (step + 1) % self.cfg.checkpointing_steps:
+        if not stop and (step + 1) % (every or self.cfg.checkpointing_steps):
             return
         weights = {name: trained(module) for name, module in modules.items()}
         check_finite(weights, stage)
