@@ -1273,7 +1273,7 @@ def check_config(cfg) -> None:
             if value == 0 and re.search("size|steps$|faces$|rank$", field.name) and "warmup" not in field.name and field.default != 0:
                 raise UserError(f"--{field.name} 0: must be at least 1")
     out = Path(getattr(cfg, "output", "") or ".").resolve()
-    for name in ("data", "validation_data", "input"):
+    for name in ("data", "validation_data", "input") if hasattr(cfg, "output") else ():
         if getattr(cfg, name, "") and Path(getattr(cfg, name)).resolve().is_relative_to(out):
             raise UserError(f"--output {cfg.output}: holds --{name} {getattr(cfg, name)}; choose another folder")
 
