@@ -1,4 +1,4 @@
-"""Pref-Restore's mathematics and pieces: closed forms, short loops, gradient routing, released layouts. No download."""
+"""Pref-Restore: closed forms in the paper's order, gradient routing, released layouts, and the program. No download."""
 import argparse
 import copy
 import dataclasses
@@ -6,7 +6,8 @@ import json
 import math
 import pickle
 import shutil
-import tempfile
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -17,12 +18,15 @@ import torch.nn.functional as F
 
 import common
 import pref_restore as pr
+from program import ROOT, ScriptTrap, Trap, caller, same, toy_data, toy_pictures, weights
+from toy import sana
+from toy.faces import toy_faces
 
 f64 = torch.float64
-TINY = dict(image_size=32, batch_size=4, token_side=2, codes=16, code_dim=8, tokenizer_width=24, llm_width=32,
-            llm_layers=2, latent_channels=8, vae_widths=(16, 16, 32), sana_heads=1, sana_layers=2, bank=0,
-            mixed_precision="no", rank=4, lora_alpha=8.0, groups=2, group_size=3, rollout_batch=4, rollout_steps=3,
-            num_inference_steps=2, device="cpu")
+SIZES = sana.sizes_of(size=32, token_side=2, codes=16, code_dim=8, siglip_width=72, llm_width=32, llm_layers=2, channels=8,
+                      vae_widths=(16, 16, 32), heads=1, layers=2)
+TINY = dict(pr.TOY_VALUES, image_size=32, batch_size=4, rank=4, groups=2, group_size=3, rollout_steps=3, num_inference_steps=2,
+            device="cpu", mixed_precision="no")
 
 
 @pytest.fixture(autouse=True)
@@ -35,23 +39,22 @@ def seeded():
 def whole():
     """(cfg, model, vocab, batch) of random tiny networks and four toy faces. Not to be changed by a test."""
     torch.manual_seed(0)
-    cfg = pr.Train(**TINY)
-    model, vocab, _, _ = pr.build(cfg)
-    faces = common.toy_faces(torch.arange(4), torch.arange(4), size=32)
+    model, vocab = sana.build(SIZES)
+    faces = toy_faces(torch.arange(4), torch.arange(4), size=32)
     lq = common.degrade(faces.image, common.DEGRADATIONS["pref_restore"], range(4))
-    batch = dict(hq=faces.image, lq=lq, caption=["a photo of a young person", "", "a photo of an older person", ""],
+    batch = dict(hq=faces.image, lq=lq, captions=["a photo of a young person", "", "a photo of an older person", ""],
                  tasks=["restore"] * 3 + ["copy"])
-    return cfg, model.eval(), vocab, batch
+    return pr.Train(**TINY), model.eval(), vocab, batch
 
 
-# ---------------------------------------------------------------- words and sequences
+# ---------------------------------------------------------------- tokens and sequences
 
 
 def test_the_chat_layout_has_the_lengths_of_the_released_model():
     """Word by word the template has as many pieces as Qwen3's tokens: 11, 12 + 729, 5; 757 in all, 1489 in training."""
-    vocab = pr.Vocabulary(pr.ToyTokenizer(), 65_536)
-    words = torch.randint(65_536, (1, 729))
-    prompt, whole = pr.build_sequence(vocab, words, [""]), pr.build_sequence(vocab, words, [""], words)
+    vocab = pr.Vocabulary(sana.word_tokenizer(), 65_536)
+    tokens = torch.randint(65_536, (1, 729))
+    prompt, whole = pr.build_sequence(vocab, tokens, [""]), pr.build_sequence(vocab, tokens, [""], tokens)
     assert len(vocab.encode(pr.SYSTEM)) == 11 and len(vocab.encode(pr.USER + pr.ASK + pr.END)) == 12
     assert prompt.ids.shape == (1, 757) and whole.ids.shape == (1, 1489)
     assert 1 not in prompt.ids                                                               # nothing is unknown
@@ -59,18 +62,18 @@ def test_the_chat_layout_has_the_lengths_of_the_released_model():
     assert torch.equal(whole.ids[0, :757], prompt.ids[0]) and whole.ids[0, 757 + 729] == vocab.image_end
 
 
-def test_added_words_have_the_released_ids():
+def test_added_tokens_have_the_released_ids():
     tokenizer = SimpleNamespace(__len__=None, pad_token_id=151_643)
     vocab = pr.Vocabulary(tokenizer, 65_536, first=151_669)
     assert (vocab.image_start, vocab.image_end, vocab.scale, vocab.first_code) == (151_669, 151_670, 151_671, 151_674)
     assert vocab.size == 217_210 == pr.QWEN3["vocab_size"] and vocab.pad == 151_643
 
 
-def test_a_loss_mask_leaves_out_the_degraded_words_and_padding_only(whole):
-    """Fact sheet 1.5: prompt and <S0> are labels too; with ce_on_text off only the N words and <im_end> are."""
+def test_a_loss_mask_leaves_out_the_degraded_tokens_and_padding_only(whole):
+    """Fact sheet 1.5: prompt and <S0> are labels too; with ce_on_text off only the N tokens and <im_end> are."""
     _, _, vocab, batch = whole
     source, answer = torch.randint(16, (2, 4, 4))
-    s = pr.build_sequence(vocab, source, batch["caption"], answer, batch["tasks"])
+    s = pr.build_sequence(vocab, source, batch["captions"], answer, batch["tasks"])
     for b in range(4):
         length = int(s.mask[b].sum())
         found = torch.nonzero(s.labels[b] == -100).flatten().tolist()
@@ -81,32 +84,25 @@ def test_a_loss_mask_leaves_out_the_degraded_words_and_padding_only(whole):
         start = s.start[b]
         assert s.ids[b, start] == vocab.scale
         assert torch.equal(s.ids[b, start + 1:start + 5] - vocab.first_code, answer[b])
-    only = pr.build_sequence(vocab, source, batch["caption"], answer, ce_on_text=False)
+    only = pr.build_sequence(vocab, source, batch["captions"], answer, ce_on_text=False)
     assert ((only.labels != -100).sum(1) == 5).all()
     assert (only.labels[:, 1:].gather(1, only.start[:, None]) == answer[:, :1] + vocab.first_code).all()
 
 
-def test_captions_choose_the_request_and_the_side_mission_overrides_them(whole):
-    vocab, words = whole[2], torch.zeros(3, 4, dtype=torch.long)
-    text = lambda caption, task: [vocab.tokenizer.words[i] if i < len(vocab.tokenizer) else "#" for i in
-                                  pr.build_sequence(vocab, words[:1], [caption], tasks=[task]).ids[0].tolist()]
+def test_captions_choose_the_request_and_the_side_task_overrides_them(whole):
+    vocab, source = whole[2], torch.zeros(1, 4, dtype=torch.long)
+    text = lambda caption, task: vocab.tokenizer.decode(
+        [i for i in pr.build_sequence(vocab, source, [caption], tasks=[task]).ids[0].tolist() if i < vocab.image_start])
     assert "content" in text("a young person", "restore") and "young" in text("a young person", "restore")
-    assert "content" not in text("", "restore")                                              # empty: caption-free
-    assert text("", "restore") == text("  \n", "restore")
+    assert "content" not in text("", "restore") and text("", "restore") == text("  \n", "restore")
     assert "mission" in text("a young person", "copy") and "young" not in text("a young person", "copy")
 
 
 def test_a_caption_longer_than_the_context_is_cut_to_what_fits(whole):
-    vocab, words = whole[2], torch.zeros(1, 4, dtype=torch.long)
-    room = pr.caption_room(vocab, 4, 80)
-    long = pr.build_sequence(vocab, words, ["young " * 500], words, context=80)
-    assert long.ids.shape[1] == 80 and (long.ids == vocab.tokenizer.ids["young"]).sum() == room
-    copy = len(pr.build_sequence(vocab, words, [""], words, ["copy"]).ids[0])      # the side mission's request is longer
-    assert pr.caption_room(vocab, 4, copy) > 0
-    with pytest.raises(common.UserError, match=f"need {copy}"):
-        pr.caption_room(vocab, 4, copy - 1)
-    with pytest.raises(common.UserError, match="--context 20"):
-        pr.build_sequence(vocab, words, [""], words, context=20)
+    vocab, answer = whole[2], torch.zeros(1, 4, dtype=torch.long)
+    long = pr.build_sequence(vocab, answer, ["young " * 500], answer, context=80)
+    young = vocab.encode("young")[0]
+    assert long.ids.shape[1] == 80 and (long.ids == young).sum() == pr.caption_room(vocab, 4, 80)
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -158,12 +154,12 @@ def test_eq7_token_loss_is_the_plain_cross_entropy_in_value_and_gradient():
         pr.token_loss(states, head, torch.full_like(labels, -100))
 
 
-def test_eq7_the_answer_factorises_into_its_words(whole):
+def test_eq7_the_answer_factorises_into_its_tokens(whole):
     """sum_i log p(s_i | s_<i, F_v, F_t), each from a sequence cut before s_i, equals one teacher-forced pass."""
     _, model, vocab, _ = whole
     source, answer = torch.randint(16, (2, 1, 4))
     s = pr.build_sequence(vocab, source, ["young person"], answer, ce_on_text=False)
-    once = pr.token_loss(model.integrator(s), model.integrator.head, s.labels) * 5           # N words and <im_end>
+    once = pr.token_loss(model.integrator(s), model.integrator.head, s.labels) * 5           # N tokens and <im_end>
     total = 0.0
     for i in range(5):
         end = s.start.item() + 1 + i
@@ -177,22 +173,22 @@ def test_training_and_inference_condition_on_the_same_positions(whole):
     """States that generation leaves, with cache and left padding, are those of a full pass sliced from <S0>."""
     _, model, vocab, batch = whole
     source = torch.randint(16, (4, 4))
-    prompt = pr.build_sequence(vocab, source, batch["caption"])
+    prompt = pr.build_sequence(vocab, source, batch["captions"])
     assert len(set(prompt.mask.sum(1).tolist())) > 1 and not prompt.mask[1, 0]  # unequal, padded on the left
     tokens, states = model.integrator.generate(prompt, vocab, 4)
     assert tokens.shape == (4, 4) and states.shape == (4, 5, 32)
-    full = pr.build_sequence(vocab, source, batch["caption"], tokens)
+    full = pr.build_sequence(vocab, source, batch["captions"], tokens)
     sliced = pr.answer_states(model.integrator(full), full.start, 4)
     torch.testing.assert_close(states, sliced, atol=1e-5, rtol=1e-4)
     for b in range(4):                                                                       # neighbours do not matter
-        alone = pr.build_sequence(vocab, source[b:b + 1], batch["caption"][b:b + 1])
+        alone = pr.build_sequence(vocab, source[b:b + 1], batch["captions"][b:b + 1])
         one, state = model.integrator.generate(alone, vocab, 4)
         assert torch.equal(one[0], tokens[b])
         torch.testing.assert_close(state[0], states[b], atol=1e-5, rtol=1e-4)
 
 
 def test_generation_cannot_end_early(whole):
-    """Even where the model would say <im_end> for ever, exactly N visual words come out."""
+    """Even where the model would say <im_end> for ever, exactly N visual tokens come out."""
     _, model, vocab, _ = whole
     integrator = copy.deepcopy(model.integrator)
     prompt = pr.build_sequence(vocab, torch.randint(16, (2, 4)), ["", ""])
@@ -221,12 +217,11 @@ def test_pick_token_draws_from_the_nucleus_in_proportion():
     assert both[0] == 1
 
 
-def test_section_4b1_words_are_drawn_and_greedy_is_a_switch(whole):
-    """Restoring draws the words of the answer, unlike in the roll-outs of stage 2 (`seen_groups`)."""
+def test_section_4b1_tokens_are_drawn_and_greedy_is_a_switch(whole):
     cfg, model, vocab, batch = whole
     read = lambda cfg, seed: pr.read_face(model, vocab, cfg, batch["lq"], [""] * 4, torch.Generator().manual_seed(seed))
     greedy = dataclasses.replace(cfg, ar="greedy")
-    assert pr.Train().ar == pr.Train(**pr.PAPER).ar == "sample"
+    assert pr.Train().ar == cfg.ar == "sample"
     assert not torch.equal(read(cfg, 0), read(cfg, 1)) and torch.equal(read(cfg, 1), read(cfg, 1))
     assert torch.equal(read(greedy, 0), read(greedy, 1))
 
@@ -293,8 +288,7 @@ def test_eq9_flow_loss_is_zero_at_the_oracle_and_levels_are_thousandths():
 def test_eq9_is_the_sum_of_its_two_terms(whole):
     """L = L_CE + lambda L_diff, from the same draws."""
     cfg, model, vocab, batch = whole
-    losses, model = [], copy.copy(model)
-    model.uses = ("semantic",)
+    losses = []
     for weight in (0., 1., 3.):
         torch.manual_seed(1)
         losses.append(pr.semantic_loss(model, vocab, dataclasses.replace(cfg, diffusion_weight=weight), batch))
@@ -355,22 +349,17 @@ def test_eq12_constant_groups_sit_at_a_half_and_outliers_are_clipped():
     assert far[-1] == 1 and far.min() >= 0
 
 
-def test_eq12_the_group_is_the_face_so_equal_captions_stay_apart(whole, monkeypatch):
+def test_eq12_the_group_is_the_face_so_equal_captions_stay_apart(whole, monkeypatch, tmp_path):
     """Two faces with one caption: each is judged against its own mean, whatever the authors' key would merge."""
-    groups = seen_groups(whole, monkeypatch, captions=["same", "same"])
-    assert groups.tolist() == [0, 0, 0, 1, 1, 1]
-
-
-def seen_groups(whole, monkeypatch, captions):
     cfg, model, vocab, batch = whole
-    seen, real, read = [], pr.optimality, pr.read_face
-    monkeypatch.setattr(pr, "optimality", lambda rewards, group, *a: seen.append(group) or real(rewards, group, *a))
-    monkeypatch.setattr(pr, "read_face", lambda m, v, cfg, *a: read(m, v, cfg, *a) if cfg.ar == "greedy" else None)
-    cfg = pr.Train(**TINY, preference_steps=1, output=tempfile.mkdtemp(), updates_per_epoch=1)
-    faces = dict(hq=batch["hq"][:2], caption=captions, seeds=torch.arange(2))
-    source = SimpleNamespace(training=lambda *which: faces)
-    pr.train_preference(cfg, common.Run(cfg), source, copy.deepcopy(model), vocab)
-    return seen[0]
+    seen, optimality, read = [], pr.optimality, pr.read_face
+    monkeypatch.setattr(pr, "optimality", lambda rewards, group, *a: seen.append(group) or optimality(rewards, group, *a))
+    monkeypatch.setattr(pr, "read_face", lambda m, v, cfg, *a: seen.append(cfg.ar) or read(m, v, cfg, *a))
+    cfg = dataclasses.replace(cfg, preference_steps=1, output=str(tmp_path))
+    two = dict(hq=batch["hq"][:2], lq=batch["lq"][:2], captions=["same", "same"])
+    faces = SimpleNamespace(training=lambda *which: dict(two))
+    pr.train_preference(cfg, common.Run(cfg), faces, copy.deepcopy(model), vocab)
+    assert seen[0] == "greedy" and seen[1].tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_eq13_eq14_plus_and_minus_mirror_each_other_at_the_old_velocity():
@@ -606,7 +595,7 @@ def test_lora_in_pefts_layout_is_w_plus_scaled_b_a(policies, tmp_path):
     torch.testing.assert_close(call(plain), call(sana))
     other = copy.deepcopy(merged)
     del other.transformer_blocks[1]
-    with pytest.raises(common.UserError, match="16 unknown weights"):                        # fewer blocks: another SANA
+    with pytest.raises(common.UserError, match="16 unknown"):                                # fewer blocks: another SANA
         pr.load_peft(other, str(tmp_path / "lora"))
     rescaled = copy.deepcopy(plain)
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(dict(config, lora_alpha=2)))
@@ -621,10 +610,9 @@ def test_lora_in_pefts_layout_is_w_plus_scaled_b_a(policies, tmp_path):
 
 
 def trained_after(whole, stage, loss, **changes):
-    """Names whose gradient is not zero, and whether the model's frozen encoder E_0 is what it was after a step."""
+    """Names whose gradient is not zero, and the names that an optimiser step has changed."""
     cfg, model, vocab, batch = whole
     cfg, model = dataclasses.replace(cfg, condition_dropout=0., **changes), copy.deepcopy(model)
-    model.uses = pr.conditions(cfg, stage)
     before = copy.deepcopy(model.state_dict())
     parameters = pr.route(model, stage, cfg)
     loss(model, vocab, cfg, batch)[0].backward()
@@ -643,7 +631,7 @@ def test_stage_1_1_teaches_the_language_model_connector_and_caption_projection(w
     assert all(n.startswith(("integrator.", "sana.caption_")) for n in got | moved)
     assert starts(got, "integrator.llm.embed_tokens", "integrator.llm.layers.0", "integrator.connector.0",
                   "sana.caption_projection", "sana.caption_norm") == [True] * 5
-    got, moved = trained_after(whole, "1.1", pr.semantic_loss, train_caption_projection=False)
+    got, moved = trained_after(whole, "1.1", pr.semantic_loss, as_printed=True)
     assert all(n.startswith("integrator.") for n in got | moved)                             # the paper's frozen G
 
 
@@ -661,17 +649,12 @@ def test_stage_1_2_teaches_blocks_texture_connector_and_the_degraded_encoder(who
     assert all(n.startswith(allowed) for n in got | moved) and starts(got, *allowed) == [True] * 3
     got, _ = trained_after(whole, "1.2", lambda *a: (pr.texture_loss(*a)[1]["diffusion"],))
     assert starts(got, "lq_encoder.") == [True]                                              # also without Eq. 10
-    got, _ = trained_after(whole, "1.2", pr.texture_loss, tie_connector_norm=True)
-    assert "texture.3.weight" not in got and "texture.2.weight" in got
 
 
-def test_joint_teaches_all_of_both_and_the_prior_all_of_sana(whole):
+def test_joint_teaches_all_of_both(whole):
     got, _ = trained_after(whole, "joint", pr.joint_loss)
     parts = ("integrator.llm", "sana.caption_", "sana.transformer_blocks", "texture", "lq_encoder")
     assert starts(got, *parts) == [True] * 5
-    got, _ = trained_after(whole, "prior", pr.prior_loss)
-    assert starts(got, "sana.patch_embed", "sana.proj_out", "sana.time_embed", "integrator.", "vae", "tatok") == \
-        [True] * 4 + [False] * 2
 
 
 def test_texture_tokens_alone_where_the_language_model_is_left_out(whole):
@@ -681,7 +664,7 @@ def test_texture_tokens_alone_where_the_language_model_is_left_out(whole):
 
 def test_condition_is_semantic_then_texture_tokens(whole):
     cfg, model, vocab, batch = whole
-    cond = pr.read_face(model, vocab, cfg, batch["lq"], batch["caption"])
+    cond = pr.read_face(model, vocab, cfg, batch["lq"], batch["captions"])
     assert cond.shape == (4, 5 + 64, 32)
     z = model.encode_lq(batch["lq"])
     torch.testing.assert_close(cond[:, 5:], model.texture(model.sana.patch_embed(z)))
@@ -691,10 +674,10 @@ def test_own_answers_are_those_of_inference(whole):
     """A share of the rows is written word after word as at inference; the states over them are then inference's too."""
     cfg, model, vocab, batch = whole
     source, answer = torch.randint(16, (2, 4, 4))
-    batch = dict(batch, caption=["", "a person", "", "a hat"], tasks=["restore"] * 4)
+    batch = dict(batch, captions=["", "a person", "", "a hat"], tasks=["restore"] * 4)
     write = lambda share: pr.write_answers(model, vocab, dataclasses.replace(cfg, own_answers=share), batch, source, answer)
     assert torch.equal(write(0.), answer)
-    prompt = pr.build_sequence(vocab, source, batch["caption"], context=cfg.context)
+    prompt = pr.build_sequence(vocab, source, batch["captions"])
     tokens, states = model.integrator.generate(prompt, vocab, 4)
     assert torch.equal(write(1.), tokens) and not torch.equal(tokens, answer)
     seen, sequence = pr.teacher_forced(model, vocab, cfg, batch, source, tokens)
@@ -710,40 +693,28 @@ def test_own_answers_are_those_of_inference(whole):
 
 
 def test_toy_rewards_prefer_the_face_itself_and_read_captions():
-    faces = common.toy_faces(torch.arange(6), torch.arange(6))
+    faces = toy_faces(torch.arange(6), torch.arange(6))
     captions = [common.verbalise(a) for a in faces.attributes.tolist()]
-    rewards = pr.toy_rewards(pr.metrics.load_reader("a"))
+    reader = pr.metrics.load_reader("a")
+    rewards = pr.toy_rewards(reader)
     blurred = F.interpolate(F.avg_pool2d(faces.image, 8), scale_factor=8, mode="bilinear").clamp(-1, 1)
-    same, worse = (pr.score(rewards, x, faces.image, captions) for x in (faces.image, blurred))
+    same, worse = (pr.score(rewards, x, faces.image, captions, size=4) for x in (faces.image, blurred))
     assert set(same) == set(pr.REWARD_FILES) and all(v.shape == (6,) for v in same.values())
     assert all((same[name] > worse[name]).float().mean() > .8 for name in same)
     torch.testing.assert_close(same["identity"], torch.ones(6))
     assert same["lpips"].abs().max() < 1e-6 and (same["lmd"] == 1).all() and same["clip"].min() > .5
     wrong = pr.score(rewards, faces.image, faces.image, [common.verbalise(1 - a) for a in faces.attributes])["clip"]
     assert (wrong < same["clip"]).all()
-    assert (pr.score(rewards, faces.image, faces.image, [""] * 6)["clip"] == .5).all()  # an empty caption is silent
-    reader = pr.metrics.load_reader("a")                         # LPIPS's form, one pixel at a time
-    wanted = torch.zeros(6)
-    for a, b in zip(reader.stages(blurred), reader.stages(faces.image)):
-        for i in range(6):
-            pixels = zip(a[i].flatten(1).T, b[i].flatten(1).T)
-            wanted[i] -= torch.stack([(x / x.norm() - y / y.norm()).square().sum() for x, y in pixels]).mean() / 2
-    torch.testing.assert_close(worse["lpips"], wanted, rtol=1e-4, atol=1e-5)
+    assert (pr.score(rewards, faces.image, faces.image, [""] * 6)["clip"] == .5).all()       # an empty caption is silent
+    for name, wanted in dict(hps=reader.quality(blurred), lpips=-pr.metrics.reader_lpips(reader, blurred, faces.image) / 2,
+                             identity=(reader.embed(blurred) * reader.embed(faces.image)).sum(1),
+                             lmd=pr.landmark_reward(reader)(blurred, faces.image, captions)).items():
+        torch.testing.assert_close(worse[name], wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(worse["pick"], worse["hps"] * worse["clip"])
     other, both = (pr.score(pr.toy_rewards(*map(pr.metrics.load_reader, names)), blurred, faces.image, captions)
                    for names in ("c", "ac"))
-    for name in worse:  # several readers: their mean
+    for name in worse:                                             # several readers: their mean
         torch.testing.assert_close(both[name], (worse[name] + other[name]) / 2)
-
-
-def test_toy_rewards_look_at_each_picture_once():
-    reader, seen = pr.metrics.load_reader("a"), []
-    reader.stem.register_forward_hook(lambda *_: seen.append(1))
-    rewards, pictures = pr.toy_rewards(reader), torch.randn(3, 2, 3, 64, 64).clamp(-1, 1)
-    first = pr.score(rewards, pictures[0], pictures[2], ["an old person"] * 2)
-    assert len(seen) == 2                                        # six rewards, images and reference
-    second = pr.score(rewards, pictures[1], pictures[2], ["an old person"] * 2)
-    fresh = pr.score(pr.toy_rewards(pr.metrics.load_reader("a")), pictures[1], pictures[2], ["an old person"] * 2)
-    assert all((second[n] == fresh[n]).all() for n in fresh) and (first["identity"] != second["identity"]).all()
 
 
 def test_caption_targets_say_what_the_caption_says():
@@ -779,7 +750,7 @@ class OpenClipTower(nn.Module):
 
 
 class OpenClip(nn.Module):
-    def __init__(self, width=16, out=12, words=40, length=7):
+    def __init__(self, width=16, out=12, tokens=40, length=7):
         super().__init__()
         self.visual = nn.Module()
         self.visual.conv1 = nn.Conv2d(3, width, 4, 4, bias=False)
@@ -788,7 +759,7 @@ class OpenClip(nn.Module):
         self.visual.positional_embedding = nn.Parameter(torch.randn(1 + 4, width))
         self.visual.ln_pre, self.visual.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
         self.visual.transformer, self.transformer = OpenClipTower(width, 2), OpenClipTower(width, 2)
-        self.token_embedding, self.ln_final = nn.Embedding(words, width), nn.LayerNorm(width)
+        self.token_embedding, self.ln_final = nn.Embedding(tokens, width), nn.LayerNorm(width)
         self.positional_embedding = nn.Parameter(torch.randn(length, width))
         self.text_projection, self.logit_scale = nn.Parameter(torch.randn(width, out)), nn.Parameter(torch.tensor(2.))
 
@@ -823,31 +794,26 @@ def test_open_clip_weights_become_a_clip_model_with_the_same_embeddings():
     torch.testing.assert_close(text, theirs.text(ids), atol=1e-5, rtol=1e-4)
 
 
-def word_tokenizer(folder, words, pad="<pad>"):
-    """A tokenizer in the real file format, word by word."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=words[1]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, unk_token=words[1]).save_pretrained(str(folder))
+def reward_networks(folder):
+    """The six networks, tiny or random, under the names of their releases."""
+    from torchvision.models import vgg16
+    from transformers import CLIPConfig, CLIPModel
+    for name in ("clip", "pick"):
+        CLIPModel(CLIPConfig(**CLIP)).save_pretrained(folder / pr.REWARD_FILES[name])
+    tokenizer = sana.word_tokenizer()
+    tokenizer.add_special_tokens({})
+    tokenizer.save_pretrained(str(folder / pr.REWARD_FILES["clip"]))
+    torch.save({"state_dict": OpenClip().state_dict()}, folder / pr.REWARD_FILES["hps"])
+    torch.save(pr.metrics.ArcFaceGray().state_dict(), folder / pr.REWARD_FILES["identity"])
+    torch.save(pr.metrics.FAN98().state_dict(), folder / pr.REWARD_FILES["lmd"])
+    torch.save({"features." + n: t for n, t in vgg16().features.state_dict().items()}, folder / pr.REWARD_FILES["lpips"])
 
 
 def test_real_rewards_from_files_in_the_released_formats(tmp_path, monkeypatch):
-    """All six networks, tiny or random, through the very flags of a real run."""
-    from transformers import CLIPConfig, CLIPModel
-    for name in ("clip", "pick"):
-        CLIPModel(CLIPConfig(**CLIP)).save_pretrained(tmp_path / name)
-    word_tokenizer(tmp_path / "clip", ["<pad>", "<unk>", "a", "face", *map(str, range(36))])
-    torch.save({"state_dict": OpenClip().state_dict()}, tmp_path / "hps.pt")
+    """All six networks through the folder of a real run."""
     monkeypatch.setattr(pr, "HPS_CLIP", CLIP)
-    torch.save(pr.metrics.ArcFaceGray().state_dict(), tmp_path / "arcface.pth")
-    torch.save(pr.metrics.FAN98().state_dict(), tmp_path / "fan.pth")
-    from torchvision.models import vgg16
-    torch.save({"features." + n: t for n, t in vgg16().features.state_dict().items()}, tmp_path / "vgg.pth")
-    files = dict(clip="clip", pick="pick", hps="hps.pt", arcface="arcface.pth", fan="fan.pth", vgg="vgg.pth")
-    files = {name: str(tmp_path / file) for name, file in files.items()}
-    cfg = pr.Train(rewards="real", **files)
-    rewards = pr.build_rewards(cfg, "cpu")
+    reward_networks(tmp_path)
+    rewards = pr.build_rewards(pr.Train(rewards=str(tmp_path)), "cpu")
     x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
     scores = pr.score(rewards, x, y, ["a face", ""])
     assert list(scores) == list(pr.REWARD_FILES) and all(v.shape == (2,) for v in scores.values())
@@ -855,11 +821,12 @@ def test_real_rewards_from_files_in_the_released_formats(tmp_path, monkeypatch):
     assert (scores["lpips"] < 0).all() and (scores["lmd"] > 0).all()
     same = pr.score(rewards, x, x, ["", ""])
     assert same["lpips"].abs().max() < 1e-6 and (same["lmd"] == 1).all()
+    torch.testing.assert_close(same["identity"], torch.ones(2))
     one = pr.score(rewards, x, y, ["a face", ""], size=1)          # picture by picture: the same
     for name in scores:
         torch.testing.assert_close(one[name], scores[name], rtol=1e-4, atol=1e-5)
-    assert rewards["pick"].scale == pytest.approx(rewards["pick"].model.logit_scale.exp().item() / 26)
-    torch.testing.assert_close(pr.score(rewards, x, x, ["", ""])["identity"], torch.ones(2))
+    pick = pr.real_reward(tmp_path, "pick", "cpu")
+    assert pick.scale == pytest.approx(pick.model.logit_scale.exp().item() / 26)
 
 
 def test_clip_rewards_shrink_pictures_as_their_own_code_does():
@@ -901,29 +868,22 @@ def test_parameter_counts_of_the_full_size_networks():
     assert sum(p.numel() for n, p in sana.named_parameters() if ".lora_" in n) == 22_937_600
 
 
-def test_extended_embedding_starts_new_words_at_the_mean():
+def test_extended_embedding_starts_new_tokens_at_the_mean():
     table = torch.randn(5, 3)                                      # of which the tokenizer knows four: Qwen3's is padded
     longer = pr.extend_embedding(table, 4, 8)
     assert torch.equal(longer[:4], table[:4])
     torch.testing.assert_close(longer[4:], table[:4].mean(0).expand(4, -1))
-    assert pr.extend_embedding(table, 2, 4).shape == (4, 3)        # no more rows than words
-
-
-RELEASE = pr.Train(**dict(TINY, tokenizer_width=72, image_size=32))
+    assert pr.extend_embedding(table, 2, 4).shape == (4, 3)        # no more rows than tokens
 
 
 def release(folder, texture=True, tower=True):
     """Tiny random networks in the authors' layout: two shards, config.json, tokenizer; SANA's folder beside it."""
     torch.manual_seed(3)
-    vocab = pr.Vocabulary(pr.ToyTokenizer(), 16)
-    words = ["<pad>", "<unk>", *vocab.tokenizer.words[2:]]
-    sizes = pr.toy_sizes(RELEASE, vocab)
-    sizes["tatok"]["siglip"]["num_attention_heads"] = 1
-    sizes["tatok"]["siglip"]["hidden_act"] = "gelu_pytorch_tanh"
-    sizes["vae"]["scaling_factor"] = 0.41407
-    model = pr.PrefRestore(sizes)
+    model, vocab = sana.build(SIZES)
+    model.latent_scale.fill_(0.41407)
     for p in model.parameters():
         p.data += .01 * torch.randn_like(p)
+    sana.save(folder.parent / "sana", model, vocab, torch.float32)
     state = {f"model.{n}": t for n, t in model.integrator.llm.state_dict().items()}
     state |= {f"model.diffusion_connector.{n}": t for n, t in model.integrator.connector.state_dict().items()}
     state |= {f"model.sana.{n}": t for n, t in model.sana.state_dict().items()}
@@ -938,39 +898,28 @@ def release(folder, texture=True, tower=True):
     folder.mkdir(parents=True, exist_ok=True)
     names, half = sorted(state), len(state) // 2
     for i, part in enumerate((names[:half], names[half:])):
-        file = folder / f"model-0000{i + 1}-of-00002.safetensors"
-        safetensors.torch.save_file({n: state[n].clone() for n in part}, file)
-    config = dict(model_type="blip3o_qwen_inference", image_start_tag_id=vocab.image_start, num_image_tokens=16,
-                  image_start_token_id=vocab.first_code, diffusion_name_or_path="somewhere", **sizes["llm"])
+        safetensors.torch.save_file({n: state[n].clone() for n in part}, folder / f"model-0000{i + 1}-of-00002.safetensors")
+    config = json.loads((folder.parent / "sana" / "config.json").read_text()) | dict(model_type="blip3o_qwen_inference")
     (folder / "config.json").write_text(json.dumps(config))
-    word_tokenizer(folder, words)
-    model.sana.save_pretrained(folder.parent / "sana" / "transformer")
-    vae = copy.deepcopy(model.vae)
-    vae.save_pretrained(folder.parent / "sana" / "vae")
+    vocab.tokenizer.save_pretrained(str(folder))
     return model, vocab
 
 
 def test_a_release_loads_by_prefix_with_tied_and_missing_keys(tmp_path):
     wanted, vocab = release(tmp_path / "release")
-    model, words, finished, sizes = pr.load_release(str(tmp_path / "release"), sana=str(tmp_path / "sana"))
+    model, tokens, finished = pr.load_release(str(tmp_path / "release"), sana=str(tmp_path / "sana"))
     state = model.state_dict()
     for name, tensor in wanted.state_dict().items():
         if name != "texture.3.weight":
             assert torch.equal(state[name], tensor), name
     assert torch.equal(model.texture[3].weight, wanted.integrator.connector[3].weight)       # the tied RMSNorm
-    assert finished == ["tokenizer", "prior", "1.1", "1.2"] and model.uses == ("semantic", "texture")
-    assert words.first_code == vocab.first_code and words.size == vocab.size
+    assert finished == ["1.1", "1.2"] and (tokens.first_code, tokens.size) == (vocab.first_code, vocab.size)
     assert model.latent_scale.item() == pytest.approx(.41407)
-
-
-
-def test_a_release_whose_words_lie_elsewhere_is_refused(tmp_path):
-    release(tmp_path / "release")
     path = tmp_path / "release" / "config.json"
     config = json.loads(path.read_text())
-    for change in (dict(image_start_token_id=config["image_start_token_id"] - 2), dict(image_start_tag_id=
-                   config["image_start_tag_id"] + 40, image_start_token_id=config["image_start_token_id"] + 40)):
-        path.write_text(json.dumps(config | change))
+    for change in (-2, 40):                                        # visual tokens elsewhere, or fewer than their ids want
+        path.write_text(json.dumps(dict(config, image_start_token_id=config["image_start_token_id"] + change,
+                                        image_start_tag_id=config["image_start_tag_id"] + change * (change > 0))))
         with pytest.raises(common.UserError, match="another layout"):
             pr.load_release(str(tmp_path / "release"), sana=str(tmp_path / "sana"))
 
@@ -981,41 +930,37 @@ def test_a_release_before_stage_1_2_and_one_without_its_tokenizer(tmp_path):
         pr.load_release(str(tmp_path / "release"), sana=str(tmp_path / "sana"))
     torch.save(dict(model=dict(sd=wanted.tatok.state_dict(), args={"bottleneck": {"args": {"bottleneck_dim": 8}}})),
                tmp_path / "ta_tok.pth")
-    places = [str(tmp_path / name) for name in ("release", "sana", "ta_tok.pth")]
-    model, _, finished, _ = pr.load_release(*places)
-    assert finished == ["tokenizer", "prior"] and model.uses == ("semantic",)
+    model, _, finished = pr.load_release(*(str(tmp_path / name) for name in ("release", "sana", "ta_tok.pth")))
+    assert finished == []
     assert torch.equal(model.tatok.bottleneck["in_linear"].weight, wanted.tatok.bottleneck["in_linear"].weight)
     assert torch.equal(model.vae.encoder.conv_in.conv.weight, wanted.vae.encoder.conv_in.conv.weight)   # E_0 of --sana
 
 
-class Trap:
-    """An object whose unpickling would write a file."""
+def test_qwens_own_release_gets_the_new_tokens(tmp_path):
+    """Qwen3, SANA, DC-AE and TA-Tok, each as its own project releases it."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    model, vocab = release(tmp_path / "release")
+    count = len(vocab.tokenizer)
+    llm = dict(SIZES["llm"], vocab_size=count + 7, tie_word_embeddings=False)                # padded, as Qwen3's table is
+    qwen = Qwen3ForCausalLM(Qwen3Config(**llm))
+    qwen.save_pretrained(tmp_path / "qwen")
+    vocab.tokenizer.save_pretrained(str(tmp_path / "qwen"))
+    torch.save({"model": {"sd": model.tatok.state_dict(), "args": {}}}, tmp_path / "ta_tok.pth")
+    built, tokens, finished = pr.load_release(*(str(tmp_path / name) for name in ("qwen", "sana", "ta_tok.pth")))
+    table, old = built.integrator.llm.embed_tokens.weight, qwen.model.embed_tokens.weight
+    assert finished == [] and tokens.image_start == count and table.shape == (count + 5 + 16, 32)
+    assert torch.equal(table[:count], old[:count]) and built.integrator.head.shape == table.shape
+    torch.testing.assert_close(table[count:], old[:count].mean(0).expand(21, -1))
+    torch.testing.assert_close(built.integrator.head[-1], qwen.lm_head.weight[:count].mean(0))
+    for part in ("tatok", "sana", "vae"):
+        assert same(getattr(built, part).state_dict(), getattr(model, part).state_dict())
 
-    def __init__(self, path):
-        self.path = path
 
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-class ScriptTrap(nn.Module):
-    """Saved as a TorchScript archive, it writes a file while torch.jit.load reads it."""
-
-    def __init__(self, path: str):
-        super().__init__()
-        self.path = path
-
-    @torch.jit.export
-    def __getstate__(self) -> tuple[str, bool]:
-        return self.path, self.training
-
-    @torch.jit.export
-    def __setstate__(self, state: tuple[str, bool]):
-        self.path, self.training = state[0], state[1]
-        assert torch.from_file(state[0], True, 1).numel() == 1
-
-    def forward(self, x):
-        return x
+def test_qwen_sizes_read_the_base_of_the_rotations_in_either_layout():
+    new = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "hidden_size": 64}
+    assert pr.qwen_sizes(new)["rope_parameters"]["rope_theta"] == 5e5 and pr.qwen_sizes(new)["hidden_size"] == 64
+    assert pr.qwen_sizes({"rope_theta": 1000000})["rope_parameters"]["rope_theta"] == 1e6
+    assert pr.qwen_sizes({})["rope_parameters"]["rope_theta"] == 1e6
 
 
 def test_ta_toks_file_is_read_without_running_its_code(tmp_path):
@@ -1024,7 +969,7 @@ def test_ta_toks_file_is_read_without_running_its_code(tmp_path):
              "half": torch.ones(2).bfloat16()}
     torch.save({"model": {"args": arguments, "sd": state}}, tmp_path / "ta_tok.pth")
     with pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / "ta_tok.pth", weights_only=True)  # why it needs a reader of its own
+        torch.load(tmp_path / "ta_tok.pth", weights_only=True)     # why it needs a reader of its own
     found, told = pr.read_ta_tok(tmp_path / "ta_tok.pth")
     assert told["bottleneck"]["args"]["bottleneck_dim"] == 8 and told["x"] == {"a": {"b": 1}}  # harmless shells
     assert set(found) == {"encode_task_layer.0.weight", "half"} and found["half"].dtype == torch.bfloat16
@@ -1037,31 +982,25 @@ def test_ta_toks_file_is_read_without_running_its_code(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def from_a_folder(name, flag, subfolder=""):
+def from_a_folder(name, subfolder):
     """Read a model of transformers or diffusers whose weights lie in one file of the folder."""
     import diffusers
     import transformers
     cls = getattr(transformers, name, None) or getattr(diffusers, name)
-    return lambda folder: common.from_folder(cls, str(folder / subfolder), flag)
+    return lambda folder: common.from_folder(cls, str(folder / subfolder), "flag")
 
 
-# flag: (file that is read in the folder, how the program reads it)
-WEIGHTS_FILES = {
+# what: (file that is read in the folder, how the program reads it)
+WEIGHTS_FILES = {name: (pr.REWARD_FILES[name], lambda folder, name=name: pr.real_reward(folder, name, "cpu"))
+                 for name in ("hps", "identity", "lpips", "lmd")} | {
     "ta_tok": ("x.pth", lambda folder: pr.read_ta_tok(folder / "x.pth")),
-    "hps": ("x.pt", lambda folder: pr.real_reward(pr.Train(hps=str(folder / "x.pt")), "hps", "cpu")),
-    "arcface": ("x.pth", lambda folder: pr.real_reward(pr.Train(arcface=str(folder / "x.pth")), "identity", "cpu")),
-    "fan": ("x.pth", lambda folder: pr.real_reward(pr.Train(fan=str(folder / "x.pth")), "lmd", "cpu")),
-    "vgg": ("x.pth", lambda folder: pr.real_reward(pr.Train(vgg=str(folder / "x.pth")), "lpips", "cpu")),
-    "clip": ("clip/pytorch_model.bin", from_a_folder("CLIPModel", "clip", "clip")),
-    "pick": ("clip/pytorch_model.bin", from_a_folder("CLIPModel", "pick", "clip")),
-    "llm": ("llm/pytorch_model.bin", from_a_folder("Qwen3ForCausalLM", "llm", "llm")),
-    "sana, transformer": ("sana/transformer/diffusion_pytorch_model.bin",
-                          from_a_folder("SanaTransformer2DModel", "sana", "sana/transformer")),
-    "sana, vae": ("sana/vae/diffusion_pytorch_model.bin", from_a_folder("AutoencoderDC", "sana", "sana/vae")),
-    "checkpoint, pretrained: the authors'": ("release/pytorch_model.bin",
-                                             lambda folder: pr.load_release(str(folder / "release"))),
-    "checkpoint, pretrained: a run": ("run/model.safetensors", lambda folder: pr.load_run(str(folder / "run"))),
-    "lora": ("lora/adapter_model.safetensors", lambda folder: pr.load_peft(None, str(folder / "lora"))),
+    "clip": (f"{pr.REWARD_FILES['clip']}/pytorch_model.bin", lambda folder: pr.real_reward(folder, "clip", "cpu")),
+    "pick": (f"{pr.REWARD_FILES['pick']}/pytorch_model.bin", lambda folder: pr.real_reward(folder, "pick", "cpu")),
+    "sana, transformer": ("sana/transformer/diffusion_pytorch_model.bin", from_a_folder("SanaTransformer2DModel", "sana/transformer")),
+    "sana, vae": ("sana/vae/diffusion_pytorch_model.bin", from_a_folder("AutoencoderDC", "sana/vae")),
+    "pretrained": ("release/pytorch_model.bin", lambda folder: pr.load_release(str(folder / "release"))),
+    "a run": ("run/1.1.safetensors", lambda folder: common.read_weights(folder / "run" / "1.1.safetensors")),
+    "lora": ("lora/adapter_model.safetensors", lambda folder: pr.load_peft(sana.build(SIZES)[0].sana, str(folder / "lora"))),
     "readers": ("reader_a.safetensors", lambda folder: pr.metrics.load_reader("a", folder)),
     "resume_from_checkpoint": ("state.pt", lambda folder: common.read_torch(folder / "state.pt")),
 }
@@ -1070,9 +1009,8 @@ WEIGHTS_FILES = {
 @pytest.fixture(scope="module")
 def traps(tmp_path_factory):
     """(files that would write a file when unpickled or loaded as TorchScript, that file, folders of whole models)."""
-    from transformers import CLIPConfig, CLIPModel, Qwen3Config, Qwen3ForCausalLM
     folder = tmp_path_factory.mktemp("traps")
-    sprung, whole = folder / "sprung", folder / "whole"
+    sprung, complete = folder / "sprung", folder / "complete"
     torch.save({"model": {"sd": {"w": torch.zeros(1)}, "args": Trap(sprung)}, "w": Trap(sprung)}, folder / "zip")
     (folder / "pickle").write_bytes(pickle.dumps(Trap(sprung)))
     torch.jit.script(ScriptTrap(str(sprung))).save(str(folder / "script"))
@@ -1080,25 +1018,28 @@ def traps(tmp_path_factory):
     torch.jit.load(str(folder / "script"))
     assert sprung.exists()                                         # the trap works
     sprung.unlink()
-    _, vocab = release(whole / "release")
-    CLIPModel(CLIPConfig(**CLIP)).save_pretrained(whole / "clip")
-    Qwen3ForCausalLM(Qwen3Config(**pr.toy_sizes(RELEASE, vocab)["llm"])).save_pretrained(whole / "llm")
-    for path in whole.rglob("*.safetensors"):
+    release(complete / "release")
+    reward_networks(complete)
+    for path in complete.rglob("*.safetensors"):
         path.unlink()
-    for name, config in (("run/config", dict(method="pref_restore")), ("lora/adapter_config", dict(r=4, lora_alpha=8))):
-        (whole / name).parent.mkdir()
-        (whole / f"{name}.json").write_text(json.dumps(config))
-    return [folder / name for name in ("zip", "pickle", "script")], sprung, whole
+    (complete / "run").mkdir()
+    (complete / "lora").mkdir()
+    (complete / "lora" / "adapter_config.json").write_text(json.dumps(dict(r=4, lora_alpha=8)))
+    return [folder / name for name in ("zip", "pickle", "script")], sprung, complete
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
-@pytest.mark.parametrize("flag", WEIGHTS_FILES)
-def test_no_file_of_weights_runs_code(flag, traps, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", WEIGHTS_FILES)
+def test_no_file_of_weights_runs_code(what, traps, tmp_path, monkeypatch):
     """A TorchScript archive and two pickles that would write a file: each is refused in one line, nothing is written."""
-    files, sprung, whole = traps
-    name, read = WEIGHTS_FILES[flag]
+    files, sprung, complete = traps
+    name, read = WEIGHTS_FILES[what]
     monkeypatch.setattr(pr, "HPS_CLIP", CLIP)
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    for path in complete.iterdir():                                # linked, but for the folder that is written into
+        if path.name == name.split("/")[0] and path.is_dir():
+            shutil.copytree(path, tmp_path / path.name)
+        elif path.name != name:
+            (tmp_path / path.name).symlink_to(path)
     for file in files:
         shutil.copy(file, tmp_path / name)
         with pytest.raises(common.UserError) as refused:
@@ -1109,58 +1050,17 @@ def test_no_file_of_weights_runs_code(flag, traps, tmp_path, monkeypatch):
 def test_eq16_the_degradation_is_the_training_scripts():
     spec = common.DEGRADATIONS["pref_restore"]
     assert (spec.blur, spec.down, spec.noise, spec.jpeg, spec.kernel) == ((1, 15), (1, 30), (0, 20), (30, 90), 41)
-    hq = common.toy_faces(1, 1).image
+    hq = toy_faces(1, 1).image
     assert torch.equal(common.degrade(hq, spec, [5]), common.degrade(hq, spec, [5]))
 
 
-def test_contradictory_captions_turn_every_attribute_round():
-    attributes = common.toy_faces(torch.arange(8), torch.arange(8)).attributes
-    batch = dict(attributes=attributes, caption=[common.verbalise(a) for a in attributes])
-    wrong = pr.text_condition("contradictory", batch, torch.zeros(8, 3, 64, 64), None)
-    for true, false in zip(batch["caption"], wrong):
-        a, b = pr.caption_targets(true), pr.caption_targets(false)
-        both = ~(a.isnan() | b.isnan())
-        assert both.sum() >= 3 and (a[both] != b[both]).float().mean() > .5
-    assert pr.text_condition("none", batch, torch.zeros(8, 3, 4, 4), None) == [""] * 8
-
-
-def test_section_5f_the_arms_of_tables_7_and_9_have_equal_numbers_of_steps():
-    paper, toy, rows = pr.Train(**pr.PAPER), pr.Ablate(), {name: changed for name, (_, changed, _) in pr.ABLATIONS.items()}
-    assert paper.joint_steps == 100_000 == paper.semantic_steps + paper.texture_steps
-    assert toy.joint_steps == toy.semantic_steps + toy.texture_steps == rows["no AR branch, equal steps"]["texture_steps"]
-
-
 def test_table_8_adds_one_reward_after_the_other():
-    weighed = lambda row: list(pr.reward_weights(dataclasses.replace(pr.Ablate(), **pr.ABLATIONS[row][1])))
-    rows = [weighed(row) for row in ("aesthetic only", "+ identity", "+ identity + LPIPS", "all rewards")]
-    assert rows == [list(pr.REWARD_FILES)[:n] for n in (3, 4, 5, 6)]
+    off = lambda *names: dict(pr.TOY_VALUES, **{f"{name}_weight": 0. for name in names})
+    rows = [off("identity", "lpips", "lmd"), off("lpips", "lmd"), off("lmd"), off()]
+    assert [list(pr.reward_weights(pr.Train(**row))) for row in rows] == [list(pr.REWARD_FILES)[:n] for n in (3, 4, 5, 6)]
 
 
-def test_faces_with_captions_of_a_file_are_never_mirrored(tmp_path):
-    """A caption may say left or right."""
-    for i in range(12):
-        common.write_image(tmp_path / "faces" / f"{i}.png", torch.linspace(-1, 1, 32).expand(3, 32, 32))  # darker left
-    (tmp_path / "c.json").write_text(json.dumps({f"{i}.png": "light from the right" for i in range(12)}))
-    mirrored = lambda **given: [bool(x[0, 0, 0] > x[0, 0, -1]) for x in pr.CaptionedFaces(pr.Train(
-        data=str(tmp_path / "faces"), image_size=32, **given)).training(10, 0, 0)["hq"]]
-    assert any(mirrored()) and not any(mirrored(captions=str(tmp_path / "c.json")))
-
-
-def test_ablation_rows_share_what_they_do_not_change():
-    base = pr.Ablate()
-    later = dict(learning_rate=.5, group_size=7, hps_weight=0., ar="sample", text="true", stage="1.2")
-    other = dataclasses.replace(base, **later)
-    differ = lambda a, b, stage: any(getattr(a, f) != getattr(b, f) for f in pr.matters(a, stage))
-    assert not any(differ(base, other, s) for s in ("tokenizer", "prior", "1.1", "1.2")) and differ(base, other, "2")
-    other = dataclasses.replace(base, caption_share=0.)
-    assert [differ(base, other, s) for s in ("prior", "1.1", "1.2", "2")] == [False, True, True, True]
-    assert all(differ(base, dataclasses.replace(base, seed=1), s) for s in ("tokenizer", "2"))
-    other = dataclasses.replace(base, texture_steps=7)                                       # not the field `text`
-    assert [differ(base, other, s) for s in ("1.1", "1.2")] == [False, True]
-    assert not differ(base, dataclasses.replace(base, semantic=False, stage="1.2"), "prior")
-
-
-def test_words_are_written_alike_while_training_with_checkpoints(whole):
+def test_tokens_are_written_alike_while_training_with_checkpoints(whole):
     _, model, vocab, _ = whole
     model = copy.deepcopy(model)
     prompt = pr.build_sequence(vocab, torch.randint(16, (2, 4)), ["", "a hat"])
@@ -1172,43 +1072,143 @@ def test_words_are_written_alike_while_training_with_checkpoints(whole):
     torch.testing.assert_close(got[1], want[1])
 
 
-def test_captions_are_told_apart_by_folder(tmp_path, capsys):
-    """Sub-folders are people: anna/1.png is not bob/1.png; a name alone counts where it is the only one."""
-    file = tmp_path / "c.json"
-    file.write_text(json.dumps({"anna/1.png": "a woman", "bob/1.png": "a man", "/elsewhere/2.png": "an older person"}))
-    captions = pr.read_captions(str(file))
-    told = lambda name: pr.caption_of(captions, tmp_path / name)
-    assert [told(n) for n in ("anna/1.png", "bob/1.png", "carl/1.png", "carl/2.png")] == ["a woman", "a man", "", "an older person"]
-    pr.match_captions(captions, [tmp_path / "anna" / "1.png", tmp_path / "carl" / "1.png"], str(file))
-    said = capsys.readouterr().out
-    assert "1 of 2 pictures have none" in said and "2.png" in said
-
-
-def test_qwen_sizes_read_the_base_of_the_rotations_in_either_layout():
-    new = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "hidden_size": 64}
-    assert pr.qwen_sizes(new)["rope_parameters"]["rope_theta"] == 5e5 and pr.qwen_sizes(new)["hidden_size"] == 64
-    assert pr.qwen_sizes({"rope_theta": 1000000})["rope_parameters"]["rope_theta"] == 1e6
-    assert pr.qwen_sizes({})["rope_parameters"]["rope_theta"] == 1e6
-
-
-def test_visual_words_are_the_same_in_every_precision(whole):
+def test_visual_tokens_are_the_same_in_every_precision(whole):
     _, model, _, batch = whole
     plain = model.tatok.encode(batch["hq"])
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.tatok.encode(batch["hq"]), plain)
 
 
-def test_an_update_logs_the_mean_of_its_pieces():
-    logged, stage = [], SimpleNamespace(accumulate=1, scaler=SimpleNamespace(scale=lambda loss: loss))
-    weight = torch.ones(1, requires_grad=True)
-    stage.update = lambda total, **kw: (total.backward(), logged.append(kw["loss"].item()))
-    values = torch.tensor([1., 2., 6., 7.])                        # pieces of two, one and one roll-outs
-    pieces = [(rows, 0) for rows in (torch.tensor([0, 1]), torch.tensor([2]), torch.tensor([3]))]
-    pr.learn(stage, [pieces], lambda rows, column: (weight * values[rows]).mean(), {})
-    assert logged == [pytest.approx(4.)] and weight.grad.item() == pytest.approx(4.)
+# ---------------------------------------------------------------- the program
+
+call, refused = caller(pr, libraries_talk=True)
+FLAGS = ["--image_size", "32", "--batch_size", "4", "--rank", "4", "--semantic_steps", "3", "--texture_steps", "3",
+         "--preference_steps", "3", "--groups", "2", "--group_size", "3", "--rollout_steps", "3", "--num_inference_steps", "2",
+         "--validation_faces", "6", "--log_steps", "1", "--device", "cpu", "--mixed_precision", "no"]
 
 
-def test_an_epoch_is_divided_into_the_asked_updates():
-    shares = pr.divide(list(range(29)), 20, ["all"])
-    assert len(shares) == 20 and [c for share in shares for _, c in share] == list(range(29))
-    assert {len(share) for share in shares} == {1, 2} and len(pr.divide([0, 1], 5, ["all"])) == 2
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(folder with a tiny run of all stages in out/ and six pictures in faces/, the flags of the run)."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    sana.save(folder / "sana", *sana.build(SIZES))
+    data = toy_data(folder / "data")
+    flags = [*FLAGS, "--data", data / "train", "--validation_data", data / "val", "--pretrained", folder / "sana", "--sana", folder / "sana"]
+    call("train", *flags, "-o", folder / "out")
+    toy_pictures(folder / "faces", 6)
+    return folder, flags
+
+
+def restored(trained, out, *flags):
+    folder = trained[0]
+    call("sample", "-i", folder / "faces", "-o", out, "--checkpoint", folder / "out", "--device", "cpu", *flags)
+    return torch.stack([common.read_image(p) for p in sorted((out / "restored_faces").iterdir())])
+
+
+def test_training_leaves_weights_numbers_pictures_and_a_lora(trained):
+    out = trained[0] / "out"
+    numbers = json.loads((out / "metrics.json").read_text())
+    assert list(numbers["rows"]) == ["lq", "stage_1", "restored_faces", "reconstruction"] and numbers["faces"] == 6
+    assert all(name.endswith("_toy") or name in ("psnr", "ssim") for row in numbers["rows"].values() for name in row)
+    assert {"reward_toy", "reward_lmd_toy", "lmd_toy", "lpips_toy"} <= set(numbers["rows"]["restored_faces"])
+    stages = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[1:]]
+    assert [row["stage"] for row in stages] == ["1.1"] * 3 + ["1.2"] * 3 + ["2"] * 3 and "reward_toy" in stages[-1]
+    assert {p.name for p in out.glob("*.safetensors")} == {"1.1.safetensors", "1.2.safetensors", "2.safetensors"}
+    assert json.loads((out / "lora" / "adapter_config.json").read_text())["r"] == 4
+    parts = weights(out)
+    assert all(p.isfinite().all() for p in parts.values()) and (out / "samples.png").exists()
+    assert not any("lora" in n for n in parts if n[0] == "1") and all(".lora_" in n for n in parts if n[0] == "2")
+
+
+def test_stage_by_stage_equals_all_at_once_also_on_another_runs_parts(trained, tmp_path, capsys):
+    folder, flags = trained
+    for stage in ("1.1", "1.2", "2"):
+        call("train", *flags, "-o", tmp_path / "steps", "--stage", stage)
+    assert same(weights(folder / "out"), weights(tmp_path / "steps"))
+    start = flags.index("--pretrained") + 1
+    onto = [*flags[:start], folder / "out", *flags[start + 1:]]
+    call("train", *onto, "-o", tmp_path / "two", "--stage", "2")
+    wanted = weights(folder / "out")
+    assert same({n: t for n, t in wanted.items() if n[0] == "2"}, weights(tmp_path / "two"))  # holds what it trained
+    both = [restored(trained, tmp_path / name, "--checkpoint", tmp_path / name.split("_")[0]) for name in ("steps_r", "two_r")]
+    assert torch.equal(*both)
+    assert "--overwrite" in refused(capsys, "train", *flags, "-o", tmp_path / "steps", "--stage", "2")
+    assert "needs the stages before" in refused(capsys, "train", *flags, "-o", tmp_path / "none", "--stage", "2")
+
+
+KILLED = """
+import os, signal, sys
+import common, pref_restore
+save = common.Run.save
+def dying(run, stage, step, *rest, **more):
+    save(run, stage, step, *rest, **more)
+    if (stage, step + 1) == ({stage!r}, 2):
+        os.kill(os.getpid(), signal.SIGKILL)
+common.Run.save = dying
+common.command_line("x", pref_restore.VERBS, sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("stage", ["1.2", "2"])
+def test_a_killed_run_goes_on_to_the_same_weights(trained, tmp_path, stage):
+    """SIGKILL amid a stage, then --resume_from_checkpoint latest: bit by bit the uninterrupted run."""
+    folder, flags = trained
+    command = [sys.executable, "-c", KILLED.format(stage=stage), "train", *map(str, flags), "-o", str(tmp_path)]
+    ended = subprocess.run([*command, "--checkpointing_steps", "1"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == -9, ended.stderr[-2000:]
+    call("train", *flags, "-o", tmp_path, "--resume_from_checkpoint", "latest")
+    assert same(weights(folder / "out"), weights(tmp_path))
+
+
+def test_sampling_depends_on_the_seed_and_the_caption_and_on_nothing_else(trained, tmp_path):
+    a, b = restored(trained, tmp_path / "a"), restored(trained, tmp_path / "b", "--batch_size", "4")
+    assert (a - b).abs().max() <= 2 / 127.5 + 1e-6
+    assert not torch.equal(a, restored(trained, tmp_path / "c", "--seed", "1"))
+    told = restored(trained, tmp_path / "d", "--caption", "a photo of an older smiling person", "--ar", "greedy")
+    (tmp_path / "captions.json").write_text(json.dumps({f"{i:02d}.png": "a photo of an older smiling person" for i in range(5)}))
+    named = restored(trained, tmp_path / "e", "--captions", tmp_path / "captions.json", "--ar", "greedy", "--batch_size", "3")
+    plain = restored(trained, tmp_path / "f", "--ar", "greedy")
+    assert (told[:5] - named[:5]).abs().max() <= 2 / 127.5 + 1e-6 and (named[5] - plain[5]).abs().max() <= 2 / 127.5 + 1e-6
+    assert not torch.equal(told, plain)
+    base = restored(trained, tmp_path / "g", "--policy", "base")
+    lora = restored(trained, tmp_path / "h", "--lora", trained[0] / "out")
+    assert not torch.equal(base, a) and torch.equal(lora, a)
+
+
+def test_the_authors_layout_trains_and_samples_and_other_arms_run(trained, tmp_path):
+    """Joint training as printed, texture alone; then stage 2 and `sample` on a finished checkpoint of the authors' layout."""
+    folder, flags = trained
+    call("train", *flags, "-o", tmp_path / "joint", "--stage", "joint", "--as_printed", "--gradient_checkpointing",
+         "--gradient_accumulation_steps", "2", "--guidance_scale", "2")
+    call("train", *flags, "-o", tmp_path / "joint", "--stage", "2", "--as_printed", "--resume_from_checkpoint", "latest")
+    assert {n.split(".safe")[0] for n in map(lambda p: p.name, (tmp_path / "joint").glob("*.safetensors"))} == {"joint", "2"}
+    call("train", *flags, "-o", tmp_path / "texture", "--no-semantic", "--stage", "1")
+    assert len(restored(trained, tmp_path / "r", "--checkpoint", tmp_path / "texture")) == 6
+    release(tmp_path / "release")
+    start = flags.index("--pretrained") + 1
+    call("train", *flags[:start], tmp_path / "release", "--sana", tmp_path / "sana", "-o", tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").glob("*.safetensors")} == {"2.safetensors"}
+    ours = restored(trained, tmp_path / "s", "--checkpoint", tmp_path / "out", "--policy", "base", "--solver", "dpm")
+    theirs = ["--checkpoint", tmp_path / "release", "--sana", tmp_path / "sana", "--num_inference_steps", "2", "--solver", "dpm"]
+    pr_train, pr.Train = pr.Train, lambda: pr_train(image_size=32, guidance_scale=1.0)
+    try:
+        assert torch.equal(ours, restored(trained, tmp_path / "t", *theirs))
+    finally:
+        pr.Train = pr_train
+
+
+def test_toy_sana_trains_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Two steps of each phase in one go, and killed in the second phase: the same files."""
+    data = toy_data(tmp_path / "data")
+    go = lambda out: sana.train(tmp_path / out, steps=2, data=data / "train", batch_size=4, sizes=SIZES, save_every=1)
+    go("straight")
+    losses, real = [], sana.prior_loss
+    monkeypatch.setattr(sana, "prior_loss", lambda *a: losses.append(1) or (real(*a) if len(losses) < 2 else 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        go("stopped")
+    monkeypatch.setattr(sana, "prior_loss", real)
+    go("stopped")
+    read = lambda out: {str(p.relative_to(tmp_path / out)): p.read_bytes() for p in (tmp_path / out).rglob("*.safetensors")}
+    assert len(read("straight")) == 3 and read("straight") == read("stopped")
+    assert pr.load_release(str(tmp_path / "straight"), str(tmp_path / "straight"))[2] == []
