@@ -1,17 +1,20 @@
 """Numbers that say how good a restored face is, and the networks that measure faces.
 
-    full reference  psnr, ssim, ms_ssim, lpips_network, DISTS    two images in [0, 1] -> one number per image
-    distributions   frechet_distance, mmd_rbf                     two sets of features (N, D) -> one number
-    faces           identity_angle, landmark_distance, affine_fit, affine_landmark_distance, ...
-    real networks   ArcFaceGray, IResNet, FAN98, FaRLAttributes   released parameter names, for load_weights
-    toy network     FaceReader, load_reader                       stands in for all four, needs no download
-    whole sets      toy_scores, and `python metrics.py RESTORED --reference DIR [--weights DIR]`
+    pairs       psnr, ssim, ms_ssim, lpips_network, DISTS          two images in [0, 1] -> one number per image
+    sets        frechet_distance, mmd_rbf                          two sets of features (N, D) -> one number
+    faces       identity_angle, landmark_distance, affine_landmark_distance, ind_rmse, ...
+    released    ArcFaceGray, IResNet, FAN98, FaRLAttributes        networks with released parameter names, for load_weights
+                FIDInception, DINOv2                               networks whose features a set distance compares
+    toy         FaceReader, load_reader                            one small network in place of the four released face networks
+                toy_scores, toy_protocol                           the numbers of a method's metrics.json
+    program     python metrics.py RESTORED --reference CLEAN [--weights FOLDER]
 
-Real networks and FaceReader share their calls, so that one can replace another: `embed(x)` -> unit vectors,
-`landmarks(x)` -> (B, 98, 2) pixels of x, `heatmaps(x)`, `probabilities(x)`. There x is (B, 3, S, S) RGB in
-[-1, 1] of any size; range, colour, crop and size are converted inside. `forward` takes what the authors feed.
+FaceReader and the four face networks share their calls, so that one can replace another: `embed(x)` -> unit vectors,
+`landmarks(x)` -> (B, 98, 2) pixels of x, `heatmaps(x)`, `probabilities(x)`. There x is (B, 3, S, S) RGB in [-1, 1] of any
+size; the network converts range, colour, crop and size. `forward` takes what the authors feed. Numbers read by a FaceReader
+end in `_toy`: they compare runs of this project with each other and with nothing else.
 
-Numbers read by a FaceReader end in `_toy`: they compare runs of this project, and with nothing else.
+Read first: `toy_scores`, then the functions that it calls. The released networks are transcripts of other papers' code.
 Sources: HonestFace (Eq. 14, 15), DISTS (arXiv 2004.07728), AdaFace, AdaptiveWingLoss, FaRL, VQFR, pyiqa.
 """
 import functools
@@ -25,19 +28,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 # common comes first: it sets up OpenMP before torch is imported
-from common import UserError, command_line, list_images, load_strict, pick_device, read_image, read_weights
+from common import UserError, command_line, from_folder, list_images, load_strict, pick_device, read_image, read_weights
 
-import lpips
-import safetensors.torch
+import safetensors
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 from tqdm import tqdm
 
+# lpips, torchvision and transformers take seconds to import: the functions that need them do it.
 
-# ------------------------------------------------------------------------ full reference
-
+# ------------------------------------------------------------------------------------------------ pairs of images
 
 def same_images(a, b):
     """ValueError unless a and b are both (B, C, H, W) of one shape."""
@@ -77,11 +78,11 @@ def ssim_maps(a, b):
 
 
 def ssim(a, b):
-    """Structural similarity [Wang et al. 2004]: (B, 3, H, W) twice in [0, 1] -> (B,), 1 for equal images.
+    """Structural similarity of luma [Wang et al. 2004]: (B, 3, H, W) twice in [0, 1] -> (B,), 1 for equal images.
 
-    Mean over the windows, of luma as pyiqa's `ssim`. ValueError below 11 px. DIFFERS: pyiqa first rounds luma to 8
-    bits, which moves the fourth digit, and lifts negative structure to 0 window by window, which the definition does
-    not: up to 0.008 more on degraded faces at 256 px, 0.03 under strong noise.
+    The mean over the windows, as pyiqa's `ssim`. ValueError below 11 px. DIFFERS: pyiqa first rounds luma to 8 bits, which
+    moves the fourth digit. It also lifts negative structure to 0 window by window, which the definition does not: up to
+    0.008 more on degraded faces at 256 px, 0.03 under strong noise.
     """
     same_images(a, b)
     if min(a.shape[-2:]) < 11:
@@ -96,10 +97,8 @@ def ms_ssim_scales(x) -> int:
 
 def ms_ssim(a, b, scales=5):
     """Multi-scale SSIM, product form [Wang et al. 2003]: (B, 3, H, W) twice in [0, 1] -> (B,).
-
-    prod_j mean(structure_j)^w_j mean(SSIM_M)^w_M, images halved by 2x2 means between scales. Five scales need
-    176 px. With fewer the first weights, rescaled to sum 1, make another measure: name it. Else ValueError.
-    """
+    prod_j mean(structure_j)^w_j mean(SSIM_M)^w_M; 2x2 means halve the images between scales. Five scales need 176 px. With
+    fewer the first weights, rescaled to sum 1, make another measure: name it. ValueError for more than `ms_ssim_scales`."""
     same_images(a, b)
     if not 1 <= scales <= ms_ssim_scales(a):
         raise ValueError(f"ms_ssim: images of {tuple(a.shape[-2:])} have {ms_ssim_scales(a)} scales, not {scales}")
@@ -123,17 +122,14 @@ def lpips_file(net="alex", backbone="") -> Path:
 
 
 def lpips_network(net="alex", backbone=""):
-    """lpips.LPIPS v0.1 with its trained heads, frozen; `net` alex (pyiqa's `lpips`) or vgg (the usual loss).
-
-    backbone: file of torchvision's alexnet or vgg16; by default torch hub's cache is searched, and nothing is
-    ever fetched. Call it with images in [-1, 1]. UserError without file.
-    """
+    """lpips.LPIPS v0.1 with its trained heads, frozen; images in [-1, 1]. net: alex (pyiqa's `lpips`) or vgg (usual loss).
+    backbone: file of torchvision's alexnet or vgg16 (default: torch hub's cache). Nothing is ever fetched."""
+    import lpips
     path = lpips_file(net, backbone)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # lpips 0.1.4 calls torchvision in an outdated way
+        warnings.simplefilter("ignore")                           # lpips 0.1.4 calls torchvision in an outdated way
         network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)  # pnet_rand: do not fetch the backbone
-    # lpips calls torchvision's features.5 slice2.5
-    state = read_weights(path)
+    state = read_weights(path)                                    # lpips calls torchvision's features.5 slice2.5
     names = {name: "features." + name.split(".", 1)[1] for name in network.net.state_dict()}
     load_strict(network.net, {name: state[theirs] for name, theirs in names.items() if theirs in state}, path)
     return network.eval().requires_grad_(False)
@@ -142,7 +138,7 @@ def lpips_network(net="alex", backbone=""):
 class L2Pool(nn.Module):
     """sqrt(blur(x^2)) at stride 2, 3x3 Hann window, zeros outside, for max-pooling [DISTS Eq. 4]."""
 
-    def forward(self, x):  # (B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2))
+    def forward(self, x):                                         # (B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2))
         hann = x.new_tensor([0.25, 0.5, 0.25])
         window = (hann[:, None] * hann).expand(x.shape[1], 1, 3, 3)
         return (F.conv2d(x.square(), window, stride=2, padding=1, groups=x.shape[1]) + 1e-12).sqrt()
@@ -151,25 +147,25 @@ class L2Pool(nn.Module):
 class DISTS(nn.Module):
     """Deep image structure and texture similarity: (B, 3, H, W) twice in [0, 1] -> (B,), 0 for equal images.
 
-    D = 1 - sum_c (alpha_c l_c + beta_c s_c) over the channels of the image itself and of VGG16's relu1_2 ..
-    relu5_3: l = (2 mu_a mu_b + c) / (mu_a^2 + mu_b^2 + c) compares texture, s = (2 cov + c) / (var_a + var_b
-    + c) structure [DISTS Eq. 5-7; released code]. The image is not resized to 256 px. weights: the authors'
-    file of alpha and beta; without it each stage gets its trained total in equal parts, which is an
-    approximation. vgg_weights: file of torchvision's vgg16; without it the features are random: a texture
-    distance that means something within one run only. UserError for a bad file.
+    D = 1 - sum_c (alpha_c l_c + beta_c s_c) over the channels of the image itself and of VGG16's relu1_2 .. relu5_3:
+    l = (2 mu_a mu_b + c) / (mu_a^2 + mu_b^2 + c) compares texture, s = (2 cov + c) / (var_a + var_b + c) structure
+    [DISTS Eq. 5-7; released code]. DIFFERS: the image is not resized to 256 px.
+    weights: the authors' file of alpha and beta; without it each stage's trained total is split evenly, an approximation.
+    vgg_weights: file of torchvision's vgg16; without it the features are random, and numbers compare within one run only.
     """
-    TAPS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # index in VGG16's features -> channels
-    ALPHA = (0.0632, 0.0386, 0.0779, 0.1531, 0.2747, 0.2686)  # sums of the trained weights per stage
+    TAPS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}             # index in VGG16's features -> channels
+    ALPHA = (0.0632, 0.0386, 0.0779, 0.1531, 0.2747, 0.2686)      # sums of the trained weights per stage
     BETA = (0.0616, 0.0001, 0.0007, 0.0024, 0.0020, 0.0572)
 
     def __init__(self, weights=None, vgg_weights=None):
         super().__init__()
-        layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])[:30]
+        from torchvision.models import vgg
+        layers = vgg.make_layers(vgg.cfgs["D"])[:30]
         self.features = nn.Sequential(*[L2Pool() if isinstance(m, nn.MaxPool2d) else m for m in layers])
         if vgg_weights is not None:
             state = {k.removeprefix("features."): v for k, v in read_weights(vgg_weights).items()}
             load_strict(self.features, {k: v for k, v in state.items() if k[0].isdigit()}, vgg_weights)
-        for name, sums in (("alpha", self.ALPHA), ("beta", self.BETA)):  # (1, 1475, 1, 1), as released
+        for name, sums in (("alpha", self.ALPHA), ("beta", self.BETA)):          # (1, 1475, 1, 1), as released
             parts = [torch.full((n,), total / n) for n, total in zip((3, *self.TAPS.values()), sums)]
             self.register_buffer(name, torch.cat(parts).view(1, -1, 1, 1))
         if weights is not None:
@@ -190,7 +186,7 @@ class DISTS(nn.Module):
         same_images(a, b)
         texture, structure = [], []
         for x, y in zip(self.stages(a), self.stages(b)):
-            mu_x, mu_y = x.mean((2, 3)), y.mean((2, 3))  # (B, C)
+            mu_x, mu_y = x.mean((2, 3)), y.mean((2, 3))                          # (B, C)
             var_x, var_y = x.var((2, 3), correction=0), y.var((2, 3), correction=0)
             cov = (x * y).mean((2, 3)) - mu_x * mu_y
             texture.append((2 * mu_x * mu_y + 1e-6) / (mu_x**2 + mu_y**2 + 1e-6))
@@ -199,20 +195,19 @@ class DISTS(nn.Module):
         return 1 - score.sum(1) / (self.alpha.sum() + self.beta.sum())
 
 
-# ------------------------------------------------------------------------ distributions
-
+# ------------------------------------------------------------------------------------------------ sets of features
 
 def double(x):
-    """float64, on the CPU where the device (mps) has none."""
+    """x in float64, on the CPU where the device (mps) has none."""
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def frechet_distance(x, y):
     """|mu_x - mu_y|^2 + tr(Sx + Sy - 2 (Sx Sy)^(1/2)), FID's formula: features (N, D), (M, D) -> scalar.
 
-    float64. With roots Sx = Rx^T Rx, Sy = Ry^T Ry (QR of the centred features) tr (Sx Sy)^(1/2) is the sum of
-    the singular values of Rx Ry^T: no matrix square root, no epsilon, nothing breaks when N < D.
-    Biased upwards for few rows: compare sets of equal N [Heusel et al. 2017]. ValueError below two rows.
+    float64. With roots Sx = Rx^T Rx, Sy = Ry^T Ry (QR of the centred features) tr (Sx Sy)^(1/2) is the sum of the singular
+    values of Rx Ry^T: no matrix square root, no epsilon, nothing breaks when N < D. Biased upwards for few rows: compare
+    sets of equal N [Heusel et al. 2017]. ValueError below two rows.
     """
     if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
         raise ValueError(f"wants (N, D) and (M, D), N, M >= 2, got {tuple(x.shape)} and {tuple(y.shape)}")
@@ -224,10 +219,8 @@ def frechet_distance(x, y):
 
 def mmd_rbf(x, y, sigma=10.0, scale=1000.0):
     """scale (mean k(x, x) + mean k(y, y) - 2 mean k(x, y)): features (N, D), (M, D) -> scalar.
-
-    k(a, b) = exp(-|a - b|^2 / (2 sigma^2)). Biased V-statistic (the diagonals count), float64, 1024 rows
-    at a time. The defaults are CMMD's [Jayasumana et al. 2024]; Latent-PMRF applies them to DINOv2 features.
-    """
+    k(a, b) = exp(-|a - b|^2 / (2 sigma^2)). Biased V-statistic (the diagonals count), float64, 1024 rows at a time. The
+    defaults are CMMD's [Jayasumana et al. 2024]; Latent-PMRF applies them to DINOv2 features."""
     x, y = double(x), double(y)
 
     def kernel(a, b):
@@ -237,20 +230,13 @@ def mmd_rbf(x, y, sigma=10.0, scale=1000.0):
     return scale * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y))
 
 
-# ------------------------------------------------------------------------ faces
+# ------------------------------------------------------------------------------------------------ faces
 
-# WFLW-98 indices; "left" is the left of the picture. UNSTATED: HonestFace says eyes, eyebrows and mouth border, not which points.
-# 34 for eyes and brows and 20 for the mouth give the ratio of its two columns, the root of Eq. 14 their size.
+# WFLW-98 indices; "left" is the left of the picture. UNSTATED: HonestFace says eyes, eyebrows and mouth border, not which
+# points. 34 for eyes and brows and 20 for the mouth give the ratio of its two columns, the root of Eq. 14 their size.
 EYES_AND_BROWS = tuple(range(33, 51)) + tuple(range(60, 76))
 MOUTH = tuple(range(76, 96))
 LEFT_EYE, RIGHT_EYE = tuple(range(60, 68)), tuple(range(68, 76))
-# Each of the 98 points as the mean of two of iBUG's 68: brows by their middle line, pupils from the corners.
-FROM_68 = tuple(
-    [(k // 2, (k + 1) // 2) for k in range(33)]
-    + [(k, k) for k in (17, 18, 19, 20, 21, 21, 20, 19, 18, 22, 23, 24, 25, 26, 25, 24, 23, 22)]
-    + [(k, k) for k in range(27, 36)]
-    + [(k + i, k + j) for k in (36, 42) for i, j in zip((0, 1, 1, 2, 3, 4, 4, 5), (0, 1, 2, 2, 3, 4, 5, 5))]
-    + [(k, k) for k in range(48, 68)] + [(36, 39), (42, 45)])
 
 
 def identity_similarity(e1, e2):
@@ -260,9 +246,7 @@ def identity_similarity(e1, e2):
 
 def identity_angle(e1, e2):
     """Angle between embeddings (..., D) of any length -> (...), 0 to 180 degrees ("Deg." of VQFR).
-
-    2 atan2(|u - v|, |u + v|) of unit vectors is the arccos of their cosine, but exact near 0 and never NaN.
-    """
+    2 atan2(|u - v|, |u + v|) of unit vectors is the arccos of their cosine, but exact near 0 and never NaN."""
     u, v = F.normalize(e1, dim=-1), F.normalize(e2, dim=-1)
     return torch.rad2deg(2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1)))
 
@@ -281,12 +265,10 @@ def landmark_distance(a, b):
 
 def affine_solution(L, H, weights):
     """Minimise Eq. 14 -> M (..., 2, 2), centres of L, H (..., 1, 2), weights (..., K), residuals; float64.
-
-    The map is h = M (l - centre_l) + centre_h. In pixels the matrix that Eq. 15 inverts has condition 1e7;
-    with points centred and scaled it has about 25. The pseudo-inverse serves where A is not unique.
-    """
+    The map is h = M (l - centre_l) + centre_h. In pixels the matrix that Eq. 15 inverts has condition 1e7; with points
+    centred and scaled it has about 25. The pseudo-inverse serves where the map is not unique."""
     same_points(L, H)
-    tolerance = 1e-9 if L.dtype == torch.float64 else 1e-5  # below: rounding of L
+    tolerance = 1e-9 if L.dtype == torch.float64 else 1e-5        # below: rounding of L
     L, H = double(L), double(H)
     w = torch.ones(()) if weights is None else torch.as_tensor(weights)
     w = double(w).to(L.device).expand(L.shape[:-1])
@@ -303,40 +285,31 @@ def affine_solution(L, H, weights):
 
 def affine_fit(L, H, weights=None):
     """A* = H W L'^T (L' W L'^T)^-1, l' = (x, y, 1) [Eq. 15]: points (..., K, 2) twice -> (..., 2, 3).
-
-    The affine map of L that comes nearest to H. weights (K,) or (..., K), default 1; 0 drops a point,
-    ValueError below. Where the points lie on a line or are fewer than three, Eq. 15 has no inverse and the
-    smallest minimiser is returned.
-    """
+    The affine map of L that comes nearest to H. weights (K,) or (..., K), default 1; 0 drops a point, ValueError below.
+    Where the points lie on a line or are fewer than three, Eq. 15 has no inverse: the smallest minimiser is returned."""
     matrix, centre_l, centre_h, *_ = affine_solution(L, H, weights)
     return torch.cat([matrix, centre_h.mT - matrix @ centre_l.mT], -1).to(L)
 
 
 def affine_landmark_distance(L, H, weights=None):
     """A-LD: d(L, H; W) = min_A sum_k w_k |A l'_k - h_k|^2 [Eq. 14]: points (..., K, 2) twice -> (...).
-
-    Not symmetric: measured in squared units of H, blind to any affine change of L (pose, scale, mirroring).
-    Defined for points on a line, differentiable where they are not. Tables show its root (EYES_AND_BROWS).
-    """
+    Not symmetric: measured in squared units of H, blind to any affine change of L (pose, scale, mirroring). Defined for
+    points on a line, differentiable where they are not. Tables show its root (EYES_AND_BROWS)."""
     *_, w, residual = affine_solution(L, H, weights)
     return (w * residual.square().sum(-1)).sum(-1).to(L)
 
 
 def ind_rmse(restored, estimate):
     """IndRMSE: RMSE to the posterior mean, for want of the truth: (B, 3, H, W) twice in [0, 1] -> (B,).
-
-    Latent-PMRF averages these roots over images; PMRF's script takes the root of the mean, on 0..255.
-    """
+    Latent-PMRF averages these roots over images. PMRF's script takes the root of the mean, on 0..255."""
     same_images(restored, estimate)
     return (restored - estimate).square().flatten(1).mean(1).sqrt()
 
 
 def decode_heatmaps(heatmaps, size):
     """(B, K, h, w) -> (B, K, 2) points in pixels of an image of `size` (its side, or height and width).
-
     The cell of the maximum, a quarter cell towards the larger neighbour in x and in y, centre +0.5 [AWing].
-    DIFFERS: neighbours beyond the border repeat it; in the released code one point there disturbs all others.
-    """
+    DIFFERS: neighbours beyond the border repeat it. In the released code one point there disturbs all others."""
     height, width = (size, size) if isinstance(size, int) else size
     h, w = heatmaps.shape[-2:]
     flat = heatmaps.flatten(2)
@@ -350,8 +323,7 @@ def decode_heatmaps(heatmaps, size):
     return torch.stack([(x + 0.5 + 0.25 * dx) * width / w, (y + 0.5 + 0.25 * dy) * height / h], -1)
 
 
-# ------------------------------------------------------------------------ networks that measure faces
-
+# ------------------------------------------------------------------------------------------------ released networks
 
 def bilinear(x, side, antialias=False):
     """(B, C, H, W) -> (B, C, side, side), bilinear, pixel centres at +0.5; default: no antialias, as cv2."""
@@ -361,16 +333,13 @@ def bilinear(x, side, antialias=False):
 
 
 def load_weights(module, path):
-    """Released weights into `module`, every name and shape checked; returns the module in eval mode.
-
-    .pth, .pt, .ckpt or .safetensors; tensors only, no code is run. Unwraps state_dict/params/params_ema/model
-    and takes off `module.` and `model.` (a Lightning file keeps its network under `model.` beside a head that
-    is not wanted). UserError, one line: missing, damaged or of another network.
-    """
+    """`module` in eval mode with the released weights of `path`, every name and shape checked.
+    Takes off `model.`, under which a Lightning file keeps its network beside a head that is not wanted; other wrappings: see
+    `read_weights`. UserError: missing, damaged or of another network."""
     state = read_weights(path)
     if any(name.startswith("model.") for name in state):
         state = {name.removeprefix("model."): v for name, v in state.items() if name.startswith("model.")}
-    # BatchNorm's counters are absent from files older than torch 0.4.1
+    # BatchNorm's counters are absent from files older than torch 0.4.1.
     counters = {name: v for name, v in module.state_dict().items() if name.endswith("num_batches_tracked")}
     load_strict(module, counters | state, path)
     return module.eval()
@@ -381,12 +350,9 @@ class GrayBlock(nn.Module):
 
     def __init__(self, width, out, stride):
         super().__init__()
-        self.bn0 = nn.BatchNorm2d(width)
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.prelu = nn.PReLU()
-        self.conv2 = nn.Conv2d(width, out, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out)
+        self.bn0, self.conv1 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1, self.prelu = nn.BatchNorm2d(width), nn.PReLU()
+        self.conv2, self.bn2 = nn.Conv2d(width, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
         if stride != 1 or width != out:
             self.downsample = nn.Sequential(nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out))
 
@@ -397,24 +363,20 @@ class GrayBlock(nn.Module):
 
 class ArcFaceGray(nn.Module):
     """ResNet-18 on grey faces: (B, 1, 128, 128) in [-1, 1] -> (B, 512), not normalised.
-
-    The network behind "Deg." (VQFR's resnet18_110.pth) and GFPGAN's identity loss (arcface_resnet18.pth).
-    """
+    The network behind "Deg." (VQFR's resnet18_110.pth) and GFPGAN's identity loss (arcface_resnet18.pth)."""
 
     def __init__(self):
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 64, 3, padding=1, bias=False)
-        self.bn1, self.prelu = nn.BatchNorm2d(64), nn.PReLU()
-        self.maxpool = nn.MaxPool2d(2)
+        self.conv1, self.bn1 = nn.Conv2d(1, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
+        self.prelu, self.maxpool = nn.PReLU(), nn.MaxPool2d(2)
         for k, (width, out) in enumerate(((64, 64), (64, 128), (128, 256), (256, 512)), 1):
-            first = GrayBlock(width, out, 1 if k == 1 else 2)
-            self.add_module(f"layer{k}", nn.Sequential(first, GrayBlock(out, out, 1)))
+            self.add_module(f"layer{k}", nn.Sequential(GrayBlock(width, out, 1 if k == 1 else 2), GrayBlock(out, out, 1)))
         self.bn4, self.dropout = nn.BatchNorm2d(512), nn.Dropout()
         self.fc5, self.bn5 = nn.Linear(512 * 8 * 8, 512), nn.BatchNorm1d(512)
 
     def forward(self, x):
-        x = self.maxpool(self.prelu(self.bn1(self.conv1(x))))                     # (B, 64, 64, 64)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))                 # (B, 512, 8, 8)
+        x = self.maxpool(self.prelu(self.bn1(self.conv1(x))))                                # (B, 64, 64, 64)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))                            # (B, 512, 8, 8)
         return self.bn5(self.fc5(self.dropout(self.bn4(x)).flatten(1)))
 
     def embed(self, x):
@@ -454,9 +416,9 @@ class IRBlock(nn.Module):
 class IResNet(nn.Module):
     """IR-18/34/50/101 of AdaFace and TFace: (B, 3, 112, 112) in [-1, 1] -> (B, 512), not normalised.
 
-    bgr: AdaFace's weights expect BGR, ArcFace's RGB; the wrong order costs accuracy without any error, so it is an
-    argument. layout "ir" or "ir_se": InsightFace_Pytorch's, without the block's middle norm, and with gates: IR-SE-50,
-    which facexlib has (recognition_arcface_ir_se50.pth). ValueError for another depth.
+    bgr: AdaFace's weights expect BGR, ArcFace's RGB. The wrong order costs accuracy without any error, so it is an argument.
+    layout "ir" or "ir_se": InsightFace_Pytorch's, without the block's middle norm, and with gates: IR-SE-50, which facexlib
+    has (recognition_arcface_ir_se50.pth). ValueError for another depth.
     """
     UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 101: (3, 13, 30, 3)}
 
@@ -465,11 +427,10 @@ class IResNet(nn.Module):
         if depth not in self.UNITS:
             raise ValueError(f"IResNet depth must be one of {sorted(self.UNITS)}, got {depth}")
         self.bgr = bgr
-        stem = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-        self.input_layer = nn.Sequential(stem, nn.BatchNorm2d(64), nn.PReLU(64))
+        self.input_layer = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
         blocks, width = [], 64
         for out, units in zip((64, 128, 256, 512), self.UNITS[depth]):
-            for k in range(units):  # the first unit of every stage halves the resolution, even of the first
+            for k in range(units):  # the first unit of every stage halves the resolution, also that of the first stage
                 blocks.append(IRBlock(width, out, 2 if k == 0 else 1, layout))
                 width = out
         self.body = nn.Sequential(*blocks)
@@ -486,7 +447,7 @@ class IResNet(nn.Module):
 
 
 def load_iresnet(path, bgr=False):
-    """An `IResNet` with the depth and layout its file has. UserError as `load_weights`."""
+    """An `IResNet` with the depth and layout of its file. UserError as `load_weights`."""
     state = read_weights(path)
     units = {name.partition("body.")[2].split(".")[0] for name in state if "body." in name}
     depth = {sum(units): depth for depth, units in IResNet.UNITS.items()}.get(len(units), 50)
@@ -500,18 +461,14 @@ CROP_112 = (65, 61, 448, 445)  # left, top, right, bottom of ArcFace's 112 px te
 
 def crop_112(x):
     """ArcFace's crop of FFHQ-aligned faces: (B, 3, S, S) -> (B, 3, 112, 112), a fixed box, differentiable.
-
-    The least-squares similarity between the two five-point templates is this box to 0.01 degree of rotation.
-    """
+    The least-squares similarity between the two five-point templates is this box to 0.01 degree of rotation."""
     left, top, right, bottom = [round(v * x.shape[-1] / 512) for v in CROP_112]
     return bilinear(x[..., top:bottom, left:right], 112, antialias=True)
 
 
 class CoordConv(nn.Module):
     """Convolution that also sees rows, columns and radius, then rows and columns on the last face outline.
-
-    The released code swaps the axes: its "x" varies along rows. Trained so, kept so.
-    """
+    The released code swaps the axes: its "x" varies along rows. Trained so, kept so."""
 
     def __init__(self, channels, out, kernel, stride=1, padding=0, outline=False):
         super().__init__()
@@ -539,8 +496,7 @@ class FANBlock(nn.Module):
         self.bn2, self.conv2 = nn.BatchNorm2d(half), nn.Conv2d(half, quarter, 3, padding=1, bias=False)
         self.bn3, self.conv3 = nn.BatchNorm2d(quarter), nn.Conv2d(quarter, quarter, 3, padding=1, bias=False)
         if width != out:
-            shortcut = nn.Conv2d(width, out, 1, bias=False)
-            self.downsample = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), shortcut)
+            self.downsample = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, out, 1, bias=False))
 
     def forward(self, x):
         a = self.conv1(F.relu(self.bn1(x)))
@@ -571,10 +527,8 @@ class Hourglass(nn.Module):
 
 class FAN98(nn.Module):
     """Four stacked hourglasses of AdaptiveWingLoss: (B, 3, 256, 256) RGB in [0, 1] -> (B, 98, 64, 64).
-
-    Peaks are near 1. File: alignment_WFLW_4HG.pth of facexlib. The authors return the maps of all four, each with a
-    99th channel for the outline of the face; here it is the last one's points.
-    """
+    Peaks are near 1. File: alignment_WFLW_4HG.pth of facexlib. The authors return the maps of all four, each with a 99th
+    channel for the outline of the face; here it is the last one's points."""
 
     def __init__(self):
         super().__init__()
@@ -591,13 +545,12 @@ class FAN98(nn.Module):
                 self.add_module(f"al{i}", nn.Conv2d(99, 256, 1))
 
     def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))                                       # (B, 64, 128, 128)
-        x = self.conv4(self.conv3(F.avg_pool2d(self.conv2(x), 2)))                # (B, 256, 64, 64)
+        x = F.relu(self.bn1(self.conv1(x)))                                                  # (B, 64, 128, 128)
+        x = self.conv4(self.conv3(F.avg_pool2d(self.conv2(x), 2)))                           # (B, 256, 64, 64)
         maps = None
         for i in range(4):
             part = lambda name: getattr(self, f"{name}{i}")
-            h = part("top_m_")(part("m")(x, maps))
-            h = F.relu(part("bn_end")(part("conv_last")(h)))
+            h = F.relu(part("bn_end")(part("conv_last")(part("top_m_")(part("m")(x, maps)))))
             maps = part("l")(h)
             if i < 3:
                 x = x + part("bl")(h) + part("al")(maps)
@@ -621,7 +574,7 @@ class ViTBlock(nn.Module):
         self.attn = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(dim, 4 * dim), c_proj=nn.Linear(4 * dim, dim)))
 
-    def forward(self, x):  # (B, L, dim)
+    def forward(self, x):                                         # (B, L, dim)
         h = self.ln_1(x)
         x = x + self.attn(h, h, h, need_weights=False)[0]
         h = self.mlp.c_fc(self.ln_2(x))
@@ -641,7 +594,7 @@ class FaRLBackbone(nn.Module):
         self.transformer.resblocks = nn.Sequential(*[ViTBlock(dim, heads) for _ in range(depth)])
 
     def forward(self, x):
-        x = self.conv1(x).flatten(2).mT                                           # (B, 196, 768)
+        x = self.conv1(x).flatten(2).mT                                                      # (B, 196, 768)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
         return self.transformer.resblocks(self.ln_pre(x))
 
@@ -655,7 +608,7 @@ class FaRLHead(nn.Module):
         self.weights = nn.Parameter(torch.zeros(1, 3, 1))
         self.final_fc = nn.Linear(dim, classes)
 
-    def forward(self, tokens):  # (B, 197, 768)
+    def forward(self, tokens):                                    # (B, 197, 768)
         patches = tokens[:, 1:]
         parts = [self.norm_0(patches.mean(1)), self.norm_1(patches.amax(1)), self.norm_2(tokens[:, 0])]
         return self.final_fc((torch.stack(parts, 1) * self.weights.softmax(1)).sum(1))
@@ -663,12 +616,10 @@ class FaRLHead(nn.Module):
 
 class FaRLAttributes(nn.Module):
     """facer's "farl/celeba/224": (B, 3, 224, 224) RGB with CLIP's normalisation -> 40 logits, CelebA's order.
-
-    File: face_attribute.farl.celeba.pt (facer, release models-v1). `probabilities` takes aligned faces.
-    """
+    File: face_attribute.farl.celeba.pt (facer, release models-v1). `probabilities` takes aligned faces."""
     # FFHQ's 512 px template -> facer's 224 px canvas, least squares over five points: 155 px, black around
     AFFINE = ((0.30266, 0.00364, 33.268), (-0.00364, 0.30266, 34.714))
-    CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # mean and deviation
+    CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # mean, standard deviation
 
     def __init__(self):
         super().__init__()
@@ -681,7 +632,7 @@ class FaRLAttributes(nn.Module):
         """(B, 3, S, S) FFHQ-aligned faces in [-1, 1] -> (B, 3, 224, 224) in [0, 1], differentiable."""
         affine = torch.tensor(self.AFFINE, dtype=torch.float64)
         back = torch.linalg.inv(affine[:, :2])
-        # affine_grid counts both pictures from -1 to 1: canvas pixel 112 c + 112, picture pixel 256 n + 256
+        # affine_grid counts both pictures from -1 to 1: canvas pixel 112 c + 112, picture pixel 256 n + 256.
         shift = (back @ (112 - affine[:, 2:])) / 256 - 1
         theta = torch.cat([back * 112 / 256, shift], 1).to(x).expand(len(x), 2, 3)
         grid = F.affine_grid(theta, (len(x), 3, 224, 224), align_corners=False)
@@ -693,18 +644,61 @@ class FaRLAttributes(nn.Module):
         return self((self.canvas(x) - mean) / std).sigmoid()
 
 
-# ------------------------------------------------------------------------ the toy reader
+class FIDInception(nn.Module):
+    """Inception v3 with FID's own weights (pt_inception-2015-12-05-6726825d.pth): (B, 3, H, W) in [0, 1] -> (B, 2048).
+    TensorFlow's network of 2015 differs from torchvision's in the pooling branches: averages leave the padding out, and the
+    last block takes the maximum. That branch, the last of each block, is replaced. clean-fid's resizing to 299 px."""
 
+    def __init__(self, path):
+        super().__init__()
+        from torchvision.models import inception_v3
+        self.net = load_weights(inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False), path)
+        self.net.fc = nn.Identity()
+        average = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+        maximum = functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+        for name in "5b 5c 5d 6b 6c 6d 6e 7b 7c".split():
+            block = self.net.get_submodule(f"Mixed_{name}")
+            block._forward = functools.partial(self.branches, block, block._forward, maximum if name == "7c" else average)
+        self.eval()
+
+    @staticmethod
+    def branches(block, original, pool, x):
+        return original(x)[:-1] + [block.branch_pool(pool(x))]
+
+    def forward(self, x):
+        x = F.interpolate(x, (299, 299), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        return self.net((x * 255 - 128) / 128)
+
+
+class DINOv2(nn.Module):
+    """DINOv2's normalised class token: (B, 3, H, W) in [0, 1] -> (B, D). `path`: a folder of transformers."""
+
+
+    def __init__(self, path):
+        super().__init__()
+        from transformers import AutoModel, logging
+        logging.disable_progress_bar()
+        # DIFFERS: Meta's module (pyiqa) resamples positions 0.1 of a patch beyond, which moves features by up to 1 %.
+        self.net = from_folder(AutoModel, str(path), "weights", local_files_only=True).eval()
+
+    def forward(self, x):
+        x = F.interpolate(x, (224, 224), mode="bicubic", antialias=True, align_corners=False)
+        mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+        return self.net((x.clamp(0, 1) - mean) / std).last_hidden_state[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------ the toy reader
 
 class Reading(NamedTuple):
     """What FaceReader reads from (B, 3, S, S)."""
-    identity: torch.Tensor    # (B, 128) unit vectors
-    attributes: torch.Tensor  # (B, 12) logits, order of ATTRIBUTES
-    heatmaps: torch.Tensor    # (B, 98, 32, 32) in 0..1: 1 where a point surely is, flat where it is not known
-    quality: torch.Tensor     # (B,) in 0..1, higher is better, about 1 for a clean face
+    identity: torch.Tensor                                        # (B, 128) unit vectors
+    attributes: torch.Tensor                                      # (B, 12) logits, order of ATTRIBUTES
+    heatmaps: torch.Tensor                                        # (B, 98, 32, 32) in 0..1: 1 where a point surely is
+    quality: torch.Tensor                                         # (B,) in 0..1, higher is better, about 1 for a clean face
 
 
 def conv_unit(width, out, stride=1):
+    """3x3 convolution, BatchNorm, SiLU."""
     return nn.Sequential(nn.Conv2d(width, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.SiLU())
 
 
@@ -718,9 +712,9 @@ class Residual(nn.Sequential):
 class FaceReader(nn.Module):
     """One small CNN that reads identity, 12 attributes, 98 landmarks and quality from (B, 3, S, S) in [-1, 1].
 
-    Stands in for ArcFace, FaRL, AWing-FAN and quality networks in the toy preset, under their calls. Trained
-    by `train-reader` on clean and degraded toy faces; any size is resized to 64 px. SiLU and frozen BatchNorm
-    keep it smooth and faces of a batch apart, so that every output can be a loss.
+    It stands in for ArcFace, FaRL, AWing-FAN and quality networks in the toy preset, under their calls. toy/readers.py
+    trains it on clean and degraded faces. Any size is resized to 64 px. SiLU keeps it smooth and frozen BatchNorm keeps the
+    faces of a batch apart, so that every output can be a loss.
     """
     SIDE, GRID = 64, 32
 
@@ -736,34 +730,32 @@ class FaceReader(nn.Module):
         self.lateral2, self.merge2 = nn.Conv2d(8 * w, 4 * w, 1), conv_unit(4 * w, 4 * w)
         self.lateral1, self.merge1 = nn.Conv2d(4 * w, 2 * w, 1), conv_unit(2 * w, 2 * w)
         self.points = nn.Conv2d(2 * w, 98, 1)
-        hidden = nn.Linear(10 * w, 32)
-        self.quality_head = nn.Sequential(nn.BatchNorm1d(10 * w), hidden, nn.SiLU(), nn.Linear(32, 1))
+        self.quality_head = nn.Sequential(nn.BatchNorm1d(10 * w), nn.Linear(10 * w, 32), nn.SiLU(), nn.Linear(32, 1))
 
     def stages(self, x):
         """Features at five resolutions, (B, w, 64, 64) to (B, 8 w, 4, 4): what a perceptual loss compares."""
-        x = bilinear(x, self.SIDE, antialias=True)
-        found = []
+        x, found = bilinear(x, self.SIDE, antialias=True), []
         for stage in (self.stem, self.stage1, self.stage2, self.stage3, self.stage4):
             x = stage(x)
             found.append(x)
         return found
 
     def pool(self, stages):
-        """(B, 10 w): means of three fine stages, deviations of two. The deviation is what blur takes away."""
+        """(B, 10 w): means of three fine stages, standard deviations of two, which blur lowers."""
         means = [s.float().mean((2, 3)) for s in stages[:3]]
         squares = [s.float().square().mean((2, 3)) for s in stages[:2]]
         deviations = [(q - m * m).clamp(min=1e-6).sqrt() for q, m in zip(squares, means)]
         return torch.cat(means + deviations, 1)
 
     def score(self, stages):
-        """(B,) in 0..1. An unbounded score could be pushed to any value by what optimises it."""
+        """(B,) in 0..1. A loss could push an unbounded score to any value."""
         return self.quality_head(self.pool(stages))[:, 0].float().sigmoid()
 
     def point_logits(self, stages):
         """(B, 98, 32 * 32): their softmax is where each landmark is."""
         up = functools.partial(F.interpolate, scale_factor=2, mode="bilinear", align_corners=False)
-        h = self.merge2(up(self.lateral2(stages[3])) + stages[2])  # (B, 4w, 16, 16)
-        h = self.merge1(up(self.lateral1(h)) + stages[1])          # (B, 2w, 32, 32)
+        h = self.merge2(up(self.lateral2(stages[3])) + stages[2])                            # (B, 4w, 16, 16)
+        h = self.merge1(up(self.lateral1(h)) + stages[1])                                    # (B, 2w, 32, 32)
         return self.points(h).float().flatten(2)
 
     def point_means(self, logits):
@@ -808,22 +800,21 @@ class FaceReader(nn.Module):
 def load_reader(name="b", folder=None, needs=()):
     """A trained FaceReader, frozen, in eval mode: "a" and "c" for losses, "b" for measuring. UserError if missing.
 
-    They differ in width or seed, so that no number is read from a network that was optimised.
-    folder: where reader_a.safetensors, reader_b and reader_c lie, default weights/ beside this file. needs: of
-    "attributes", "landmarks", "identity", what the caller reads: UserError where the file was trained without such
-    labels; `not_trained` of the reader names them.
+    They differ in width or seed: no network measures what was optimised against it. folder: where reader_NAME.safetensors
+    lie, default toy/weights. `needs`: which of "attributes", "landmarks", "identity" the caller reads. UserError where the
+    file was trained without such labels, which `not_trained` of the reader names.
     """
     path = Path(folder or Path(__file__).parent / "toy" / "weights") / f"reader_{name}.safetensors"
     if not path.is_file():
-        raise UserError(f"{path}: no such reader; make it with python -m toy.backbones readers")
+        raise UserError(f"{path}: no such reader; python -m toy.readers {name} trains it")
     state = {key: v.float() if v.is_floating_point() else v for key, v in read_weights(path).items()}
     reader = FaceReader(len(state["stem.1.weight"]) if "stem.1.weight" in state else 16)
     load_strict(reader, state, path)
-    with safetensors.safe_open(path, "pt") as file:                # a header is all it reads
+    with safetensors.safe_open(path, "pt") as file:               # a header is all it reads
         reader.not_trained = json.loads((file.metadata() or {}).get("not_trained", "[]"))
     if lacking := [label for label in needs if label in reader.not_trained]:
-        raise UserError(f"{path}: was trained without {', '.join(lacking)}, which is read here; train it on faces with "
-                        "such labels (metrics.py train-reader --help), or leave --readers out")
+        raise UserError(f"{path}: was trained without {', '.join(lacking)}, which this run reads; train it on faces with such "
+                        "labels (python -m toy.readers --help), or leave --readers out")
     return reader.eval().requires_grad_(False)
 
 
@@ -838,19 +829,20 @@ def reader_lpips(reader, a, b):
     return sum((F.normalize(x.float()) - F.normalize(y.float())).square().sum(1).mean((1, 2)) for x, y in pairs)
 
 
-# ------------------------------------------------------------------------ whole sets of toy faces
-
+# ------------------------------------------------------------------------------------------------ tables of toy faces
 
 @torch.no_grad()
 def toy_scores(restored, hq, reader, lq=None):
     """Every number of a toy table: restored, hq (N, 3, S, S) in [-1, 1] -> {name: float}, means over images.
 
-    psnr (RGB) and ssim (luma) of the images as 8-bit files would hold them, psnr_gain over lq if that is
-    given. What the reader (load_reader("b")) saw ends in _toy: fid, deg (degrees), lmd (pixels of the image),
-    ald_e and ald_m (root of HonestFace's Eq. 14, pixels), attr (share of 12 attributes read alike), quality.
-    fid_toy is NaN for a single face. What the reader was not trained on is left out.
+    psnr (RGB) and ssim (luma) of the images as 8-bit files would hold them, psnr_gain over lq if that is given. Numbers of
+    the reader (load_reader("b")) end in _toy: fid, deg (degrees), lmd (pixels of the image), ald_e and ald_m (root of
+    HonestFace's Eq. 14, pixels), attr (share of 12 attributes read alike), quality, lpips. fid_toy is NaN for a single face.
+    A number whose label the reader was not trained on is left out.
     """
     same_images(restored, hq)
+    if not restored.isfinite().all():
+        raise UserError("the restored faces hold values that are not finite: the training diverged, or bf16 overflowed")
     device, rows, features = next(reader.parameters()).device, defaultdict(list), ([], [])
     eight_bits = lambda v: ((v.to(device).clamp(-1, 1) * 127.5 + 127.5).round() / 127.5 - 1)
     for place in range(0, len(hq), 64):
@@ -858,8 +850,7 @@ def toy_scores(restored, hq, reader, lq=None):
         rows["psnr"].append(psnr(x / 2 + 0.5, y / 2 + 0.5))
         rows["ssim"].append(ssim(x / 2 + 0.5, y / 2 + 0.5))
         if lq is not None:
-            before = psnr(eight_bits(lq[place:place + 64]) / 2 + 0.5, y / 2 + 0.5)
-            rows["psnr_gain"].append(rows["psnr"][-1] - before)
+            rows["psnr_gain"].append(rows["psnr"][-1] - psnr(eight_bits(lq[place:place + 64]) / 2 + 0.5, y / 2 + 0.5))
         (read_x, points_x), (read_y, points_y) = [(reader(v), reader.landmarks(v)) for v in (x, y)]
         if "identity" not in reader.not_trained:
             rows["deg_toy"].append(identity_angle(read_x.identity, read_y.identity))
@@ -880,338 +871,185 @@ def toy_scores(restored, hq, reader, lq=None):
 
 def toy_protocol(data, degradation, count, readers=""):
     """How the numbers of toy_scores came about, for metrics.json: {name: text}. readers: as for `load_reader`."""
-    reader = f"FaceReader {readers or 'weights'}/reader_b.safetensors, whole image at 64 px"
+    reader = f"; FaceReader {readers or 'toy/weights'}/reader_b.safetensors, whole image at 64 px"
     return dict(
         faces=f"{count} held-out faces of {data or 'the toy world'}", degradation=degradation,
-        psnr="RGB, 8 bits",
+        psnr="RGB, 8 bits", psnr_gain="PSNR minus the PSNR of the degraded face",
         ssim="luma (BT.601, full range), 11x11 Gaussian of sigma 1.5, valid windows, 8 bits",
-        psnr_gain="PSNR minus the PSNR of the degraded face",
-        fid_toy=f"Frechet distance of pooled features to the same {count} clean faces; {reader}",
-        deg_toy=f"angle between embeddings in degrees; {reader}",
-        lmd_toy=f"mean distance of 98 points in pixels of the image; {reader}",
-        ald_e_toy=f"root of HonestFace's Eq. 14, 34 points of eyes and brows, pixels; {reader}",
-        ald_m_toy=f"root of HonestFace's Eq. 14, 20 points of the mouth, pixels; {reader}",
-        attr_toy=f"share of 12 attributes read alike; {reader}",
-        lpips_toy=f"LPIPS' form on the features of the reader; {reader}",
-        quality_toy=f"mean quality read from the restored face, 1 = clean; {reader}")
+        fid_toy=f"Frechet distance of pooled features to the same {count} clean faces" + reader,
+        deg_toy="angle between embeddings in degrees" + reader,
+        lmd_toy="mean distance of 98 points in pixels of the image" + reader,
+        ald_e_toy="root of HonestFace's Eq. 14, 34 points of eyes and brows, pixels" + reader,
+        ald_m_toy="root of HonestFace's Eq. 14, 20 points of the mouth, pixels" + reader,
+        attr_toy="share of 12 attributes read alike" + reader, lpips_toy="LPIPS' form on the features of the reader" + reader,
+        quality_toy="mean quality read from the restored face, 1 = clean" + reader)
 
 
-# ------------------------------------------------------------------------ measuring folders
-
+# ------------------------------------------------------------------------------------------------ measuring folders
 
 @dataclass(frozen=True)
 class Measure:
-    """Measure restored faces against references of the same names (metrics.py RESTORED --reference DIR)."""
+    """Measure restored faces against references of the same names: python metrics.py RESTORED --reference CLEAN."""
     input: str                             # folder of restored faces, or one file
     reference: str                         # folder of the clean faces
-    weights: str = ""                      # folder of released networks; what is absent is skipped by name
-    real_set: str = ""                     # folder of real faces, such as FFHQ: adds fid_real
+    weights: str = ""                      # folder of released networks; what it lacks is skipped by name
+    real_set: str = ""                     # folder of real faces, such as FFHQ: adds fid_real, fid_dino_real, mmd_dino_real
     posterior_mean: str = ""               # folder of posterior means: adds indrmse
-    iqa: str = ""                          # metrics of pyiqa, where it is installed: musiq,maniqa,...
-    toy: bool = False                      # what the toy reader sees, too (default: only up to 64 px)
+    toy: bool = False                      # numbers of the toy reader, too (default: only of faces up to 64 px)
     device: str = "auto"                   # auto, cpu, cuda, cuda:1, mps
 
 
-class FIDInception(nn.Module):
-    """Inception v3 with FID's own weights: (B, 3, H, W) in [0, 1] -> (B, 2048).
-
-    File: pt_inception-2015-12-05-6726825d.pth. torchvision's network differs from TensorFlow's of 2015 in the
-    pooling branches: averages there leave the padding out, and the last block takes the maximum. That branch
-    is the last in each block's list and is made anew here. Images are resized to 299 px as clean-fid does it.
-    """
-
-    def __init__(self, path):
-        super().__init__()
-        build = torchvision.models.inception_v3
-        self.net = build(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
-        load_weights(self.net, path)
-        self.net.fc = nn.Identity()
-        average = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
-        maximum = functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
-        for name in "5b 5c 5d 6b 6c 6d 6e 7b 7c".split():
-            block = self.net.get_submodule(f"Mixed_{name}")
-            pool = maximum if name == "7c" else average
-            block._forward = functools.partial(self.branches, block, block._forward, pool)
-        self.eval()
-
-    @staticmethod
-    def branches(block, original, pool, x):
-        return original(x)[:-1] + [block.branch_pool(pool(x))]
-
-    def forward(self, x):
-        x = F.interpolate(x, (299, 299), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        return self.net((x * 255 - 128) / 128)
+# {numbers: (protocol, patterns of files in --weights: all are needed, | between alternatives; what to put there; its loader)}
+NETWORKS = {
+    "lpips": ("AlexNet, v0.1, RGB, whole image", ["alexnet*.pth"], "alexnet-owt-7be5be79.pth (torchvision)",
+              functools.partial(lpips_network, "alex")),
+    "lpips-vgg": ("VGG16, v0.1, RGB, whole image", ["vgg16*.pth"], "vgg16-397923af.pth (torchvision)",
+                  functools.partial(lpips_network, "vgg")),
+    "dists": ("VGG16, released alpha and beta, RGB, not resized", ["dists*.pt*|DISTS*.pth|weights.pt", "vgg16*.pth"],
+              "weights.pt of DISTS and vgg16-397923af.pth", DISTS),
+    "deg, ids": ("ArcFace ResNet-18, whole face grey at 128 px; degrees (pairs below 1 left out), cosine",
+                 ["resnet18_110*.pth|arcface_resnet18*.pth"], "resnet18_110.pth (VQFR) or arcface_resnet18.pth (GFPGAN)",
+                 lambda file: load_weights(ArcFaceGray(), file)),
+    "ids_ir50": ("cosine, IR-50 at 112 px, fixed crop, BGR if AdaFace's, else RGB", ["*ir50*|*ir_50*|*ir_se50*"],
+                 "adaface_ir50*.ckpt, arcface_ir50*.pth or ..._ir_se50.pth",
+                 lambda file: load_iresnet(file, "adaface" in file.name.lower())),
+    "ids_ir101": ("cosine, IR-101 at 112 px, fixed crop, BGR if AdaFace's, else RGB", ["*ir101*|*ir_101*"],
+                  "adaface_ir101*.ckpt or arcface_ir101*.pth", lambda file: load_iresnet(file, "adaface" in file.name.lower())),
+    "lmd, ald_e, ald_m": ("AWing FAN at 256 px, pixels at 512; mean of 98 points, root of HonestFace's Eq. 14 of eyes and "
+                          "brows, of the mouth", ["*WFLW_4HG*.pth"], "alignment_WFLW_4HG.pth (facexlib)",
+                          lambda file: load_weights(FAN98(), file)),
+    "attr": ("share of 40 CelebA attributes read alike, FaRL ViT-B/16, 224 px", ["face_attribute.farl*.pt"],
+             "face_attribute.farl.celeba.pt (facer)", lambda file: load_weights(FaRLAttributes(), file)),
+    "fid": ("Inception v3 of FID, 2048-d, bicubic antialiased 299 px", ["pt_inception-2015-12-05*.pth"],
+            "pt_inception-2015-12-05-6726825d.pth (pytorch-fid)", FIDInception),
+    "fid_dino, mmd_dino": ("DINOv2 class token, bicubic antialiased 224 px; MMD: RBF, sigma 10, x 1000", ["dinov2*"],
+                           "dinov2-large (a folder of transformers)", DINOv2)}
 
 
-def basic_numbers(x, y):
-    """What needs no network: x restored, y reference, (1, 3, H, W) in [-1, 1] -> {name: (1,)}."""
-    a, b = x / 2 + 0.5, y / 2 + 0.5
-    scales = ms_ssim_scales(a)
-    name = "ms_ssim" if scales == 5 else f"ms_ssim_{scales}_scales"
-    return {"psnr": psnr(a, b), "ssim": ssim(a, b), name: ms_ssim(a, b, scales)}
-
-
-# Builders: (names, [files], device) -> function of one pair (x, y) as above -> {name: (1,)}.
-
-
-def lpips_numbers(names, paths, device):
-    net, least = ("vgg", 16) if names[0] == "lpips-vgg" else ("alex", 31)  # px: smaller ones vanish in the pooling
-    network, nothing = lpips_network(net, paths[0]).to(device), torch.full((1,), math.nan)
-    return lambda x, y: {names[0]: network(x, y).flatten() if min(x.shape[-2:]) >= least else nothing}
-
-
-def dists_numbers(names, paths, device):
-    network = DISTS(*paths).to(device)
-    return lambda x, y: {names[0]: network(x / 2 + 0.5, y / 2 + 0.5)}
-
-
-def gray_numbers(names, paths, device):
-    net = load_weights(ArcFaceGray(), paths[0]).to(device)
-
-    def numbers(x, y):
-        e1, e2 = net.embed(x), net.embed(y)
-        angle = identity_angle(e1, e2)
-        return {"deg": torch.where(angle < 1, math.nan, angle), "ids": identity_similarity(e1, e2)}
-    return numbers
-
-
-def identity_numbers(names, paths, device):
-    net = load_iresnet(paths[0], bgr="adaface" in paths[0].name.lower()).to(device)
-    return lambda x, y: {names[0]: identity_similarity(net.embed(x), net.embed(y))}
-
-
-def landmark_numbers(names, paths, device):
-    net = load_weights(FAN98(), paths[0]).to(device)
-
-    def numbers(x, y):
-        p, q = [net.landmarks(v) * 512 / v.shape[-1] for v in (x, y)]
-        parts = [affine_landmark_distance(p[:, i], q[:, i]).sqrt() for i in (EYES_AND_BROWS, MOUTH)]
-        return dict(zip(names, (landmark_distance(p, q), *parts)))
-    return numbers
-
-
-def attribute_numbers(names, paths, device):
-    net = load_weights(FaRLAttributes(), paths[0]).to(device)
-    side = lambda v: net.probabilities(v) > 0.5
-    return lambda x, y: {names[0]: (side(x) == side(y)).float().mean(1)}
-
-
-def inception_features(paths, device):
-    net = FIDInception(paths[0]).to(device)
-    return lambda x: net(x / 2 + 0.5)
-
-
-def dino_features(paths, device):
-    """DINOv2's normalised class token; paths[0] is a folder of transformers. DIFFERS: positions are resampled to 224 px
-    by transformers; Meta's module (pyiqa) aims 0.1 of a patch beyond, which moves features by up to 1 %."""
-    from transformers import AutoModel, logging
-
-    logging.disable_progress_bar()
-    try:
-        net = AutoModel.from_pretrained(paths[0], local_files_only=True).to(device).eval()
-    except Exception as error:  # transformers and safetensors word a damaged folder in many ways
-        raise UserError(f"{paths[0]}: not a readable folder of DINOv2 ({type(error).__name__})") from None
-
-    def features(x):
-        x = F.interpolate(x / 2 + 0.5, (224, 224), mode="bicubic", antialias=True, align_corners=False)
-        mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
-        return net((x.clamp(0, 1) - mean) / std).last_hidden_state[:, 0]
-    return features
-
-
-# (file patterns, all needed, | between alternatives; what to put in --weights; {name: protocol}; builder)
-PAIR_NETWORKS = (
-    (["alexnet*.pth"], "alexnet-owt-7be5be79.pth (torchvision)",
-     {"lpips": "LPIPS v0.1 AlexNet, RGB, whole image"}, lpips_numbers),
-    (["vgg16*.pth"], "vgg16-397923af.pth (torchvision)",
-     {"lpips-vgg": "LPIPS v0.1 VGG16, RGB, whole image"}, lpips_numbers),
-    (["dists*.pt*|DISTS*.pth|weights.pt", "vgg16*.pth"], "weights.pt of DISTS and vgg16-397923af.pth",
-     {"dists": "VGG16, released alpha and beta, RGB, not resized"}, dists_numbers),
-    (["resnet18_110*.pth|arcface_resnet18*.pth"], "resnet18_110.pth (VQFR) or arcface_resnet18.pth (GFPGAN)",
-     {"deg": "degrees, ArcFace ResNet-18, whole face grey at 128 px, pairs below 1 left out",
-      "ids": "cosine, ArcFace ResNet-18, whole face grey at 128 px"}, gray_numbers),
-    (["*ir50*|*ir_50*|*ir_se50*"], "adaface_ir50*.ckpt, arcface_ir50*.pth, ..._ir_se50.pth",
-     {"ids_ir50": "cosine, IR-50 at 112 px, fixed crop, BGR if AdaFace's, else RGB"}, identity_numbers),
-    (["*ir101*|*ir_101*"], "adaface_ir101*.ckpt or arcface_ir101*.pth",
-     {"ids_ir101": "cosine, IR-101 at 112 px, fixed crop, BGR if AdaFace's, else RGB"}, identity_numbers),
-    (["*WFLW_4HG*.pth"], "alignment_WFLW_4HG.pth (facexlib)",
-     {"lmd": "AWing FAN at 256 px, mean of 98 points, pixels at 512",
-      "ald_e": "AWing FAN, root of HonestFace's Eq. 14, 34 points of eyes and brows, pixels at 512",
-      "ald_m": "AWing FAN, root of HonestFace's Eq. 14, 20 points of the mouth, pixels at 512"},
-     landmark_numbers),
-    (["face_attribute.farl*.pt"], "face_attribute.farl.celeba.pt (facer)",
-     {"attr": "share of 40 CelebA attributes read alike, FaRL ViT-B/16, 224 px"}, attribute_numbers),
-)
-SET_NETWORKS = (
-    ("fid", ["pt_inception-2015-12-05*.pth"], "pt_inception-2015-12-05-6726825d.pth (pytorch-fid)",
-     "Inception v3 of FID, 2048-d, bicubic antialiased 299 px", inception_features),
-    ("fid_dino", ["dinov2*"], "dinov2-large (a folder of transformers)",
-     "DINOv2 class token, bicubic antialiased 224 px", dino_features),
-)
-
-
-def find_files(folder, patterns):
-    """One file per pattern ("a*|b*": the first that exists), or None if one of them is absent."""
-    found = []
-    for pattern in patterns if folder else ():
-        found += [path for glob in pattern.split("|") for path in sorted(Path(folder).glob(glob))][:1]
-    return found if len(found) == len(patterns) else None
-
-
-def pair_files(restored, reference):
-    """[(stem, restored file, reference file)]; UserError if a stem is there twice or none is in both."""
-    sides = []
-    for flag, place in (("RESTORED", restored), ("--reference", reference)):
-        side = {}
-        for path in list_images(place):
-            if path.stem in side:
-                twin = side[path.stem].name
-                raise UserError(f"{flag} {place}: {twin} and {path.name} share a name; remove one of them")
-            side[path.stem] = path
-        sides.append(side)
-    stems = [stem for stem in sides[0] if stem in sides[1]]
-    if not stems:
-        example = next(iter(sides[0].values())).name
-        raise UserError(f"no file of {restored} is in {reference} by name, e.g. {example}; check --reference")
-    for place, own, other in ((restored, *sides), (reference, *sides[::-1])):
-        if lone := [path.name for stem, path in own.items() if stem not in other]:
-            print(f"{len(lone)} of {len(own)} files in {place} have no partner, are left out: {lone[0]} ...")
-    return [(stem, sides[0][stem], sides[1][stem]) for stem in stems]
-
-
-def read_pair(restored, reference, device):
-    """Two files -> (1, 3, H, W) each in [-1, 1]; UserError unless they have one size of 11 px or more."""
-    x, y = read_image(restored), read_image(reference)
-    sizes = [f"{v.shape[2]}x{v.shape[1]}" for v in (x, y)]
-    if x.shape != y.shape:
-        raise UserError(f"{restored} is {sizes[0]}, {reference} is {sizes[1]}: resize one of the folders")
-    if min(x.shape[1:]) < 11:
-        raise UserError(f"{restored} is {sizes[0]}: too small to measure, 11 px are needed")
-    return x[None].to(device), y[None].to(device)
-
-
-def pair_functions(cfg, device, skipped):
-    """[(function of a pair, {name: protocol})] of what can be measured here; the rest goes into `skipped`."""
-    found = [(basic_numbers, {
-        "psnr": "RGB, 8-bit files; identical pairs left out", "ms_ssim": "luma, product of 5 scales",
-        "ssim": "luma (BT.601, full range), 11x11 Gaussian of sigma 1.5, valid windows"})]
-    for patterns, known, protocol, build in PAIR_NETWORKS:
-        if paths := find_files(cfg.weights, patterns):
-            protocol = {name: f"{text} ({paths[0].name})" for name, text in protocol.items()}
-            found.append((build(list(protocol), paths, device), protocol))
-        else:
-            skipped[", ".join(protocol)] = f"put {known} in --weights"
-    for name in filter(None, map(str.strip, cfg.iqa.split(","))):
-        try:
-            import pyiqa
-
-            metric = pyiqa.create_metric(name, device=device)
-        except ImportError:
-            skipped[name] = "pip install pyiqa"
-        except Exception as error:  # an unknown name, weights out of reach: every metric has its own errors
-            skipped[name] = f"pyiqa: {type(error).__name__} {str(error)[:80]}".replace("\n", " ")
-        else:
-            count = 2 if metric.metric_mode == "FR" else 1
-            score = lambda *xy, m=metric, n=name, k=count: {n: m(*[v / 2 + 0.5 for v in xy[:k]]).flatten()}
-            found.append((score, {name: f"pyiqa {pyiqa.__version__}, its defaults"}))
-    return found
-
-
-def set_networks(cfg, device):
-    """{name: (features of pictures, their file)} of what --weights holds, opened before any long work."""
-    found = {name: find_files(cfg.weights, patterns) for name, patterns, *_ in SET_NETWORKS}
-    return {name: (build(found[name], device), found[name][0]) for name, *_, build in SET_NETWORKS if found[name]}
-
-
-def set_rows(cfg, device, networks, files, real, skipped):
-    """FID and its relatives of whole folders: [(name, value, N, protocol)]. real: the pictures of --real_set."""
-    rows, sets = [], {"gt": (cfg.reference, [y for _, _, y in files])}
-    if real:
-        sets["real"] = (cfg.real_set, real)
-    for name, _, known, protocol, _ in SET_NETWORKS:
-        if name not in networks or len(files) < 2:
-            reason = "needs two pairs at least" if name in networks else f"put {known} in --weights"
-            skipped.update({f"{name}_{kind}": reason for kind in sets})
+def open_networks(folder, device, skipped):
+    """({number: network}, {number: protocol}) of what --weights holds. What it lacks goes into `skipped`."""
+    net, protocol = {}, {}
+    if folder and not Path(folder).is_dir():
+        raise UserError(f"--weights {folder}: no such folder")
+    for names, (text, patterns, known, load) in NETWORKS.items():
+        files = [[path for glob in pattern.split("|") for path in sorted(Path(folder).glob(glob))] if folder else []
+                 for pattern in patterns]
+        if not all(files):
+            skipped[names] = f"put {known} in --weights"
             continue
-        network, weights = networks[name]
-        read = lambda path: network(read_image(path)[None].to(device)).cpu()
-        restored = torch.cat([read(path) for _, path, _ in tqdm(files, disable=None)])
-        for kind, (folder, chosen) in sets.items():
-            if len(chosen) < 2:
-                skipped[f"{name}_{kind}"] = f"{folder} has one picture, a distance of sets needs two"
-                continue
-            others = torch.cat([read(path) for path in tqdm(chosen, disable=None)])
-            text = f"{protocol} ({weights.name}); against {len(chosen)} files of {folder}"
-            if min(len(restored), len(others)) <= restored.shape[1]:
-                text += f"; too few for {restored.shape[1]} dimensions: biased, compare equal numbers of files alone"
-            rows.append((f"{name}_{kind}", frechet_distance(restored, others).item(), len(files), text))
-            if name == "fid_dino":
-                mmd = mmd_rbf(restored, others).item()
-                rows.append((f"mmd_dino_{kind}", mmd, len(files), f"RBF, sigma 10, x 1000; {text}"))
-    return rows
+        network = load(*[paths[0] for paths in files]).to(device)
+        for name in names.split(", "):
+            net[name], protocol[name] = network, f"{text} ({files[0][0].name})"
+    return net, protocol
 
 
-def toy_rows(cfg, device, pairs, skipped):
-    """What the toy reader sees of pairs of (1, 3, 64, 64) each: [(name, value, N, protocol)]."""
-    try:
-        reader = load_reader("b").to(device)
-    except UserError as error:
-        skipped["*_toy"] = str(error)
-        return []
-    x, y = [torch.cat(side) for side in zip(*pairs)]
-    scores, texts = toy_scores(x, y, reader), toy_protocol(cfg.reference, "", len(pairs))
-    texts = {name: text.replace("of the image", "at 64 px") for name, text in texts.items()}
-    return [(name, value, len(pairs), texts[name]) for name, value in scores.items() if name.endswith("_toy")]
+def pair_files(cfg):
+    """[[restored, reference, posterior mean if there is one]]: files of one name, with or without the suffix."""
+    files, *others = [list_images(place) for place in (cfg.input, cfg.reference, cfg.posterior_mean) if place]
+    names = [{path.stem: path for path in side} | {path.name: path for path in side} for side in others]
+    rows = [[path, *[side.get(path.name, side.get(path.stem)) for side in names]] for path in files]
+    if lone := [path.name for path, partner, *_ in rows if not partner]:
+        print(f"{len(lone)} of {len(files)} files in {cfg.input} are not in --reference {cfg.reference}: {lone[0]} ...")
+    if len(lone) == len(files):
+        raise UserError(f"--reference {cfg.reference}: has no file with the name of one in {cfg.input}")
+    return [[path for path in row if path] for row in rows if row[1]]
+
+
+def pair_numbers(x, y, net):
+    """{number: (1,)} of one pair, by the networks there are: x restored, y reference, (1, 3, H, W) in [-1, 1]."""
+    a, b, scales = x / 2 + 0.5, y / 2 + 0.5, ms_ssim_scales(x)
+    found = {"psnr": psnr(a, b), "ssim": ssim(a, b)}
+    found["ms_ssim" if scales == 5 else f"ms_ssim_{scales}_scales"] = ms_ssim(a, b, scales)
+    for name, least in (("lpips", 31), ("lpips-vgg", 16)):        # px: smaller images vanish in the pooling
+        if name in net:
+            found[name] = net[name](x, y).flatten() if min(x.shape[-2:]) >= least else torch.tensor([math.nan])
+    if "dists" in net:
+        found["dists"] = net["dists"](a, b)
+    if "deg" in net:
+        angle = identity_angle(net["deg"].embed(x), net["deg"].embed(y))
+        found["deg"] = torch.where(angle < 1, math.nan, angle)
+    for name in [name for name in net if name.startswith("ids")]:
+        found[name] = identity_similarity(net[name].embed(x), net[name].embed(y))
+    if "lmd" in net:
+        p, q = [net["lmd"].landmarks(v) * 512 / v.shape[-1] for v in (x, y)]
+        found["lmd"] = landmark_distance(p, q)
+        found["ald_e"] = affine_landmark_distance(p[:, EYES_AND_BROWS], q[:, EYES_AND_BROWS]).sqrt()
+        found["ald_m"] = affine_landmark_distance(p[:, MOUTH], q[:, MOUTH]).sqrt()
+    if "attr" in net:
+        p, q = [net["attr"].probabilities(v) > 0.5 for v in (x, y)]
+        found["attr"] = (p == q).float().mean(1)
+    return found
 
 
 @torch.no_grad()
 def measure(cfg):
-    """Print a table and one JSON line for a folder of restored faces."""
-    device, files, skipped = pick_device(cfg.device), pair_files(cfg.input, cfg.reference), {}
-    if cfg.weights and not Path(cfg.weights).is_dir():
-        raise UserError(f"--weights {cfg.weights}: no such folder")
+    """Print a table, what was skipped and why, and one line of JSON for a folder of restored faces."""
+    device, skipped, pairs = pick_device(cfg.device), {}, pair_files(cfg)
     real = list_images(cfg.real_set, recursive=True) if cfg.real_set else []
-    estimates = {path.stem: path for path in list_images(cfg.posterior_mean)} if cfg.posterior_mean else {}
-    functions, values, small = pair_functions(cfg, device, skipped), defaultdict(list), []
-    networks = set_networks(cfg, device)
-    protocol = {name: text for _, texts in functions for name, text in texts.items()}
-    protocol["indrmse"] = f"RMSE to {cfg.posterior_mean}, RGB in [0, 1], mean over images"
-    for stem, restored, reference in tqdm(files, disable=None):
-        x, y = read_pair(restored, reference, device)
-        for function, _ in functions:
-            for name, value in function(x, y).items():
-                values[name].append(value.item())
-        if estimates:
-            if stem not in estimates:
-                raise UserError(f"--posterior_mean {cfg.posterior_mean}: has no picture called {stem}")
-            estimate, _ = read_pair(estimates[stem], restored, device)
-            values["indrmse"].append(ind_rmse(x / 2 + 0.5, estimate / 2 + 0.5).item())
+    net, protocol = open_networks(cfg.weights, device, skipped)
+    protocol |= dict(psnr="RGB, 8-bit files; identical pairs left out", indrmse=f"RMSE to {cfg.posterior_mean}, RGB in [0, 1]",
+                     ssim="luma (BT.601, full range), 11x11 Gaussian of sigma 1.5, valid windows")
+    values, features, small = defaultdict(list), defaultdict(list), []           # features: {(network, set): [(1, D)]}
+    sets = [name for name in ("fid", "fid_dino") if name in net]
+    for files in tqdm(pairs, "measuring pairs", disable=None):
+        try:
+            x, y, *means = [read_image(path)[None].to(device) for path in files]
+            found = pair_numbers(x, y, net)
+            if means:
+                found["indrmse"] = ind_rmse(x / 2 + 0.5, means[0] / 2 + 0.5)
+        except ValueError as error:                               # a damaged picture, two sizes, or smaller than 11 px
+            skipped[" and ".join(map(str, files))] = str(error)
+            continue
+        for name, value in found.items():
+            values[name].append(value.item())
+        for name in sets:
+            features[name, "restored"].append(net[name](x / 2 + 0.5).cpu())
+            features[name, "gt"].append(net[name](y / 2 + 0.5).cpu())
         if cfg.toy or max(x.shape[-2:]) <= FaceReader.SIDE:
             small.append([bilinear(v, FaceReader.SIDE, antialias=True).cpu() for v in (x, y)])
-    rows = []
-    for name, column in values.items():
-        finite = [value for value in column if math.isfinite(value)]  # identical pictures have an infinite PSNR
-        kept = finite or [value for value in column if not math.isnan(value)]
-        text = protocol.get(name, f"luma, product of {name[8:9]} scales: the images are too small for 5")
+    if not values:
+        raise UserError("no pair was measured: {}: {}".format(*list(skipped.items())[-1]))
+    if cfg.posterior_mean and "indrmse" not in values:
+        skipped["indrmse"] = f"{cfg.posterior_mean} has no file with the name of a restored one"
+    for path in tqdm(real if sets else [], "measuring --real_set", disable=None):
+        try:
+            x = read_image(path)[None].to(device) / 2 + 0.5
+        except UserError as error:
+            skipped[str(path)] = str(error)
+            continue
+        for name in sets:
+            features[name, "real"].append(net[name](x).cpu())
+
+    rows = []                                                     # (number, value, N, protocol)
+    for name, column in values.items():                           # identical pairs have an infinite PSNR
+        kept = [v for v in column if math.isfinite(v)] or [v for v in column if not math.isnan(v)]
+        text = protocol.get(name, f"luma, product of {name[8:9] or 5} scales")
         rows.append((name, sum(kept) / len(kept) if kept else math.nan, len(kept), text))
-    rows += set_rows(cfg, device, networks, files, real, skipped)
-    if len(small) == len(files):
-        rows += toy_rows(cfg, device, small, skipped)
-    print_rows(cfg, rows, skipped)
+    for name, kind in [key for key in features if key[1] != "restored"]:
+        x, y = [torch.cat(features[name, side]) for side in ("restored", kind)]
+        text = f"{protocol[name]}; against {len(y)} files of {cfg.real_set if kind == 'real' else cfg.reference}"
+        if min(len(x), len(y)) < 2:
+            skipped[f"{name}_{kind}"] = "one picture; a distance of sets needs two on both sides"
+            continue
+        if min(len(x), len(y)) <= x.shape[1]:
+            text += f"; too few for {x.shape[1]} dimensions: biased, compare equal numbers of files alone"
+        rows.append((f"{name}_{kind}", frechet_distance(x, y).item(), len(x), text))
+        if name == "fid_dino":
+            rows.append((f"mmd_dino_{kind}", mmd_rbf(x, y).item(), len(x), text))
+    if len(small) == len(values["psnr"]):                         # every face is small, or --toy is given
+        x, y = [torch.cat(side) for side in zip(*small)]
+        scores, texts = toy_scores(x, y, load_reader("b").to(device)), toy_protocol(cfg.reference, "", len(x))
+        rows += [(name, value, len(x), texts[name].replace("of the image", "at 64 px"))
+                 for name, value in scores.items() if name.endswith("_toy")]
 
-
-def print_rows(cfg, rows, skipped):
-    """The table, what was left out and why, and one line of JSON."""
-    width = max(len(name) for name, *_ in rows)
-    print(f"{'metric':{width}}  {'value':>10}  {'N':>6}  protocol")
+    print(f"{'metric':18}  {'value':>10}  {'N':>6}  protocol")
     for name, value, count, text in rows:
-        print(f"{name:{width}}  {value:10.4f}  {count:6d}  {text}")
+        print(f"{name:18}  {value:10.4f}  {count:6d}  {text}")
     for names, reason in skipped.items():
         print(f"skipped {names}: {reason}")
-    numbers = {name: value if math.isfinite(value) else None for name, value, *_ in rows}
-    protocol = dict(restored=cfg.input, reference=cfg.reference, N={name: n for name, _, n, _ in rows},
-                    **{name: text for name, _, _, text in rows})
-    print(json.dumps(numbers | dict(skipped=skipped, protocol=protocol)))
+    about = dict(restored=cfg.input, reference=cfg.reference, N={name: n for name, _, n, _ in rows})
+    print(json.dumps({name: value if math.isfinite(value) else None for name, value, *_ in rows}
+                     | dict(skipped=skipped, protocol=about | {name: text for name, _, _, text in rows})))
 
 
 def main(argv=None):

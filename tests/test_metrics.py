@@ -1,17 +1,23 @@
-"""Metrics against closed forms, loops, numpy and scipy; measuring networks against short rewrites; the program."""
+"""Metrics against closed forms, loops, numpy and scipy; measuring networks against short rewrites; the program; the readers."""
 import itertools
 import json
 import math
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+import safetensors.torch
 import scipy.linalg
+import scipy.stats
 import torch
 import torch.nn.functional as F
 import torchvision
 
 import common
 import metrics
+from toy import faces as toy
+from toy import readers
 
 f64 = torch.float64
 
@@ -384,18 +390,6 @@ def test_a_recogniser_has_the_depth_and_layout_of_its_file(tmp_path, depth, layo
         assert len(loaded.body) == len(net.body) and torch.equal(loaded(x), net(x))
 
 
-def test_a_reader_without_labels_is_refused_where_they_are_read(tmp_path):
-    """A head that was never trained gives numbers that mean nothing: its columns are left out, its losses refused."""
-    reader = metrics.load_reader("b")
-    metrics.save_reader(tmp_path / "reader_b.safetensors", reader, dict(not_trained=["identity", "attributes"]))
-    x, y = torch.rand(2, 2, 3, 64, 64) * 2 - 1
-    every, some = (set(metrics.toy_scores(x, y, r)) for r in (reader, metrics.load_reader("b", tmp_path)))
-    assert every - some == {"deg_toy", "attr_toy"}
-    assert metrics.load_reader("b", tmp_path, needs=("landmarks",)).not_trained == ["identity", "attributes"]
-    with pytest.raises(metrics.UserError, match="was trained without identity, which is read here"):
-        metrics.load_reader("b", tmp_path, needs=("identity", "landmarks"))
-
-
 def test_arcface_gray_equals_a_functional_reimplementation():
     """ResNet-18 of IR blocks on 1 x 128 x 128 with GFPGAN's names (one PReLU per block, used twice)."""
     net = redraw(metrics.ArcFaceGray())
@@ -462,42 +456,24 @@ def test_farl_attributes_equal_transformers_clip_and_a_hand_written_head():
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
-# ---------------------------------------------------------------- the toy readers that are shipped
-
-@pytest.mark.parametrize("name", ["a", "b"])
-def test_shipped_readers_read_people_they_never_saw(name):
-    """The requirement table of DESIGN 5, on identities of the test split."""
-    from common import DEGRADATIONS, TOY_SPLITS, degrade, toy_faces
-
-    reader = metrics.load_reader(name)
-    people = TOY_SPLITS["test"].start + torch.arange(400) // 4
-    faces = toy_faces(people, torch.arange(400) + 7)
-    with torch.no_grad():
-        read = reader(faces.image)
-        assert ((read.attributes > 0) == (faces.attributes > 0.5)).float().mean() >= 0.97
-        assert (reader.landmarks(faces.image) - faces.landmarks).norm(dim=-1).mean() <= 1
-        cosine = read.identity @ read.identity.T
-        same = (people[:, None] == people) & ~torch.eye(400, dtype=torch.bool)
-        other = people[:, None] != people
-        threshold = cosine[other].sort().values  # AUC: chance that a pair of one person beats a pair of two
-        auc = torch.searchsorted(threshold, cosine[same]).float().mean() / len(threshold)
-        assert auc >= 0.99
-        lq = degrade(faces.image[:200], DEGRADATIONS["codeformer"], range(200))
-        share = torch.linspace(0, 1, 200).view(-1, 1, 1, 1)
-        mixed = faces.image[:200] + share * (lq - faces.image[:200])
-        truth = metrics.ssim(mixed * 0.5 + 0.5, faces.image[:200] * 0.5 + 0.5)
-        rank = lambda v: v.argsort().argsort().float()
-        agreement = torch.corrcoef(torch.stack([rank(reader.quality(mixed)), rank(truth)]))[0, 1]
-        assert agreement >= 0.9
-
-
-def test_a_reader_is_a_smooth_loss():
-    """Gradients reach the picture through every output."""
-    reader = metrics.load_reader("a")
-    x = torch.zeros(2, 3, 64, 64, requires_grad=True)
-    for output in (reader(x).identity, reader(x).attributes, reader(x).heatmaps, reader(x).quality, reader.features(x)):
-        (gradient,) = torch.autograd.grad(output.square().sum(), x)
-        assert gradient.isfinite().all() and gradient.abs().max() > 0
+def test_farl_canvas_is_the_fit_of_facers_five_points_and_moves_pixels_there():
+    """Facer's points in its 224 px canvas; a bright spot of the 512 px picture lands where the matrix says."""
+    facer = [(93.108, 106.525), (130.392, 105.879), (111.809, 129.472), (95.288, 146.362), (129.609, 145.767)]
+    ffhq = [(192.98138, 239.94708), (318.90277, 240.1936), (256.63416, 314.01935), (201.26117, 371.41043),
+            (313.08905, 371.15118)]
+    p, q = [torch.view_as_complex(torch.tensor(points, dtype=f64)) for points in (ffhq, facer)]
+    turn = ((p - p.mean()).conj() * (q - q.mean())).sum() / (p - p.mean()).abs().square().sum()
+    shift, wanted = q.mean() - turn * p.mean(), torch.tensor(metrics.FaRLAttributes.AFFINE, dtype=f64)
+    fit = torch.tensor([[turn.real, -turn.imag, shift.real], [turn.imag, turn.real, shift.imag]], dtype=f64)
+    torch.testing.assert_close(fit, wanted, rtol=1e-3, atol=1e-3)
+    picture = torch.full((1, 3, 512, 512), -1.)
+    y, x = torch.meshgrid(torch.arange(512) + .5, torch.arange(512) + .5, indexing="ij")
+    picture += 2 * (-((x - 318.9) ** 2 + (y - 240.2) ** 2) / (2 * 12 ** 2)).exp()        # on the right eye, wide enough
+    canvas = metrics.FaRLAttributes.canvas(metrics.FaRLAttributes, picture)[0, 0]
+    cells = torch.arange(224) + .5
+    place = torch.stack([(canvas.sum(0) * cells).sum(), (canvas.sum(1) * cells).sum()]) / canvas.sum()
+    spot = wanted[:, :2] @ torch.tensor([318.9, 240.2], dtype=f64) + wanted[:, 2]
+    torch.testing.assert_close(place.double(), spot, rtol=0, atol=.1)
 
 
 # ---------------------------------------------------------------- the program
@@ -506,7 +482,7 @@ def test_a_reader_is_a_smooth_loss():
 @pytest.fixture
 def folders(tmp_path):
     """Three toy faces and the same with noise, one of them untouched."""
-    clean = common.toy_faces([1, 2, 3], [1, 2, 3], size=64).image
+    clean = toy.toy_faces([1, 2, 3], [1, 2, 3], size=64).image
     for i, image in enumerate(clean):
         common.write_image(tmp_path / "clean" / f"{i}.png", image)
         common.write_image(tmp_path / "restored" / f"{i}.png", image + .2 * torch.randn_like(image) * (i > 0))
@@ -518,82 +494,162 @@ def measured(capsys, *argv):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def refused(capsys, *argv):
-    with pytest.raises(SystemExit) as stop:
-        metrics.main([str(a) for a in argv])
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and lines[-1].startswith("error") and not any("Traceback" in line for line in lines)
-    return lines[-1]
-
-
-def test_program_leaves_identical_pairs_out_of_the_mean(folders, capsys):
-    found = measured(capsys, folders / "restored", "--reference", folders / "clean")
+def test_program_pairs_by_name_and_names_what_it_leaves_out(folders, capsys):
+    """PSNR's mean is without the untouched pair; a damaged and a smaller picture are skipped by name; IndRMSE to means."""
+    ask = [folders / "restored", "--reference", folders / "clean"]
+    found = measured(capsys, *ask, "--posterior_mean", folders / "clean")
     read = lambda name, i: common.read_image(folders / name / f"{i}.png")[None] / 2 + .5
     want = [number(metrics.psnr(read("restored", i), read("clean", i))) for i in (1, 2)]
     assert found["psnr"] == pytest.approx(sum(want) / 2) and found["protocol"]["N"]["psnr"] == 2
-    assert found["protocol"]["N"]["ssim"] == 3 and "deg_toy" in found           # 64 px: the toy reader looks as well
+    assert found["protocol"]["N"]["ssim"] == 3 and found["protocol"]["ms_ssim_3_scales"].endswith("product of 3 scales")
+    assert found["indrmse"] == pytest.approx(sum([0, *(10 ** (-v / 20) for v in want)]) / 3, rel=1e-5)
+    scores = metrics.toy_scores(*[torch.cat([2 * read(name, i) - 1 for i in range(3)]) for name in ("restored", "clean")],
+                                metrics.load_reader("b"))                       # 64 px: the toy reader looks as well
+    assert all(found[name] == pytest.approx(value, rel=1e-3) for name, value in scores.items() if name.endswith("_toy"))
+    common.write_image(folders / "restored" / "1.png", torch.zeros(3, 32, 32))
+    (folders / "restored" / "2.png").write_text("no picture")
+    common.write_image(folders / "restored" / "other.png", torch.zeros(3, 32, 32))
+    metrics.main([str(a) for a in ask])
+    said = capsys.readouterr().out.splitlines()
+    found = json.loads(said[-1])
+    assert found["protocol"]["N"]["ssim"] == 1 and found["psnr"] is None and "other.png" in said[0]
+    reasons = {name.split(" and ")[0].rpartition("/")[2]: reason for name, reason in found["skipped"].items()}
+    assert "(1, 3, 32, 32)" in reasons["1.png"] and "not a readable picture" in reasons["2.png"]
+    with pytest.raises(SystemExit) as stop:
+        metrics.main([str(folders / "restored"), "--reference", str(folders)])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
 
 
 def test_program_with_weights(folders, capsys):
-    """Random networks in the released formats: AlexNet for LPIPS (too coarse below 31 px), FAN, sets of one picture."""
-    weights = folders / "weights"
+    """Random networks in the released formats; LPIPS is too coarse below 31 px, a set of one picture has no distance."""
+    from transformers import Dinov2Config, Dinov2Model
+    weights, torchnets = folders / "weights", torchvision.models
     weights.mkdir()
-    torch.save(torchvision.models.alexnet(weights=None).state_dict(), weights / "alexnet-owt-7be5be79.pth")
-    state = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
-    torch.save(state.state_dict(), weights / "pt_inception-2015-12-05-6726825d.pth")
-    found = measured(capsys, folders / "restored", "--reference", folders / "clean", "--weights", weights,
-                     "--real_set", folders / "clean" / "0.png")
-    assert found["lpips"] > 0 and found["protocol"]["N"]["lpips"] == 3
-    assert found["fid_gt"] > 0 and "one picture" in found["skipped"]["fid_real"]
-    assert "pt_inception" in found["protocol"]["fid_gt"] and "too few for 2048 dimensions" in found["protocol"]["fid_gt"]
-    nets = {"resnet18_110.pth": metrics.ArcFaceGray(), "adaface_ir50_ms1mv2.ckpt": metrics.IResNet(50),
-            "alignment_WFLW_4HG.pth": metrics.FAN98(), "face_attribute.farl.celeba.pt": metrics.FaRLAttributes()}
+    with torch.device("meta"):
+        backbones = {"alexnet-owt-7be5be79.pth": torchnets.alexnet(), "vgg16-397923af.pth": torchnets.vgg16()}
+    for name, net in backbones.items():                                         # not their large classifiers
+        torch.save({n: torch.randn(v.shape) / 30 for n, v in net.state_dict().items() if "features" in n}, weights / name)
+    inception = torchnets.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    nets = {"pt_inception-2015-12-05-6726825d.pth": inception, "resnet18_110.pth": metrics.ArcFaceGray(),
+            "adaface_ir50_ms1mv2.ckpt": metrics.IResNet(50), "alignment_WFLW_4HG.pth": metrics.FAN98(),
+            "face_attribute.farl.celeba.pt": metrics.FaRLAttributes()}
     for name, net in nets.items():
         torch.save(redraw(net).state_dict(), weights / name)
-    found = measured(capsys, folders / "restored", "--reference", folders / "clean", "--weights", weights)
-    assert 1 <= found["deg"] <= 180 and found["protocol"]["N"]["deg"] == 2      # the untouched pair is left out
-    assert found["lmd"] > 0 and found["ald_e"] > 0 and found["ald_m"] > 0
-    assert all(0 <= found[name] <= 1 for name in ("ids", "ids_ir50", "attr"))
-    small = common.toy_faces([1], [1], size=20).image[0]
-    common.write_image(folders / "small" / "a.png", small)
+    torch.save({name: torch.rand(1, 1475, 1, 1) for name in ("alpha", "beta")}, weights / "weights.pt")
+    Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=14)).save_pretrained(
+        weights / "dinov2-large")
+    found = measured(capsys, folders / "restored", "--reference", folders / "clean", "--weights", weights,
+                     "--real_set", folders / "clean" / "0.png")
+    count = found["protocol"]["N"]
+    assert all(found[name] > 0 for name in "lpips lpips-vgg dists lmd ald_e ald_m fid_gt fid_dino_gt mmd_dino_gt".split())
+    assert all(0 <= found[name] <= 1 for name in ("ids", "ids_ir50", "attr")) and count["lpips"] == count["ids"] == 3
+    assert 1 <= found["deg"] <= 180 and count["deg"] == 2                       # the untouched pair is left out
+    assert {"fid_real", "fid_dino_real", "ids_ir101"} <= found["skipped"].keys() and "fid_real" not in found
+    assert "pt_inception" in found["protocol"]["fid_gt"] and "too few for 2048 dimensions" in found["protocol"]["fid_gt"]
+    for name in nets:
+        (weights / name).unlink()
+    common.write_image(folders / "small" / "a.png", toy.toy_faces([1], [1], size=20).image[0])
     found = measured(capsys, folders / "small", "--reference", folders / "small", "--weights", weights)
-    assert found["lpips"] is None and found["protocol"]["N"]["lpips"] == 0
+    assert found["lpips"] is None and found["protocol"]["N"]["lpips"] == 0 and found["protocol"]["N"]["lpips-vgg"] == 1
 
 
-def test_program_refuses_in_one_line(folders, capsys):
-    ask = [folders / "restored", "--reference", folders / "clean"]
-    assert "no such" in refused(capsys, folders / "nope", "--reference", folders / "clean")
-    assert "no such" in refused(capsys, *ask, "--weights", folders / "nope")
-    assert "no such" in refused(capsys, *ask, "--real_set", folders / "nope")
-    (folders / "w" / "dinov2-large").mkdir(parents=True)
-    assert "not a readable folder of DINOv2" in refused(capsys, *ask, "--weights", folders / "w")
-    (folders / "w2").mkdir()
-    (folders / "w2" / "alexnet-owt-7be5be79.pth").write_bytes(b"no weights")
-    assert "alexnet-owt-7be5be79.pth" in refused(capsys, *ask, "--weights", folders / "w2")
-    with pytest.raises(SystemExit):
-        metrics.main(["train-reader", "--data", str(folders / "clean")])
-    assert "--readers FOLDER" in capsys.readouterr().err                       # weights/ is not for photographs
-    for flags in (["--validation_data", "x"], ["--image_size", "128"], ["--identities", "0"], ["--width_a", "0"]):
-        with pytest.raises(SystemExit):
-            metrics.main(["train-reader", *flags])
-        assert f"{flags[0]} {flags[1]}: " in capsys.readouterr().err
-    common.write_image(folders / "restored" / "1.png", torch.zeros(3, 32, 32))
-    assert "resize one of the folders" in refused(capsys, *ask)
-    (folders / "restored" / "1.png").unlink()
-    (folders / "restored" / "2.png").write_text("no picture")
-    assert "2.png" in refused(capsys, *ask)
+# ---------------------------------------------------------------- the toy readers
 
 
-def test_farl_canvas_is_the_fit_of_facers_five_points_and_moves_pixels_there():
-    """Facer's points in its 224 px canvas; a bright spot of the 512 px picture lands where the matrix says."""
-    facer = [(93.108, 106.525), (130.392, 105.879), (111.809, 129.472), (95.288, 146.362), (129.609, 145.767)]
-    wanted = torch.tensor(metrics.FaRLAttributes.AFFINE, dtype=torch.float64)
-    torch.testing.assert_close(common.similarity(common.FFHQ_512, facer), wanted, rtol=1e-3, atol=1e-3)
-    picture = torch.full((1, 3, 512, 512), -1.)
-    y, x = torch.meshgrid(torch.arange(512) + .5, torch.arange(512) + .5, indexing="ij")
-    picture += 2 * (-((x - 318.9) ** 2 + (y - 240.2) ** 2) / (2 * 12 ** 2)).exp()        # on the right eye, wide enough
-    canvas = metrics.FaRLAttributes.canvas(metrics.FaRLAttributes, picture)[0, 0]
-    cells = torch.arange(224) + .5
-    place = torch.stack([(canvas.sum(0) * cells).sum(), (canvas.sum(1) * cells).sum()]) / canvas.sum()
-    torch.testing.assert_close(place.double(), wanted[:, :2] @ torch.tensor([318.9, 240.2], dtype=torch.float64)
-                               + wanted[:, 2], rtol=0, atol=.1)
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_shipped_readers_read_people_they_never_saw(name):
+    """On people of the test split: attributes, landmarks, who is who, quality under mixed degradation."""
+    reader, people = metrics.load_reader(name), toy.SPLITS["test"][0] + torch.arange(400) // 4
+    drawn = toy.toy_faces(people, torch.arange(400) + 7)
+    image, quality = readers.spoil(drawn.image, torch.arange(400) * 4 + 1)      # codeformer, every share of it
+    held = dict(hq=drawn.image, image=image, quality=quality, identity=people, attributes=drawn.attributes,
+                landmarks=drawn.landmarks)
+    found = readers.measure_reader(reader, held)
+    assert found["attribute_accuracy_clean"] >= .97 and found["verification_auc_clean"] >= .99
+    assert found["landmark_px_clean"] <= 1 and found["quality_rank_correlation"] >= .9
+
+
+def test_a_reader_is_a_smooth_loss():
+    """Gradients reach the picture through every output."""
+    reader = metrics.load_reader("a")
+    x = torch.zeros(2, 3, 64, 64, requires_grad=True)
+    for output in (reader(x).identity, reader(x).attributes, reader(x).heatmaps, reader(x).quality, reader.features(x)):
+        (gradient,) = torch.autograd.grad(output.square().sum(), x)
+        assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+def test_a_reader_without_labels_is_refused_where_they_are_read(tmp_path):
+    """A head that was never trained gives numbers that mean nothing: its columns are left out, its losses refused."""
+    reader = metrics.load_reader("b")
+    readers.save_reader(tmp_path / "reader_b.safetensors", reader, dict(not_trained=["identity", "attributes"]))
+    x, y = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    every, some = (set(metrics.toy_scores(x, y, r)) for r in (reader, metrics.load_reader("b", tmp_path)))
+    assert every - some == {"deg_toy", "attr_toy"}
+    assert metrics.load_reader("b", tmp_path, needs=("landmarks",)).not_trained == ["identity", "attributes"]
+    with pytest.raises(common.UserError):
+        metrics.load_reader("b", tmp_path, needs=("identity", "landmarks"))
+
+
+def test_readers_losses_equal_loops():
+    """ArcFace's margin on the right class; cross-entropy to a Gaussian map written out, plus the distance in pixels."""
+    e, classes, who = torch.randn(3, 8, dtype=f64), torch.randn(5, 8, dtype=f64), torch.tensor([4, 0, 2])
+    cosine, want = F.cosine_similarity(e[:, None], classes[None], dim=-1), 0
+    for row, k in zip(cosine, who.tolist()):
+        logits = [24 * math.cos(math.acos(c) + .2 * (i == k)) for i, c in enumerate(row.tolist())]
+        want += (math.log(sum(map(math.exp, logits))) - logits[k]) / 3
+    assert readers.identity_loss(e, classes, who, .2, 24.).item() == pytest.approx(want)
+    reader, logits, points = metrics.FaceReader(4), torch.randn(1, 98, 1024), torch.rand(1, 98, 2) * 64
+    y, x = torch.meshgrid(torch.arange(32) + .5, torch.arange(32) + .5, indexing="ij")
+    target = torch.stack([(-((x - px / 2) ** 2 + (y - py / 2) ** 2) / 2).flatten().softmax(0) for px, py in points[0]])
+    mean = (logits[0].softmax(-1)[..., None] * 2 * torch.stack([x, y], -1).view(1, 1024, 2)).sum(1)
+    want = -(target * logits[0].log_softmax(-1)).sum(-1) + (mean - points[0]).abs().sum(-1)
+    assert readers.heatmap_loss(reader, logits, points).item() == pytest.approx(want.mean().item(), rel=1e-4)
+
+
+def test_rank_correlation_and_verification_by_hand():
+    a, b = torch.randint(5, (2, 40)).double()                                   # with ties
+    assert readers.spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b)[0])
+    e, who = torch.randn(12, 4), torch.arange(12) // 3
+    alike = metrics.identity_similarity(e[:, None], e[None])
+    same, other = ([alike[i, j].item() for i in range(12) for j in range(i) if (who[i] == who[j]) == k] for k in (True, False))
+    assert readers.verification_auc(e, who) == pytest.approx(np.mean([p > q for p in same for q in other]))
+
+
+def test_sixty_eight_points_and_people_of_one_picture():
+    """A file of 68 points becomes 98; neither a person of one picture nor pictures beside the folders are a class."""
+    where = torch.full((1, 98, 2), math.nan)
+    where[0, :68] = torch.rand(68, 2)
+    files = [Path("people", name) for name in ("a/1", "a/2", "b/1", "c/1", "c/2", "d/1", "d/2", "1", "2")]
+    folder = mock.Mock(person=torch.tensor([0, 0, 1, 2, 2, 3, 3, 4, 4]), files=files, folder=Path("people"))
+    batch = dict(hq=torch.zeros(1, 3, 32, 32), seeds=torch.tensor([0]), person=torch.tensor([3]), landmarks=where)
+    found = readers.labelled(folder, batch)
+    assert found["identity"].tolist() == [2] and readers.people_of(folder)[0].tolist() == [0, -1, 1, 2, -1]
+    assert found["attributes"].isnan().all() and torch.equal(found["landmarks"][0, 76], where[0, 48])
+    torch.testing.assert_close(found["landmarks"][0, 96], (where[0, 36] + where[0, 39]) / 2)
+
+
+def test_readers_train_on_a_folder_and_go_on_after_a_stop(toy_folder, tmp_path, monkeypatch):
+    """Two steps of reader a on faces without landmarks; stopped after one and resumed, the weights are equal bit for bit."""
+    flags = ["a", "--steps", "2", "--batch_size", "6", "--data", str(toy_folder / "train"), "--validation_data", str(toy_folder / "val"),
+             "--num_workers", "0", "--checkpointing_steps", "1", "--validation_faces", "8", "--device", "cpu", "-o"]
+    batch, table = common.Faces.batch, common.read_table
+    without = lambda path, columns: {} if path.stem == "landmarks" else table(path, columns)
+    monkeypatch.setattr(common, "read_table", without)
+    read = lambda run: safetensors.torch.load_file(tmp_path / run / "reader_a.safetensors")
+    readers.main([*flags, str(tmp_path / "straight")])
+
+    calls = iter([None, None])                                                  # held-out faces and step 0; not step 1
+
+    def stopping(faces, places, seeds, degraded=True):
+        if next(calls, "stop"):
+            raise KeyboardInterrupt
+        return batch(faces, places, seeds, degraded)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(common.Faces, "batch", stopping)
+        readers.main([*flags, str(tmp_path / "stopped")])
+    assert (tmp_path / "stopped" / "state.pt").exists() and not (tmp_path / "stopped" / "reader_a.safetensors").exists()
+    readers.main([*flags, str(tmp_path / "stopped"), "--resume_from_checkpoint", "latest"])
+    first, second = read("straight"), read("stopped")
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    reader = metrics.load_reader("a", tmp_path / "stopped")
+    assert reader.not_trained == ["landmarks"] and first["stem.0.weight"].dtype == torch.float16
