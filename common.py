@@ -616,6 +616,7 @@ class Run:
                     raise UserError(f"stopped at step {step + 1} of stage {stage}, saved; go on with "
                                     "--resume_from_checkpoint latest")
         finally:
+            source = None                                         # ends the loader's processes, which ignore SIGTERM
             for number, handler in before.items():
                 signal.signal(number, handler)
 
