@@ -631,7 +631,8 @@ def test_sixty_eight_points_and_people_of_one_picture():
 def test_readers_train_on_a_folder_and_go_on_after_a_stop(toy_folder, tmp_path, monkeypatch):
     """Two steps of reader a on faces without landmarks; stopped after one and resumed, the weights are equal bit for bit."""
     flags = ["a", "--steps", "2", "--batch_size", "6", "--num_workers", "0", "--data", str(toy_folder / "train"),
-             "--validation_data", str(toy_folder / "val"), "--checkpointing_steps", "1", "--validation_faces", "8", "--device", "cpu", "-o"]
+             "--validation_data", str(toy_folder / "val"), "--checkpointing_steps", "1", "--validation_faces", "8",
+             "--device", "cpu", "-o"]
     batch, table = common.Faces.batch, common.read_table
     without = lambda path, columns: {} if path.stem == "landmarks" else table(path, columns)
     monkeypatch.setattr(common, "read_table", without)
