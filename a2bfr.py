@@ -71,9 +71,9 @@ class Train(TrainFlags):
     # The values are the paper's [sec. 5.1] where no comment says otherwise; TOY_VALUES below are the toy's.
     output: str = "runs/a2bfr"             # folder for weights, checkpoints, log and pictures
     pretrained_model_name_or_path: str = "black-forest-labs/FLUX.1-dev"  # FLUX: folder in diffusers' layout or hub id
-    pairs: str = ""                        # pairs.jsonl of the verb pairs (default: exact pairs of the toy world)
-    data: str = ""                         # not read: faces have no partners; build pairs of them with the verb pairs
-    validation_data: str = ""              # pairs.jsonl of other people to measure on (default: the last tenth of --pairs)
+    data: str = ""                         # folder with a pairs.jsonl, written by the verb pairs (default: the toy world's)
+    pairs: str = ""                        # pairs.jsonl to train on instead of that in --data
+    validation_data: str = ""              # folder or pairs.jsonl of other people to measure on (default: the last tenth)
     stage: typing.Literal["all", "lora"] = "all"  # there is one stage
     batch_size: int = 1                    # pairs per process and micro-batch
     max_train_steps: int = 60_000          # optimiser steps
@@ -85,7 +85,7 @@ class Train(TrainFlags):
     prodigy_d0: float = 1e-6               # Prodigy's first step size; UNSTATED: its default
     max_grad_norm: float = 0.5             # clip the gradient to this norm; UNSTATED: OminiControl's
     ema_decay: float = 0.0                 # of the averaged weights that are saved and sampled; UNSTATED: no average
-    gradient_checkpointing: bool = True    # recompute blocks, and finish one face of a pair before the other: 32 GB
+    gradient_checkpointing: bool = True    # recompute blocks, and finish one face of a pair before the other: less memory
     checkpointing_steps: int = 1000        # steps between saves of state.pt
     attribute_weight: float = 0.3          # UNSTATED: lambda of Eq. 3; 0 switches attribute-aware learning off
     dual_training: bool = True             # both faces of a pair, or one of them with its own prompt
@@ -757,17 +757,16 @@ def exchanged(row: dict) -> dict:
 
 
 def open_pairs(cfg) -> tuple:
-    """(Pairs to train on, Pairs held out) of --pairs and --validation_data. Only accepted rows count.
+    """(Pairs to train on, Pairs held out) of --data or --pairs, and --validation_data.
 
     Without --validation_data the last people are held out, about a tenth of the rows; where a row names no person, its source
     is one.
     """
-    if cfg.data:
-        raise UserError(f"--data {cfg.data}: faces have no partners; build pairs of them (python a2bfr.py pairs), give --pairs")
-    if not cfg.pairs:
+    if not (cfg.pairs or cfg.data):
         open_faces(cfg)                                            # draws data/toy, once
-    path = Path(cfg.pairs or "data/toy/pairs/pairs.jsonl")
-    held_path = Path(cfg.validation_data or path)
+    where = cfg.pairs or cfg.data or "data/toy/pairs"
+    path, held_path = (Path(place) / "pairs.jsonl" if Path(place).is_dir() else Path(place)
+                       for place in (where, cfg.validation_data or where))
     rows, held = accepted(path), accepted(held_path)
     if not cfg.validation_data:
         person = lambda row: str(row.get("person", row["source"]))
@@ -858,11 +857,11 @@ def train_lora(cfg, run, pairs, nets, encoder):
     modules = {"lora": prior}
     ema = start_ema(modules)                                       # averaged weights of the LoRA, for `sample`
     first, pieces = run.load("lora", modules, ema, optimizer), cfg.gradient_accumulation_steps
+    backward = lambda loss: (loss / pieces).backward()             # micro-batches add up their gradients
 
     for step, batch in run.batches(pairs.training, "lora", first, cfg.max_train_steps):
         optimizer.zero_grad()
-        for part in split(batch, pieces):                          # micro-batches add up their gradients
-            backward = lambda loss: (loss / pieces).backward()
+        for part in split(batch, pieces):
             loss, values = pair_loss(cfg, run, nets, encoder, part, backward if cfg.gradient_checkpointing else None)
             backward(loss)
         average_gradients(modules, run.world)
@@ -1048,7 +1047,7 @@ def sample(cfg: Sample) -> None:
     """Restore a picture or a folder under --prompt, into --output."""
     lora, trained = open_run(cfg.lora or cfg.checkpoint, Train)
     if lora.is_dir():
-        lora = next(iter(sorted(lora.glob("*.safetensors"))), lora)
+        lora = next(iter(sorted(lora.glob("*.safetensors"))), lora / "lora.safetensors")
     if trained is None:  # the release: a LoRA without a run of ours
         trained = Train(guidance_scale=3.0)
     names = ("pretrained_model_name_or_path", "num_inference_steps", "guidance_scale", "true_cfg_scale",

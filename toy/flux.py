@@ -10,10 +10,11 @@ Nothing here is needed to understand A2BFR, which starts from a FLUX that is tra
 """
 import argparse
 import functools
+import sys
 from pathlib import Path
 
 # common comes first: it sets up OpenMP before torch is imported
-from common import (ATTRIBUTES, TOY, Run, TrainFlags, ema_update, load_strict, lr_schedule, make_optimizer,
+from common import (ATTRIBUTES, TOY, Run, TrainFlags, UserError, ema_update, load_strict, lr_schedule, make_optimizer,
                     open_faces, random_crop, read_weights, start_ema, verbalise, write_grid)
 
 import torch
@@ -30,13 +31,14 @@ SIZES = dict(
 
 
 def word_tokenizer(length: int):
-    """A word-level tokenizer of transformers: what `verbalise` and TEMPLATE say, lower case, an end token behind."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    """A word-level tokenizer of transformers: what `verbalise` and TEMPLATE say, no case, no punctuation, an end token."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
     phrases = [phrase for row in ATTRIBUTES for phrase in row[2:]] + ["a photo of a human face an person with hair and wearing"]
-    words = ["<pad>", "<unk>", *sorted(set(" ".join(phrases).split())), ",", "</s>"]
+    words = ["<pad>", "<unk>", *sorted(set(" ".join(phrases).split())), "</s>"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[^a-z0-9]+"), "removed")
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", len(words) - 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>",
                                    model_max_length=length)
@@ -208,4 +210,7 @@ if __name__ == "__main__":
     parser.add_argument("--work", default="runs/toy_flux", help="folder of state, log and pictures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
-    train(**vars(parser.parse_args()))
+    try:
+        train(**vars(parser.parse_args()))
+    except UserError as error:                                      # stopped by Ctrl-C, or not finite
+        sys.exit(f"error: {error}")
