@@ -1222,6 +1222,7 @@ def train(cfg: Train) -> None:
     files = {part: run.part(part) for part in PARTS if run.part(part) and not (again and part in wanted)}
     if cfg.stage in files and not cfg.resume_from_checkpoint:
         raise UserError(f"--stage {cfg.stage}: {files[cfg.stage]} is there; --overwrite trains it anew")
+    torch.manual_seed(cfg.seed)                                    # the new texture connector is the same for every --stage
     model, vocab, done = load_parts(cfg, files, [*BEFORE[wanted[0]], *wanted * (len(wanted) > 1 or wanted[0] in files)])
     model = model.to(run.device).eval().requires_grad_(False)
     if cfg.gradient_checkpointing:

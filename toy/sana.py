@@ -176,7 +176,8 @@ def train(output="toy/weights/sana", steps: int = 450, data="data/toy/train", ba
 
         for step in tqdm(range(first, steps), phase, steps, initial=first):
             torch.manual_seed(mix(seed, phase, step))
-            batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in faces.training(batch_size, seed, step).items()}
+            count = batch_size // 2 if phase == "tokenizers" else batch_size
+            batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in faces.training(count, seed, step).items()}
             if phase == "tokenizers":                              # every other face is clean
                 loss, parts = tokenizer_loss(model, decoder, reader, torch.cat([batch["hq"][::2], batch["lq"][1::2]]))
             else:
