@@ -391,10 +391,10 @@ def select_reference(reference_landmarks, lq_landmarks, weights=None) -> int:
     reference_landmarks (N, K, 2), lq_landmarks (K, 2), weights (K,). All distances are measured in the frame of the degraded
     face, so that they compare. A tie, or landmarks that are not finite, give the first candidate.
     """
-    found = reference_landmarks.isfinite().all((-1, -2))
-    points = metrics.double(torch.where(found[:, None, None], reference_landmarks, 0))
+    known = reference_landmarks.isfinite().all((-1, -2))
+    points = metrics.double(torch.where(known[:, None, None], reference_landmarks, 0))
     distance = metrics.affine_landmark_distance(points, metrics.double(lq_landmarks).expand_as(points), weights)
-    return int(torch.where(found.to(distance.device), distance, math.inf).nan_to_num(math.inf).argmin())
+    return int(torch.where(known.to(distance.device), distance, math.inf).nan_to_num(math.inf).argmin())
 
 
 def eye_boxes(landmarks, size: int):
@@ -483,7 +483,7 @@ class FaceIdentityEncoder(nn.Module):
         present = mask.any(1)[:, None, None]
         weights = scores.masked_fill(~present, 0).softmax(-1)
         pooled = weights @ embeddings.masked_fill(~mask[..., None], 0)                      # (B, tokens, id_dim)
-        tokens = self.norm(self.project(pooled) * pooled.shape[-1] ** 0.5 + self.slot)
+        tokens = self.norm(self.project(pooled) * pooled.shape[-1] ** 0.5 + self.slot)      # unit vectors -> values of about 1
         return torch.where(present, tokens, self.null)
 
 
@@ -573,13 +573,13 @@ def read_references(face_nets, lq_landmarks, references, present) -> Reference:
     if lq_landmarks is None:
         return Reference(embeddings, present, None, None)
     landmarks = face_nets.detector.landmarks(flat).float().unflatten(0, (batch, count))
-    points, wanted = landmarks.cpu(), lq_landmarks.cpu()           # the fit is in float64, which not every device has
+    points, target = landmarks.cpu(), lq_landmarks.cpu()           # the fit is in float64, which not every device has
     chosen = torch.zeros(batch, dtype=torch.long)
     frame = list(metrics.EYES_AND_BROWS)                          # UNSTATED: which points; only the eyes are used here
     for i, row in enumerate(present.cpu()):
         places = row.nonzero().flatten()
         if len(places):
-            chosen[i] = places[select_reference(points[i, places][:, frame], wanted[i, frame])]          # [Eq. 6]
+            chosen[i] = places[select_reference(points[i, places][:, frame], target[i, frame])]          # [Eq. 6]
     rows, chosen = torch.arange(batch, device=flat.device), chosen.to(flat.device)
     return Reference(embeddings, present, references[rows, chosen], landmarks[rows, chosen])
 
@@ -599,7 +599,6 @@ def make_prompt(nets, face_nets, lq, references, present):
 
 
 # ------------------------------------------------------------------------------------------------ model: discriminator
-
 
 HALF_UNET = ("time_proj", "time_embedding", "conv_in", "down_blocks", "mid_block")
 
@@ -634,11 +633,9 @@ class LatentDiscriminator(nn.Module):
 def frozen(module):
     """Inside, gradients pass through the module and none are left in it: the generator's turn."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    try:
-        yield module.requires_grad_(False)
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
+    yield module.requires_grad_(False)
+    for p in parameters:
+        p.requires_grad_(True)
 
 
 # ------------------------------------------------------------------------------------------------ losses
@@ -662,8 +659,8 @@ def identity_loss(encoders, restored, target):
     total = restored.new_zeros(())
     for encoder in encoders:
         with torch.no_grad():
-            wanted = encoder(target)
-        total = total + (1 - F.cosine_similarity(encoder(restored).float(), wanted.float())).mean()
+            embedding = encoder(target)
+        total = total + (1 - F.cosine_similarity(encoder(restored).float(), embedding.float())).mean()
     return total
 
 
@@ -689,9 +686,9 @@ def mfa_mask(heatmaps, size: int, k: float = 10.0, eps: float = 1e-6):
     says that k sharpens. The curve is concave, so it lifts weak responses. At k = 10 it is almost straight, as M_raw < 0.05.
     """
     raw = F.interpolate(heatmaps.float().mean(1, keepdim=True), (size, size), mode="bilinear", align_corners=False)
-    lifted = 1 - torch.exp(-k * raw)
-    low, high = lifted.amin((1, 2, 3), keepdim=True), lifted.amax((1, 2, 3), keepdim=True)
-    return (lifted - low) / (high - low + eps)
+    contrast = 1 - torch.exp(-k * raw)
+    low, high = contrast.amin((1, 2, 3), keepdim=True), contrast.amax((1, 2, 3), keepdim=True)
+    return (contrast - low) / (high - low + eps)
 
 
 def mfa_loss(perceptual, restored, target, mask, background: float = 0.0):
@@ -764,9 +761,9 @@ def references(faces, batch, count: int) -> tuple:
     return images, present
 
 
-def with_references(faces, cfg, *place) -> dict:
-    """A training batch of `faces` with up to --max_references other photographs of each person."""
-    batch = faces.training(*place)
+def with_references(faces, cfg, *which) -> dict:
+    """A training batch of `faces` with up to --max_references other photographs of each person. which: see `Faces.training`."""
+    batch = faces.training(*which)
     batch["references"], batch["present"] = references(faces, batch, cfg.max_references if cfg.ide != "none" else 0)
     return batch
 
@@ -794,9 +791,9 @@ def train_vre(cfg, run, faces, nets, face_nets):
                 with run.autocast():
                     features.append(net(x).float())
                     quantised, quantise, _ = vector_quantize(features[-1], net.codebook)
-                    copied = net.decode(quantised).float()
-                losses["l1"] += F.l1_loss(copied, x)
-                losses["perceptual"] += face_nets.lpips(copied, x).mean()
+                    decoded = net.decode(quantised).float()
+                losses["l1"] += F.l1_loss(decoded, x)
+                losses["perceptual"] += face_nets.lpips(decoded, x).mean()
                 losses["quantise"] += quantise
             if 2 * step >= steps:
                 losses["association"] = association_loss(*features, scale[0])
@@ -816,8 +813,8 @@ def train_vre(cfg, run, faces, nets, face_nets):
     if run.main:                                                  # what the codewords keep of a degraded face
         lq = faces.training(8, cfg.seed, steps)["lq"].to(run.device)
         with torch.no_grad():
-            copied = degraded.decode(vector_quantize(degraded(lq), degraded.codebook)[0])
-        run.show("vre", {"lq": lq, "its codewords": copied})
+            decoded = degraded.decode(vector_quantize(degraded(lq), degraded.codebook)[0])
+        run.show("vre", {"lq": lq, "its codewords": decoded})
 
 
 def train_onestep(cfg, run, faces, nets, face_nets):
@@ -828,12 +825,12 @@ def train_onestep(cfg, run, faces, nets, face_nets):
     torch.manual_seed(cfg.seed)
     unet, prompt, vae = nets["unet"], nets["prompt"].train(), nets["vae"]
     discriminator = LatentDiscriminator(unet, ALL_LAYERS, cfg.rank, cfg.rank).to(run.device)
-    own = [*add_lora(unet, ALL_LAYERS, cfg.rank, cfg.rank), *[p for p in prompt.parameters() if p.requires_grad]]
-    judging = [p for p in discriminator.parameters() if p.requires_grad]
+    parameters = [*add_lora(unet, ALL_LAYERS, cfg.rank, cfg.rank), *[p for p in prompt.parameters() if p.requires_grad]]
+    parameters_d = [p for p in discriminator.parameters() if p.requires_grad]
     if cfg.osdface:                                               # [sec. 4.1]
         start_lora(unet, osdface_files(cfg.osdface, "osdface")["lora"])
-    optimizer = make_optimizer(cfg, own, cfg.learning_rate, (0.9, 0.999))
-    optimizer_d = make_optimizer(cfg, judging, cfg.discriminator_learning_rate, (0.9, 0.999))
+    optimizer = make_optimizer(cfg, parameters, cfg.learning_rate, (0.9, 0.999))
+    optimizer_d = make_optimizer(cfg, parameters_d, cfg.discriminator_learning_rate, (0.9, 0.999))
     modules, steps = dict(unet=unet, prompt=prompt, discriminator=discriminator), min(cfg.onestep_steps, cfg.max_train_steps)
     factor, ema, bars = lr_schedule(cfg, steps), start_ema(modules), alpha_bars().float().to(run.device)
     first, pieces = run.load("onestep", modules, ema, optimizer, optimizer_d), cfg.gradient_accumulation_steps
@@ -869,26 +866,27 @@ def train_onestep(cfg, run, faces, nets, face_nets):
                 (loss / pieces).backward()
 
             # The discriminator's turn
-            judged = torch.zeros(())
+            d_loss = torch.zeros(())
             if cfg.gan_weight:
                 with run.autocast():
                     real = discriminator(forward_diffuse(z_h[i], eps[1], alpha_bar), t_i, p.detach())
                     fake = discriminator(forward_diffuse(z_hat.detach(), eps[2], alpha_bar), t_i, p.detach())
-                judged = discriminator_loss(real.float(), fake.float())   # [Eq. 5]
-                (judged / pieces).backward()
+                d_loss = discriminator_loss(real.float(), fake.float())   # [Eq. 5]
+                (d_loss / pieces).backward()
         average_gradients(modules, run.world)
-        grad_norm = nn.utils.clip_grad_norm_(own, cfg.max_grad_norm)
-        nn.utils.clip_grad_norm_(judging, cfg.max_grad_norm)
+        grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+        nn.utils.clip_grad_norm_(parameters_d, cfg.max_grad_norm)
         for one, rate in ((optimizer, cfg.learning_rate), (optimizer_d, cfg.discriminator_learning_rate)):
             for group in one.param_groups:
                 group["lr"] = rate * factor(step)
             one.step()
         ema_update(ema, modules, cfg.ema_decay, step)
-        run.log("onestep", step, **losses, discriminator=judged, grad_norm=grad_norm)
+        run.log("onestep", step, **losses, discriminator=d_loss, grad_norm=grad_norm)
         run.save("onestep", step, modules, ema, optimizer, optimizer_d)
 
     load_trained(unet, ema["unet"], "unet")
-    load_trained(prompt.eval(), ema["prompt"], "prompt")
+    load_trained(prompt, ema["prompt"], "prompt")
+    prompt.eval()
     lora = {f"unet.{name}": tensor for name, tensor in ema["unet"].items()}                  # diffusers' layout
     run.finish("onestep", {"vre": nets["vre"].state_dict(), "prompt": ema["prompt"], "onestep": lora})
     merge_lora(unet)
@@ -959,21 +957,23 @@ def face_networks(cfg, device, losses: bool = True) -> FaceNetworks:
     if not cfg.face_networks:
         needs = ["identity"] + ["landmarks"] * (cfg.mfa != "none" or cfg.ide in ("both", "ffe"))
         a, c = (metrics.load_reader(name, cfg.readers, needs).to(device) for name in "ac")
-        return FaceNetworks((c if cfg.fie_network == "adaface" else a).embed, 128, a, ReaderEyes(a), (a.embed, c.embed),
-                            lambda x, y: 0.1 * metrics.reader_lpips(a, x, y),  # it sums five stages, LPIPS averages
-                            ReaderDISTS(a).to(device))
+        return FaceNetworks(
+            recogniser=(c if cfg.fie_network == "adaface" else a).embed, id_dim=128, detector=a, eyes=ReaderEyes(a),
+            recognisers=(a.embed, c.embed), dists=ReaderDISTS(a).to(device),
+            lpips=lambda x, y: 0.1 * metrics.reader_lpips(a, x, y))   # sums five stages: a tenth is as large as LPIPS
 
     def file(name):
-        found = [path for pattern in FACE_FILES[name].split("|") for path in sorted(Path(cfg.face_networks).glob(pattern))]
-        if not found:
+        paths = [path for pattern in FACE_FILES[name].split("|") for path in sorted(Path(cfg.face_networks).glob(pattern))]
+        if not paths:
             raise UserError(f"--face_networks {cfg.face_networks}: no {FACE_FILES[name]} in this folder, see docs/weights.md")
-        return found[0]
+        return paths[0]
 
     freeze = lambda net: net.requires_grad_(False).to(device)
     names = ("arcface", "adaface") if losses else (cfg.fie_network,)
     embed = {name: freeze(metrics.load_iresnet(file(name), bgr=name == "adaface")).embed for name in names}
-    networks = FaceNetworks(embed[cfg.fie_network], 512, freeze(metrics.load_weights(metrics.FAN98(), file("fan"))),
-                            VGGEyes(file("vgg")), tuple(embed.values()))
+    networks = FaceNetworks(
+        recogniser=embed[cfg.fie_network], id_dim=512, detector=freeze(metrics.load_weights(metrics.FAN98(), file("fan"))),
+        eyes=VGGEyes(file("vgg")), recognisers=tuple(embed.values()))
     if losses:
         networks.lpips = metrics.lpips_network("vgg", file("vgg")).to(device)
         networks.dists = metrics.DISTS(file("dists"), file("vgg")).to(device)
@@ -1138,23 +1138,23 @@ def report(cfg, run, held, nets, face_nets) -> None:
     lq, hq = batch["lq"], batch["hq"]
     album, present = references(held, batch, cfg.max_references if cfg.ide != "none" else 0)
     restored = functools.partial(restore_held_out, cfg, run, nets, face_nets, lq)
-    found = {"lq": lq, "restored_faces": restored(album, present)}
+    images = {"lq": lq, "restored_faces": restored(album, present)}
     if cfg.ide != "none":
         wrong = strangers(batch["person"])
-        found["one reference"] = restored(album, present & (torch.arange(cfg.max_references) < 1))
-        found["no reference"] = restored(album, present & False)
+        images["one reference"] = restored(album, present & (torch.arange(cfg.max_references) < 1))
+        images["no reference"] = restored(album, present & False)
         if wrong is not None:
-            found["wrong person"] = restored(album[wrong], present[wrong])
+            images["wrong person"] = restored(album[wrong], present[wrong])
     with torch.no_grad():                                         # no restorer is better than the autoencoder
-        found["autoencoder"] = torch.cat([decode(nets["vae"], encode(nets["vae"], x.to(run.device))).cpu()
+        images["autoencoder"] = torch.cat([decode(nets["vae"], encode(nets["vae"], x.to(run.device))).cpu()
                                           for x in hq.split(cfg.batch_size)])
-        dists = ReaderDISTS(reader)(found["restored_faces"] * 0.5 + 0.5, hq * 0.5 + 0.5)
-    rows = {name: metrics.toy_scores(images, hq, reader, lq) for name, images in found.items()}
+        dists = ReaderDISTS(reader)(images["restored_faces"] * 0.5 + 0.5, hq * 0.5 + 0.5)
+    rows = {name: metrics.toy_scores(x, hq, reader, lq) for name, x in images.items()}
     rows["restored_faces"]["dists_toy"] = dists.mean().item()
-    shown = {name: found[name] for name in ("lq", "no reference", "restored_faces") if name in found}
-    shown |= {"reference": album[:, 0], "hq": hq} if cfg.ide != "none" else {"hq": hq}
+    columns = {name: images[name] for name in ("lq", "no reference", "restored_faces") if name in images}
+    columns |= {"reference": album[:, 0], "hq": hq} if cfg.ide != "none" else {"hq": hq}
     protocol = metrics.toy_protocol(held.folder, cfg.degradation, len(hq), cfg.readers)
-    run.report(rows, shown, nets, faces=len(hq), protocol=protocol)
+    run.report(rows, columns, nets, faces=len(hq), protocol=protocol)
 
 
 def load_networks(cfg: Sample, device) -> tuple:
@@ -1166,8 +1166,8 @@ def load_networks(cfg: Sample, device) -> tuple:
     if trained is None:
         nets, trained = load_osdface(folder, cfg.pretrained_model_name_or_path)
         return {name: net.to(device) for name, net in nets.items()}, trained, None
-    given = {name: getattr(cfg, name) for name in ("pretrained_model_name_or_path", "readers", "face_networks")}
-    trained = dataclasses.replace(trained, **{name: value for name, value in given.items() if value})
+    own = {name: getattr(cfg, name) for name in ("pretrained_model_name_or_path", "readers", "face_networks")}
+    trained = dataclasses.replace(trained, **{name: value for name, value in own.items() if value})
     face_nets = face_networks(trained, device, losses=False) if trained.ide != "none" else None
     nets = build(trained, face_nets, device)
     for stage in ("vre", "onestep"):
