@@ -1,7 +1,7 @@
 """Rerun the papers' ablation tables at toy size: python docs/replicate.py METHOD [--rows ROW ...] [--seeds 3]
 
 A row of rows.json is `METHOD.py train` with other settings, in a folder of its own; it is done when its metrics.json is
-there, so a stopped command goes on where it was. "{base}" in a setting is the folder of the method's first row of the same
+there, so a stopped command goes on where it was. Rows that are null come from docs/preference_tables.py. "{base}" in a setting is the folder of the method's first row of the same
 seed: rows share the parts that they do not change. Numbers go into results/METHOD_ablation.json, and `python
 docs/tables.py` prints them into the pages.
 """
@@ -52,7 +52,7 @@ def main(argv=None) -> None:
     folder = lambda row, seed: Path(given.output) / given.method / f"{re.sub(r'[^a-z0-9]+', '_', row.lower()).strip('_')}_{seed}"
     for seed in range(given.seeds):
         base = folder(next(iter(rows)), seed)
-        for row in given.rows or rows:
+        for row in given.rows or [row for row, settings in rows.items() if settings is not None]:
             place = folder(row, seed)
             command = [f"{given.method}.py", "train", "-o", str(place), "--seed", str(seed),
                        *flags_of(common | rows[row], base), *given.flags]
