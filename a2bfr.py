@@ -20,6 +20,8 @@ image, the time and the noise, so only the prompt can tell them apart.
     A_src, A_tar     score              (B,)            [0, 1]   score of the attribute in which the pair differs
     lambda, alpha, m attribute_weight, dual_weight, dual_margin  UNSTATED: ours
 
+`nets` holds FLUX: nets["codec"] its autoencoder with the packing, nets["prior"] its transformer, nets["text"] T5 and CLIP.
+
     section 4.2: [Eq. 1] predict_clean   [Eq. 2] attribute_loss     [Eq. 3] branch_loss
     section 4.3: [Eq. 4] edited_score    [Eq. 5] dual_margin_loss   [Eq. 6] dual_training_loss
     section 4.1: flux_velocity, ConditionLinear     section 3.1: flow_edit, quality_check     section 5.1: the values of `Train`
