@@ -1,0 +1,138 @@
+"""toy/faces.py: painted people with exact identity, attributes and landmarks, and the folder they are written to."""
+import csv
+import json
+
+import pytest
+import torch
+
+from common import ATTRIBUTES, SIBLINGS, UserError, read_image, verbalise
+from toy import faces as toy
+from toy.faces import toy_faces
+
+NAMES = [name for _, name, _, _ in ATTRIBUTES]
+
+
+def test_toy_faces_are_a_pure_function_of_their_seeds():
+    before = torch.get_rng_state()
+    batch, alone = toy_faces([3, 9], [5, 1]), toy_faces(9, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.allclose(batch.image[1], alone.image[0], atol=1e-5)
+    assert torch.equal(batch.attributes[1], alone.attributes[0]) and batch.identity.tolist() == [3, 9]
+    assert batch.image.shape == (2, 3, 64, 64) and batch.image.abs().max() <= 1 and batch.landmarks.shape == (2, 98, 2)
+    for wrong in (dict(identity=-1, instance=0), dict(identity=[1, 2], instance=[1, 2, 3]), dict(identity=1, instance=1, size=8)):
+        with pytest.raises(ValueError):
+            toy_faces(**wrong)
+
+
+# Where an attribute may change the picture, as a box (left, top, right, bottom) in shares of the side.
+REGIONS = {"Eyeglasses": (0.08, 0.28, 0.92, 0.66), "Mouth_Slightly_Open": (0.2, 0.5, 0.8, 0.98), "Bangs": (0.05, 0.0, 0.95, 0.62)}
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_an_attribute_changes_only_its_region(name):
+    people = torch.arange(12)
+    off = toy_faces(people, people).attributes
+    off[:, NAMES.index("Wearing_Hat")] = 0
+    on = off.clone()
+    off[:, NAMES.index(name)], on[:, NAMES.index(name)] = 0, 1
+    change = (toy_faces(people, people, off).image - toy_faces(people, people, on).image).abs().amax(1)       # (B, S, S)
+    left, top, right, bottom = (int(64 * v) for v in REGIONS[name])
+    assert (change.flatten(1).max(1).values > 0.1).all()
+    change[:, top:bottom, left:right] = 0
+    assert change.max() < 0.02
+
+
+def test_attributes_do_not_move_the_face():
+    """Hair, hats and glasses leave all landmarks where they are; only expression moves mouth and lids."""
+    base = toy_faces(torch.arange(8), torch.arange(8))
+    for name in ("Eyeglasses", "Bangs", "Wearing_Hat", "Young"):
+        changed = base.attributes.clone()
+        changed[:, NAMES.index(name)] = 1 - changed[:, NAMES.index(name)]
+        assert torch.equal(toy_faces(torch.arange(8), torch.arange(8), changed).landmarks, base.landmarks), name
+
+
+def test_landmarks_sit_where_they_are_drawn():
+    """The irises are dark against the white beside them."""
+    plain = torch.zeros(12, 12)
+    plain[:, NAMES.index("Young")] = plain[:, NAMES.index("Brown_Hair")] = plain[:, NAMES.index("Straight_Hair")] = 1
+    faces = toy_faces(torch.arange(12), torch.zeros(12, dtype=torch.long), plain, size=256)
+    grey, hits = faces.image.mean(1), 0
+    for i in range(12):
+        for point, lids in ((96, (60, 64)), (97, (68, 72))):
+            x, y = faces.landmarks[i, point].round().long().tolist()
+            iris = grey[i, y - 2:y + 3, x - 2:x + 3].min()
+            corners = faces.landmarks[i, list(lids)]
+            white = torch.stack([grey[i, int(c[1]), int(0.55 * c[0] + 0.45 * x)] for c in corners]).max()
+            hits += int(iris < white - 0.2)
+    assert hits >= 23                                                       # of 24 eyes
+
+
+def test_mean_geometry_is_the_ffhq_template():
+    """Eyes, nose tip and mouth corners of FFHQ's aligned faces at 512 px."""
+    points = 32 * toy_faces(torch.arange(200), torch.arange(200), size=16).landmarks.mean(0)
+    template = torch.tensor([(192.98, 239.95), (318.90, 240.19), (256.63, 314.02), (201.26, 371.41), (313.09, 371.15)])
+    assert (points[[96, 97, 54, 76, 82]] - template).abs().max() < 20 and (points[[96, 97]] - template[:2]).abs().max() < 12
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_folder_holds_the_people_with_exact_labels(toy_folder):
+    """train/, val/ and test/ of other people each, PERSON/NN.png, and the three files of labels."""
+    assert not {path.name for path in toy_folder.iterdir()} ^ {"train", "val", "test", "pairs"}
+    for split, people, each in (("train", 10, 8), ("val", 3, 4), ("test", 3, 4)):
+        pictures = sorted(path.relative_to(toy_folder / split).as_posix() for path in (toy_folder / split).rglob("*.png"))
+        assert pictures == [f"{p:04d}/{i:02d}.png" for p in range(people) for i in range(each)]
+        attributes, landmarks = rows(toy_folder / split / "attributes.csv"), rows(toy_folder / split / "landmarks.csv")
+        captions = json.loads((toy_folder / split / "captions.json").read_text())
+        assert [row["file"] for row in attributes] == [row["file"] for row in landmarks] == list(captions) == pictures
+        first = toy.SPLITS[split][0]
+        for k in (0, each + 1, len(pictures) - 1):
+            face = toy_faces(first + k // each, k % each, size=32)
+            assert [float(attributes[k][name]) for name in NAMES] == face.attributes[0].tolist()
+            found = torch.tensor([[float(landmarks[k][f"{axis}{i}"]) for axis in "xy"] for i in range(98)])
+            assert (found - face.landmarks[0]).abs().max() < 1e-3 and captions[pictures[k]] == verbalise(face.attributes[0])
+            assert (read_image(toy_folder / split / pictures[k]) - face.image[0]).abs().max() <= 1 / 127.5
+    ranges = sorted((first, first + people) for first, people, _ in toy.SPLITS.values())
+    assert all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:])) and max(end for _, end in ranges) < 2 ** 62
+
+
+def test_pairs_differ_in_one_attribute_and_are_no_training_pictures(toy_folder):
+    pairs = [json.loads(line) for line in (toy_folder / "pairs" / "pairs.jsonl").read_text().splitlines()]
+    assert len(pairs) == 20 and len({pair["attribute"] for pair in pairs}) >= 4 and {pair["sign"] for pair in pairs} == {1, -1}
+    train = torch.stack([read_image(path) for path in sorted((toy_folder / "train").rglob("*.png"))])
+    for k, pair in enumerate(pairs):
+        source, target = (read_image(toy_folder / "pairs" / pair[side]) for side in ("source", "target"))
+        face = toy_faces(k, 1000 + k, size=32)
+        after, sign = toy.switched(face.attributes[0].tolist(), NAMES.index(pair["attribute"]))
+        assert sign == pair["sign"] and pair["accepted"] and (source - face.image[0]).abs().max() <= 1 / 127.5
+        assert (pair["source_prompt"], pair["target_prompt"]) == (verbalise(face.attributes[0]), verbalise(after))
+        assert pair["source_prompt"] != pair["target_prompt"]
+        wanted = toy_faces(k, 1000 + k, torch.tensor([after]), size=32).image[0]
+        assert (target - wanted).abs().max() <= 1 / 127.5 and (target - source).abs().max() > 0.1
+        assert ((train - source).abs().flatten(1).mean(1) > 0.01).all() and ((train - target).abs().flatten(1).mean(1) > 0.01).all()
+
+
+@pytest.mark.parametrize("group", SIBLINGS)
+def test_switching_a_sibling_switches_the_others_off(group):
+    for index in group:
+        before = [0.0] * 12
+        before[group[index == group[0]]] = 1.0
+        after, sign = toy.switched(before, index)
+        assert sign == 1 and [after[i] for i in group] == [float(i == index) for i in group]
+    after, sign = toy.switched([1.0] + [0.0] * 11, 0)
+    assert (after, sign) == ([0.0] * 12, -1)
+
+
+def test_a_stopped_drawing_leaves_no_folder_and_a_finished_one_is_kept(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(toy, "draw_pairs", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            toy.draw(tmp_path / "toy", 16, 0.002)
+    assert not (tmp_path / "toy").exists()
+    toy.draw(tmp_path / "toy", 16, 0.002)
+    assert {path.name for path in tmp_path.iterdir()} == {"toy"}
+    with pytest.raises(UserError, match="is there already"):
+        toy.draw(tmp_path / "toy", 16, 0.002)
