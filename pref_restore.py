@@ -78,7 +78,7 @@ class Train(TrainFlags):
     sana: str = "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"  # diffusers folder with transformer/ and vae/
     ta_tok: str = ""                       # ta_tok.pth, where --pretrained holds no TA-Tok
     semantic: bool = True                  # Table VII: --no-semantic conditions on texture tokens alone
-    as_printed: bool = False               # the paper's text where the authors' code differs: see its uses
+    as_printed: bool = False               # as printed, not as coded: all SANA frozen in 1.1, no loss on text, Eq. 13-15
     semantic_steps: int = 50_000           # stage 1.1 [sec. V-F, Table IX]; UNSTATED for Table II
     semantic_learning_rate: float = 1e-4   # stage 1.1, peak
     texture_steps: int = 50_000            # stage 1.2; joint training has both: 100 000 [sec. V-F]
@@ -140,7 +140,7 @@ class Sample(SampleFlags):
     ar: typing.Literal["", "sample", "greedy"] = ""  # how visual tokens are chosen (default: as trained)
 
 
-# Sizes of the released networks. A checkpoint's own config.json comes first.
+# Sizes of the released networks, where a checkpoint's config.json says none. The toy's are in toy/sana.py.
 QWEN3 = dict(num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128, vocab_size=217_210,
              tie_word_embeddings=True, max_position_embeddings=40_960, rms_norm_eps=1e-6,
              rope_parameters={"rope_type": "default", "rope_theta": 1e6})
@@ -164,7 +164,6 @@ HPS_CLIP = dict(  # open_clip's ViT-H/14
                        image_size=224, patch_size=14, hidden_act="gelu", projection_dim=1024),
     text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                      hidden_act="gelu", projection_dim=1024))
-SIZES = {"paper": dict(llm=QWEN3_17B, sana=SANA15, vae=DCAE, siglip=SO400M)}                 # the toy's lie in toy/weights/sana
 
 # ------------------------------------------------------------------------------------------------ model: sequences
 
@@ -880,6 +879,7 @@ def latent_shape(model, cfg) -> tuple:
 # File or folder of each network in --rewards, under the names of their releases. CLIP's tokenizer serves all three CLIPs.
 REWARD_FILES = {"hps": "HPS_v2.1_compressed.pt", "clip": "clip-vit-large-patch14", "pick": "PickScore_v1",
                 "identity": "resnet18_110.pth", "lpips": "vgg16-397923af.pth", "lmd": "WFLW_4HG.pth"}
+READS = {"clip": "attributes", "pick": "attributes", "identity": "identity", "lmd": "landmarks"}  # what face readers learned
 
 
 def reward_weights(cfg) -> dict:
@@ -889,9 +889,11 @@ def reward_weights(cfg) -> dict:
 
 def build_rewards(cfg, device):
     """Callable (images, reference, captions) -> {name: (B,)}, images in [-1, 1]: of --rewards, or of face readers a and c."""
+    weights = reward_weights(cfg)
     if not cfg.rewards:
-        return toy_rewards(*(metrics.load_reader(name, cfg.readers).to(device) for name in "ac"))
-    networks = {name: real_reward(cfg.rewards, name, device) for name in reward_weights(cfg)}
+        labels = {READS[name] for name in weights if name in READS}
+        return toy_rewards(*(metrics.load_reader(name, cfg.readers, labels).to(device) for name in "ac"))
+    networks = {name: real_reward(cfg.rewards, name, device) for name in weights}
     return lambda *faces_and_captions: {name: network(*faces_and_captions) for name, network in networks.items()}
 
 
@@ -1121,16 +1123,17 @@ def train_preference(cfg, run, faces, model, vocab):
 
     An epoch is one optimiser step. DIFFERS: faces are degraded on the way; the authors' stage 2 reads fixed pairs.
     """
-    rewards, weights, K, stage1 = build_rewards(cfg, run.device), reward_weights(cfg), cfg.group_size, None
+    rewards, weights, K = build_rewards(cfg, run.device), reward_weights(cfg), cfg.group_size
     torch.manual_seed(mix(cfg.seed, "policies"))
-    add_policies(model.sana, cfg.rank, 2.0 * cfg.rank)
-    parameters, modules = route(model, "2", cfg), {"model": model}
+    add_policies(model.sana, cfg.rank, 2.0 * cfg.rank)             # current = old = stage 1
+    parameters, steps = route(model, "2", cfg), min(cfg.preference_steps, cfg.max_train_steps)
     optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, betas=(0.9, 0.999), weight_decay=1e-4)       # [Table I]
-    ema, steps = start_ema(modules), min(cfg.preference_steps, cfg.max_train_steps)
+    modules = {"model": model}
+    ema = start_ema(modules)
     first = run.load("2", modules, ema, optimizer)
     greedy, sigmas = dataclasses.replace(cfg, ar="greedy"), sigma_grid(cfg.rollout_steps)
-    levels, T = torch.tensor(sigmas[:-1], device=run.device), max(1, int(cfg.rollout_steps * cfg.timestep_fraction))
-    toy, save_every = "" if cfg.rewards else "_toy", min(30, cfg.checkpointing_steps)        # authors: 30 epochs
+    T, levels = max(1, int(cfg.rollout_steps * cfg.timestep_fraction)), torch.tensor(sigmas[:-1], device=run.device)
+    toy, v_stage1 = "" if cfg.rewards else "_toy", None
 
     for epoch, batch in run.batches(functools.partial(training_groups, faces, cfg.groups), "2", first, steps):
         # Condition: likeliest tokens, so that the roll-outs of a face differ in their noise alone. Captions go to the
@@ -1166,11 +1169,11 @@ def train_preference(cfg, run, faces, model, vocab):
                 with run.autocast():
                     v_old = frozen_velocity(model, "old", x_t, sigma, cond[rows])
                     if cfg.kl_weight or cfg.as_printed:
-                        stage1 = frozen_velocity(model, "base", x_t, sigma, cond[rows])
+                        v_stage1 = frozen_velocity(model, "base", x_t, sigma, cond[rows])
                     v = model.velocity(x_t, sigma, cond[rows])
-                # DIFFERS: the reference of Eq. 13-14 is stage 1 in print, in the authors' code the old policy
-                loss = nft_loss(v, stage1 if cfg.as_printed else v_old, x_t, x0[rows], sigma, r[rows], cfg.nft_beta, stage1,
-                                cfg.kl_weight, cfg.adv_clip, "velocity" if cfg.as_printed else "x0")
+                # DIFFERS: v_ref of Eq. 13-14 is stage 1 in print, in the authors' code the old policy
+                loss = nft_loss(v, v_stage1 if cfg.as_printed else v_old, x_t, x0[rows], sigma, r[rows], cfg.nft_beta,
+                                v_stage1, cfg.kl_weight, cfg.adv_clip, "velocity" if cfg.as_printed else "x0")
                 (loss * len(rows) / (T * len(hq))).backward()
         average_gradients(modules, run.world)
         grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
@@ -1182,7 +1185,7 @@ def train_preference(cfg, run, faces, model, vocab):
         means = {f"reward_{name}{toy}": value.mean() for name, value in scores.items()}
         means |= {f"reward{toy}": reward.mean(), f"spread{toy}": reward.view(-1, K).std(1).mean()}
         run.log("2", epoch, every=1, **means, grad_norm=grad_norm)
-        run.save("2", epoch, modules, ema, optimizer, every=save_every)
+        run.save("2", epoch, modules, ema, optimizer, every=min(30, cfg.checkpointing_steps))   # authors: 30 epochs
 
     model.load_state_dict(ema["model"], strict=False)
 
@@ -1201,10 +1204,11 @@ def frozen_velocity(model, policy: str, x, sigma, cond):
 
 def gathered(values, run):
     """(B,) of every process, one after another."""
+    if run.world == 1:
+        return values
     parts = [torch.empty_like(values) for _ in range(run.world)]
-    if run.world > 1:
-        dist.all_gather(parts, values)
-    return torch.cat(parts) if run.world > 1 else values
+    dist.all_gather(parts, values)
+    return torch.cat(parts)
 
 
 def train(cfg: Train) -> None:
@@ -1222,8 +1226,10 @@ def train(cfg: Train) -> None:
     files = {part: run.part(part) for part in PARTS if run.part(part) and not (again and part in wanted)}
     if cfg.stage in files and not cfg.resume_from_checkpoint:
         raise UserError(f"--stage {cfg.stage}: {files[cfg.stage]} is there; --overwrite trains it anew")
+    # A stage that is asked for alone is trained, whatever --pretrained has; of several stages those that are not there
+    known = [*BEFORE[wanted[0]], *wanted] if len(wanted) > 1 or wanted[0] in files else BEFORE[wanted[0]]
     torch.manual_seed(cfg.seed)                                    # the new texture connector is the same for every --stage
-    model, vocab, done = load_parts(cfg, files, [*BEFORE[wanted[0]], *wanted * (len(wanted) > 1 or wanted[0] in files)])
+    model, vocab, done = load_parts(cfg, files, known)
     model = model.to(run.device).eval().requires_grad_(False)
     if cfg.gradient_checkpointing:
         recompute_activations(model)
@@ -1307,9 +1313,8 @@ def load_release(where: str, sana: str = "", ta_tok: str = "") -> tuple:
     """
     from diffusers import AutoencoderDC, SanaTransformer2DModel
     from transformers import AutoTokenizer
-    folder, state = find_checkpoint(where), read_release(where)
-    config, part = read_json(folder / "config.json"), lambda prefix: {
-        name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    state, config = read_release(where), read_json(find_checkpoint(where) / "config.json")
+    part = lambda prefix: {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
     tower, arguments = read_ta_tok(ta_tok) if ta_tok else (part("model.vision_tower.vision_tower."), {})
     if not tower or "model.embed_tokens.weight" not in state:
         raise UserError(f"{where}: holds no {'TA-Tok; give its file with --ta_tok' if not tower else 'language model'}")
@@ -1452,8 +1457,10 @@ def restore_held_out(cfg, run, model, vocab, lq, captions, seed: int, texture: b
 def reward_numbers(cfg, images, batch, reader) -> dict:
     """{reward_NAME_toy: mean} and their weighted sum, as a face reader sees the images that no reward knows."""
     scores = score(toy_rewards(reader), images, batch["hq"], captions_of(batch))
-    numbers = {f"reward_{name}_toy": value.mean().item() for name, value in scores.items()}
-    return numbers | dict(reward_toy=total_reward(scores, reward_weights(cfg)).mean().item())
+    known = {name: value for name, value in scores.items() if READS.get(name) not in reader.not_trained}
+    weights = {name: weight for name, weight in reward_weights(cfg).items() if name in known}
+    numbers = {f"reward_{name}_toy": value.mean().item() for name, value in known.items()}
+    return numbers | dict(reward_toy=total_reward(known, weights).mean().item())
 
 
 def report(cfg, run, held, model, vocab, texture: bool) -> None:
@@ -1467,13 +1474,15 @@ def report(cfg, run, held, model, vocab, texture: bool) -> None:
     found["restored_faces"] = restore()
     rows = {name: metrics.toy_scores(images, batch["hq"], reader) for name, images in found.items()}
     for name in list(rows)[1:]:
-        rows[name] |= reward_numbers(cfg, found[name], batch, reader)
+        single = reward_numbers(cfg, found[name], batch, reader)
+        rows[name]["reward_toy"] = single.pop("reward_toy")        # the single rewards of restored_faces stand beside the rows
     with torch.no_grad(), run.autocast():
         rebuilt = torch.cat([model.decode(model.encode(hq.to(run.device))).cpu() for hq in batch["hq"].split(cfg.batch_size)])
     rows["reconstruction"] = metrics.toy_scores(rebuilt, batch["hq"], reader)
     protocol = metrics.toy_protocol(held.folder, cfg.degradation, len(batch["hq"]), cfg.readers) | dict(
         text="no captions in the prompt; rewards see the true ones", rewards="read by reader b; stage 2 optimises others")
-    run.report(rows, {**found, "hq": batch["hq"]}, dict(model.named_children()), faces=len(batch["hq"]), protocol=protocol)
+    run.report(rows, {**found, "hq": batch["hq"]}, dict(model.named_children()), faces=len(batch["hq"]), **single,
+               protocol=protocol)
 
 
 def sample(cfg: Sample) -> None:
