@@ -1,15 +1,14 @@
 """A weights file never runs code: a TorchScript archive and two pickle bombs through every reader of weights.
 
-The flags of pref_restore.py have the same test in test_pref_restore.py, with whole model folders.
+The readers of pref_restore.py have the same test in test_pref_restore.py.
 """
 import pickle
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from test_pref_restore import ScriptTrap, Trap
+from program import ROOT, ScriptTrap, Trap
 
 import a2bfr
 import common
@@ -17,7 +16,9 @@ import honestface
 import latent_pmrf
 import metrics
 
-ROOT = Path(__file__).parent.parent
+
+def resumed(folder):
+    return common.Run(common.TrainFlags(output=str(folder), resume_from_checkpoint="latest")).load("x", {}, {})
 
 
 def model_folder(name, folder):
@@ -27,16 +28,18 @@ def model_folder(name, folder):
 
 
 READERS = {  # flag: (file in a folder, how the program reads it)
+    "--resume_from_checkpoint": ("state.pt", resumed),
     "latent_pmrf --vae": ("x.bin", lambda f: latent_pmrf.load_sim_vae(str(f))),
     "latent_pmrf --mmse": ("x.pth", lambda f: latent_pmrf.load_part(latent_pmrf.Train(), "mmse", str(f / "x.pth"))),
     "latent_pmrf --vgg": ("x.pth", lambda f: latent_pmrf.VGGLoss(str(f / "x.pth"))),
     "latent_pmrf --checkpoint": ("model.ckpt", lambda f: latent_pmrf.load_pmrf(f)),
     "honestface --vre": ("x.ckpt", lambda f: honestface.load_vre(None, str(f / "x.ckpt"))),
     "honestface --adapter": ("x.pth", lambda f: honestface.load_adapter(honestface.PromptAdapter(), str(f / "x.pth"))),
+    "honestface --checkpoint": ("x.ckpt", lambda f: honestface.osdface_files(str(f), "checkpoint")),
     "honestface --osdface": ("x.pt", lambda f: honestface.read_unet_lora(str(f / "x.pt"))),
     "--arcface, --adaface": ("x_ir50.pth", lambda f: metrics.load_iresnet(f / "x_ir50.pth")),
     "--fan": ("x.pth", lambda f: metrics.load_weights(metrics.FAN98(), f / "x.pth")),
-    "honestface --dists": ("x.pt", lambda f: metrics.load_weights(torch.nn.Linear(1, 1), f / "x.pt")),
+    "honestface --dists": ("x.pt", lambda f: metrics.DISTS(vgg_weights=str(f / "x.pt"))),
     "a2bfr --lora": ("x.safetensors", lambda f: a2bfr.lora_rank(f / "x.safetensors")),
     "a2bfr --lora, .pt": ("x.pt", lambda f: a2bfr.lora_rank(f / "x.pt")),
     "honestface --pretrained": ("diffusion_pytorch_model.bin", lambda f: model_folder("UNet2DConditionModel", f)),
@@ -61,7 +64,7 @@ def bombs(tmp_path_factory):
     return [folder / name for name in ("zip", "pickle", "script")], mark
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("flag", READERS)
 def test_a_bomb_is_refused_in_one_line_and_nothing_runs(flag, bombs, tmp_path):
     files, mark = bombs
@@ -75,7 +78,7 @@ def test_a_bomb_is_refused_in_one_line_and_nothing_runs(flag, bombs, tmp_path):
 
 
 def test_no_source_reads_weights_in_a_way_that_runs_code():
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("docs/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("toy/*.py"), *ROOT.glob("docs/*.py")]:
         text = path.read_text()
         assert not re.search(r"weights_only=False|pickle_module|torch\.jit|pickle\.loads?\(|trust_remote_code=True", text)
         assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^)]*\)", text)), path.name
