@@ -47,8 +47,6 @@ from common import (DEGRADATIONS, TOY, Run, SampleFlags, TrainFlags, UserError, 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from tqdm import tqdm
 
 import metrics
@@ -421,7 +419,8 @@ class VGGEyes(nn.Module):
 
     def __init__(self, weights: str = ""):
         super().__init__()
-        self.features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])[:16]
+        from torchvision.models.vgg import cfgs, make_layers
+        self.features = make_layers(cfgs["D"])[:16]
         if weights:
             state = {n.removeprefix("features."): t for n, t in read_weights(weights).items()}
             load_strict(self.features, {n: t for n, t in state.items() if n in self.features.state_dict()}, weights)
@@ -453,8 +452,9 @@ class FacialFeatureExtractor(nn.Module):
         return self
 
     def forward(self, reference, landmarks):
+        from torchvision.ops import roi_align
         boxes = eye_boxes(landmarks, reference.shape[-1]).to(reference)
-        crops = torchvision.ops.roi_align(reference * 0.5 + 0.5, list(boxes), self.crop, aligned=True)  # (2B, 3, c, c)
+        crops = roi_align(reference * 0.5 + 0.5, list(boxes), self.crop, aligned=True)                  # (2B, 3, c, c)
         early, middle = (f.float() for f in self.backbone(crops))
         colour = torch.cat([early.mean((2, 3)), early.var((2, 3), correction=0).add(1e-6).sqrt()], 1)
         structure = F.adaptive_avg_pool2d(middle, 4).flatten(1)
@@ -985,6 +985,7 @@ def build(cfg, face_nets, device) -> dict:
 
     face_nets None: a model without identity embedder, which needs none.
     """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
     load = lambda cls, part: from_folder(cls, cfg.pretrained_model_name_or_path, "pretrained_model_name_or_path", part)
     nets = dict(vae=load(AutoencoderKL, "vae"), unet=load(UNet2DConditionModel, "unet"),
                 vre=VREncoder(**SIZES[cfg.size]["vre"]))
