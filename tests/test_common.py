@@ -138,7 +138,7 @@ def read(tmp_path, picture, kind="png", **options):
     ("L", 200, "png", [200] * 3), ("1", 1, "png", [255] * 3), ("LA", (200, 255), "png", [200] * 3),
     ("LA", (200, 0), "png", [128] * 3), ("RGBA", (255, 0, 0, 0), "png", [128] * 3), ("RGBA", (255, 0, 0, 255), "png", [255, 0, 0]),
     ("RGBA", (255, 0, 0, 51), "webp", [153, 102, 102]), ("CMYK", (0, 255, 255, 0), "tiff", [255, 0, 0]),
-    ("I;16", 40000, "png", [156] * 3), ("I", 40000, "tiff", [156] * 3), ("I", 200, "tiff", [200] * 3), ("F", 0.5, "tiff", [128] * 3),
+    ("I;16", 40000, "png", [156] * 3), ("I", 40000, "tiff", [156] * 3), ("F", 40000.0, "tiff", [156] * 3), ("I", 200, "tiff", [200] * 3), ("F", 0.5, "tiff", [128] * 3),
     ("F", 200.0, "tiff", [200] * 3), ("F", 1.003, "tiff", [255] * 3), ("YCbCr", (149, 43, 21), "jpg", [0, 255, 1])])
 def test_every_mode_becomes_rgb_and_what_is_transparent_mid_grey(tmp_path, mode, colour, kind, wanted):
     options = dict(lossless=True) if kind == "webp" else {}
@@ -150,12 +150,6 @@ def test_palettes_with_transparency(tmp_path):
     picture.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 10, 20, 200])
     assert read(tmp_path, picture) == [10, 20, 200] and read(tmp_path, picture, transparency=3) == [128] * 3
     assert read(tmp_path, picture, transparency=1) == [10, 20, 200]
-
-
-def test_deep_grey_pictures_keep_their_range(tmp_path):
-    for top, kind in ((255, np.int32), (65535, np.int32), (1, np.float32), (65535, np.float32), (65535, np.uint16)):
-        Image.fromarray(np.linspace(0, top, 256).reshape(16, 16).astype(kind)).save(tmp_path / "x.tiff")
-        assert torch.allclose(common.read_image(tmp_path / "x.tiff")[0].flatten(), torch.linspace(-1, 1, 256), atol=2 / 255)
 
 
 def test_colour_profiles_are_converted_to_srgb_also_beside_transparency_and_palettes(tmp_path):
@@ -208,6 +202,17 @@ def test_damaged_pictures_are_refused_never_black(tmp_path, kind):
             image = common.read_image(path)
             assert ((image.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(int).tolist() == pixels.tolist()
     assert refused >= 15                                           # else the damage was too mild to test anything
+
+
+def test_pictures_are_listed_and_what_is_passed_over_is_counted(tmp_path, capsys):
+    for name in ("b/1.png", "a.JPG", ".hidden.png", "attributes.csv", "c.heic", "b/film.mpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [p.name for p in common.list_images(tmp_path)] == ["a.JPG"] and "2 passed over, such as b" in capsys.readouterr().out
+    assert [p.name for p in common.list_images(tmp_path, True)] == ["a.JPG", "1.png"] and "2 passed" in capsys.readouterr().out
+    for name in ("absent", "b/film.mpg/x"):
+        with pytest.raises(UserError, match="no such file or folder"):
+            common.list_images(tmp_path / name)
 
 
 def test_a_failed_write_and_a_full_disk_leave_the_old_file(tmp_path):
@@ -479,21 +484,6 @@ def test_an_error_in_a_loaders_process_is_one_line(tmp_path):
     run = common.Run(Tiny(output=str(tmp_path), num_workers=1))
     with pytest.raises(UserError, match="^--data: went away$"):
         next(run.batches(batch_at, "one", 0, 2))
-
-
-def test_resume_refuses_damaged_files(tmp_path):
-    cfg = Tiny(output=str(tmp_path))
-    with pytest.raises(Killed):
-        tiny_run(cfg, lambda stage, step, model: stop_at(step == 3))
-    data = (tmp_path / "state.pt").read_bytes()
-    (tmp_path / "state.pt").write_bytes(data[:len(data) // 2])
-    with pytest.raises(UserError, match="state.pt: refused: damaged"):
-        tiny_run(resumed(cfg))
-
-
-def stop_at(now):
-    if now:
-        raise Killed
 
 
 WORKER = """
