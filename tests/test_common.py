@@ -138,7 +138,8 @@ def read(tmp_path, picture, kind="png", **options):
     ("L", 200, "png", [200] * 3), ("1", 1, "png", [255] * 3), ("LA", (200, 255), "png", [200] * 3),
     ("LA", (200, 0), "png", [128] * 3), ("RGBA", (255, 0, 0, 0), "png", [128] * 3), ("RGBA", (255, 0, 0, 255), "png", [255, 0, 0]),
     ("RGBA", (255, 0, 0, 51), "webp", [153, 102, 102]), ("CMYK", (0, 255, 255, 0), "tiff", [255, 0, 0]),
-    ("I;16", 40000, "png", [156] * 3), ("I", 40000, "tiff", [156] * 3), ("F", 40000.0, "tiff", [156] * 3), ("I", 200, "tiff", [200] * 3), ("F", 0.5, "tiff", [128] * 3),
+    ("I;16", 40000, "png", [156] * 3), ("I", 40000, "tiff", [156] * 3), ("F", 40000.0, "tiff", [156] * 3), ("I", 200, "tiff", [200] * 3),
+    ("F", 0.5, "tiff", [128] * 3),
     ("F", 200.0, "tiff", [200] * 3), ("F", 1.003, "tiff", [255] * 3), ("YCbCr", (149, 43, 21), "jpg", [0, 255, 1])])
 def test_every_mode_becomes_rgb_and_what_is_transparent_mid_grey(tmp_path, mode, colour, kind, wanted):
     options = dict(lossless=True) if kind == "webp" else {}
@@ -204,13 +205,17 @@ def test_damaged_pictures_are_refused_never_black(tmp_path, kind):
     assert refused >= 15                                           # else the damage was too mild to test anything
 
 
-def test_pictures_are_listed_and_what_is_passed_over_is_counted(tmp_path, capsys):
-    for name in ("b/1.png", "a.JPG", ".hidden.png", "attributes.csv", "c.heic", "b/film.mpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+def test_pictures_are_listed_behind_links_too_and_what_is_passed_over_is_counted(tmp_path, capsys):
+    for name in ("faces/b/1.png", "faces/a.JPG", "faces/.hidden.png", "faces/attributes.csv", "faces/c.heic", "faces/b/film.mpg", "far/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert [p.name for p in common.list_images(tmp_path)] == ["a.JPG"] and "2 passed over, such as b" in capsys.readouterr().out
-    assert [p.name for p in common.list_images(tmp_path, True)] == ["a.JPG", "1.png"] and "2 passed" in capsys.readouterr().out
-    for name in ("absent", "b/film.mpg/x"):
+    faces = tmp_path / "faces"
+    assert common.list_images(faces) == [faces / "a.JPG"] and "2 files or folders passed over" in capsys.readouterr().out
+    (faces / "c").symlink_to(tmp_path / "far")
+    (faces / "b" / "again").symlink_to(faces)
+    assert common.list_images(faces, True) == [faces / "a.JPG", faces / "b" / "1.png", faces / "c" / "2.png"]
+    assert "2 files" in capsys.readouterr().out
+    for name in ("absent", "faces/.hidden.png/x"):
         with pytest.raises(UserError, match="no such file or folder"):
             common.list_images(tmp_path / name)
 
