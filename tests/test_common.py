@@ -3,12 +3,14 @@ import dataclasses
 import io
 import json
 import math
+import multiprocessing
 import os
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import time
 import typing
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -438,6 +440,19 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path):
             tiny_run(resumed(cfg), lambda *at, step=step, number=number: at[:2] == ("two", step) and os.kill(os.getpid(), number))
         assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == step + 1
     assert same(straight, tiny_run(resumed(cfg))) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_to_the_whole_group_leaves_the_loaders_processes_until_the_run_has_saved(tmp_path):
+    """Clusters end a job so. A loader's process that dies first would raise in the middle of a step."""
+    def end_of_the_job(stage, step, model):
+        if step == 1:
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+    with pytest.raises(UserError, match="stopped at step 2 of stage one, saved"):
+        tiny_run(Tiny(output=str(tmp_path), num_workers=2), end_of_the_job)
+    assert (tmp_path / "state.pt").exists() and not multiprocessing.active_children()
 
 
 def test_values_that_are_not_finite_stop_the_run_and_the_checkpoint_is_kept(tmp_path):
