@@ -6,7 +6,7 @@
     data          Faces, open_faces                                a folder of people as batches
     run           Run                                              device, precision, processes, checkpoints, log
                   average_gradients, trained, ema_update           what a training loop calls between backward and step
-    optimisers    Muon, make_optimizer, learning_rate
+    optimisers    make_optimizer, warmup_cosine, lr_schedule
     weights       read_weights, load_strict, save_part, load_part, from_folder
     LoRA          LoRALinear, add_lora, merge_lora, save_lora, load_lora
     restoring     restore_folder                                   `sample` of every method, without its network
@@ -804,58 +804,16 @@ def ema_update(ema: dict, modules: dict, decay: float, step: int) -> None:
 
 # ------------------------------------------------------------------------------------------------ optimisers
 
-class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal for matrices and kernels, Adam for biases and gains [Jordan et al. 2024].
-
-    All directions of a matrix learn at the same speed: the toy networks need half the time of AdamW. The update has
-    the root mean square of Adam's, so AdamW's learning rates and weight decay hold [factor 0.2 sqrt(longer side),
-    arXiv 2502.16982]. torch.optim.Muon takes two-dimensional parameters only.
-    """
-
-    def __init__(self, params, lr=1e-3, momentum=0.95, betas=(0.9, 0.95), weight_decay=0.01, matrices=True):
-        defaults = dict(lr=lr, momentum=momentum, betas=betas, weight_decay=weight_decay, matrices=matrices)
-        super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            lr, (beta1, beta2), alike = group["lr"], group["betas"], collections.defaultdict(list)
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                p.mul_(1 - lr * group["weight_decay"])
-                if p.ndim > 1 and group["matrices"]:
-                    m = state.setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
-                    alike[p.flatten(1).shape].append((p, p.grad.lerp(m, group["momentum"]).flatten(1)))       # Nesterov
-                    continue
-                if not state:
-                    state.update(t=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
-                state["t"] += 1
-                m, v = state["m"].lerp_(p.grad, 1 - beta1), state["v"].lerp_(p.grad.square(), 1 - beta2)
-                p.addcdiv_(m / (1 - beta1 ** state["t"]), (v / (1 - beta2 ** state["t"])).sqrt_().add_(1e-8), value=-lr)
-            for shape, pairs in alike.items():                    # matrices of one shape are made orthogonal together
-                parameters, gradients = zip(*pairs)
-                for p, direction in zip(parameters, orthogonalised(torch.stack(gradients))):
-                    p.add_(direction.view_as(p), alpha=-0.2 * max(shape) ** 0.5 * lr)
-
-
-def orthogonalised(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """(B, m, n) -> about U V^T of each U S V^T: singular values end between 0.7 and 1.2 (Newton-Schulz, quintic)."""
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
-    return x.mT if tall else x
-
-
 def make_optimizer(cfg, params, lr: float, betas: tuple = (0.9, 0.95), weight_decay: float = 0.01, tables=()):
     """AdamW or Muon, by --optimizer. `tables`: embeddings and codebooks, whose rows learn apart: Adam in both cases."""
     params, tables = list(params), list(tables)
     groups = [dict(params=[p for p in params if all(p is not table for table in tables)])]
     groups += [dict(params=tables, matrices=False)] if tables else []
-    kind = Muon if cfg.optimizer == "muon" else torch.optim.AdamW
-    return kind(groups, lr=lr, betas=betas, weight_decay=weight_decay)
+    if cfg.optimizer == "muon":
+        from toy.muon import Muon as Optimizer
+    else:
+        from torch.optim import AdamW as Optimizer
+    return Optimizer(groups, lr=lr, betas=betas, weight_decay=weight_decay)
 
 
 def warmup_cosine(steps: int, warmup: int = 0, floor: float = 0.0, first: float = 0.0):
@@ -872,11 +830,6 @@ def lr_schedule(cfg, steps: int):
     if cfg.lr_scheduler == "cosine":
         return warmup_cosine(steps - cfg.lr_warmup_steps, cfg.lr_warmup_steps, 0.02, 1 / (cfg.lr_warmup_steps + 1))
     return lambda step: min(1, (step + 1) / (cfg.lr_warmup_steps + 1))
-
-
-def set_learning_rate(optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 # ------------------------------------------------------------------------------------------------ weights
@@ -948,24 +901,8 @@ def open_run(where: str, cls) -> tuple:
         return folder, None
     if config["method"] != method:
         raise UserError(f"--checkpoint {where}: belongs to {config['method']}, not to {method}")
-    return folder, saved_config(cls, config["train"])
-
-
-def load_run(where: str, method: str) -> tuple:
-    """(folder, {field: value of the training}) of a run's folder, or of a hub id; UserError where it is none."""
-    folder = find_checkpoint(where)
-    if not (folder / "config.json").exists():
-        raise UserError(f"--checkpoint {where}: no run there; train first: python {method}.py train -o {where}")
-    config = read_json(folder / "config.json")
-    if config.get("method") != method:
-        raise UserError(f"--checkpoint {where}: belongs to {config.get('method', 'something else')}, not to {method}")
-    return folder, config["train"]
-
-
-def saved_config(cls, fields: dict):
-    """The dataclass `cls` with the values of a config.json; fields that are gone are left out."""
-    known = {field.name for field in dataclasses.fields(cls)}
-    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items() if name in known})
+    known = {field.name for field in dataclasses.fields(cls)}     # fields that are gone are left out
+    return folder, cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in config["train"].items() if n in known})
 
 
 def find_checkpoint(where: str, flag: str = "checkpoint") -> Path:
@@ -1148,11 +1085,6 @@ def restore_folder(cfg, restore, size: int, device) -> None:
         raise UserError(f"nothing was restored from {cfg.input}")
     write_json(out / "args.json", dict(argv=sys.argv, config=dataclasses.asdict(cfg), restored=done, **versions(device)))
     print(f"restored {done} face{'s' * (done > 1)} into {out / 'restored_faces'}", flush=True)
-
-
-def at_once(size: int) -> int:
-    """Faces of `size` px to restore and measure together: 32 toy faces, 2 of 512 px, whose decoding takes memory."""
-    return max(1, min(32, 32 * 128 ** 2 // size ** 2))
 
 
 def print_table(rows: dict) -> None:

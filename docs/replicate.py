@@ -1,9 +1,9 @@
 """Rerun the papers' ablation tables at toy size: python docs/replicate.py METHOD [--rows ROW ...] [--seeds 3]
 
 A row of rows.json is `METHOD.py train` with other settings, in a folder of its own; it is done when its metrics.json is
-there, so a stopped command goes on where it was. Rows that are null come from docs/preference_tables.py. "{base}" in a setting is the folder of the method's first row of the same
-seed: rows share the parts that they do not change. Numbers go into results/METHOD_ablation.json, and `python
-docs/tables.py` prints them into the pages.
+there, so a stopped command goes on where it was. Rows that are null come from docs/preference_tables.py. "{base}" in a setting
+is the folder of the method's first row of the same seed: rows share the parts that they do not change. Numbers go into
+results/METHOD_ablation.json, and `python docs/tables.py` prints them into the pages.
 """
 import argparse
 import json

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 import common
 from common import ATTRIBUTES, DEGRADATIONS, Degradation, UserError, degrade
 from toy import faces as toy
+from toy.muon import Muon, orthogonalised
 
 CPU, NAMES = torch.device("cpu"), [name for _, name, _, _ in ATTRIBUTES]
 
@@ -563,7 +564,7 @@ def test_muon_equals_torchs_muon_on_matrices_and_adam_on_vectors():
     """torch.optim.Muon takes matrices only and works in bf16: equal up to that."""
     torch.manual_seed(0)
     ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, m * n).sin().view(m, n)) for m, n in ((24, 40), (40, 24))] for _ in range(2))
-    muon = common.Muon(ours, lr=0.1, weight_decay=0.2)
+    muon = Muon(ours, lr=0.1, weight_decay=0.2)
     library = torch.optim.Muon(theirs, lr=0.1, momentum=0.95, nesterov=True, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):
         for p, q in zip(ours, theirs):
@@ -597,13 +598,13 @@ def test_muon_orthogonalises_all_matrices_of_a_shape_as_newton_schulz_does_one()
     torch.manual_seed(0)
     for m, n in ((12, 40), (40, 12), (16, 16)):
         stack = torch.stack([torch.randn(m, n), torch.randn(m, 2) @ torch.randn(2, n) * 1e3, torch.zeros(m, n)])
-        found = common.orthogonalised(stack)
+        found = orthogonalised(stack)
         for row in (0, 1):
             torch.testing.assert_close(found[row].double(), newton_schulz(stack[row]), rtol=0, atol=2e-3)
         assert torch.equal(found[2], torch.zeros(m, n))
     p = nn.Parameter(torch.randn(8, 4, 3, 3))
     before, p.grad = p.detach().clone(), torch.randn(8, 4, 3, 3) * 1e-3
-    common.Muon([p], lr=0.1, weight_decay=0.0).step()
+    Muon([p], lr=0.1, weight_decay=0.0).step()
     moved = torch.linalg.svdvals((before - p.detach()).flatten(1) / (0.1 * 0.2 * 36 ** 0.5))
     assert moved.min() > 0.6 and moved.max() < 1.3
 

@@ -18,6 +18,7 @@ import honestface as hf
 import metrics
 from toy import sd
 from toy.faces import toy_faces
+from toy.muon import Muon
 
 f64 = torch.float64
 AB = .4260863636                                  # alpha-bar of the fixed time step T_L = 399
@@ -838,7 +839,7 @@ def test_eq5_turns_leave_no_gradients_in_the_other_network(tiny):
 def test_the_restorer_overfits_one_batch_and_null_references_are_no_references(tiny):
     cfg, nets, face_nets = tiny_networks(tiny)
     own = common.add_lora(nets["unet"], hf.ALL_LAYERS, 16, 16.0) + [p for p in nets["prompt"].parameters() if p.requires_grad]
-    optimizer, losses, hq = common.Muon(own, lr=5e-3), [], toy_faces([1, 2], [0, 0], size=32).image
+    optimizer, losses, hq = Muon(own, lr=5e-3), [], toy_faces([1, 2], [0, 0], size=32).image
     lq, one = common.degrade(hq, common.DEGRADATIONS["codeformer"], [0, 1]), torch.ones(2, 1, dtype=torch.bool)
     z_l, z_h = hf.encode(nets["vae"], lq).detach(), hf.encode(nets["vae"], hq).detach()
     for _ in range(25):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 # common comes first: it sets up OpenMP before torch is imported
 from common import (DEGRADATIONS, Degradation, Run, UserError, average_gradients, check_finite, command_line, degrade,
-                    ema_update, lr_schedule, make_optimizer, mix, open_faces, print_table, save_part, set_learning_rate,
+                    ema_update, lr_schedule, make_optimizer, mix, open_faces, print_table, save_part,
                     start_ema)
 
 import torch
@@ -204,7 +204,8 @@ def train_reader(cfg, run, faces, held, name):
         sum(losses.values()).backward()
         average_gradients(modules, run.world)
         grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
-        set_learning_rate(optimizer, cfg.learning_rate * factor(step))
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.learning_rate * factor(step)
         optimizer.step()
         ema_update(ema, modules, cfg.ema_decay, step)
         run.log(stage, step, **losses, grad_norm=grad_norm)
