@@ -47,19 +47,23 @@ SIZES = {
     "toy": dict(
         vae=dict(widths=(16, 32, 64)),
         mmse=dict(dim=64, depths=(4, 4), heads=4, features=48, unshuffle=4, drop_path=0.0, residual=True),
-        flow=dict(widths=(64, 128), depths=(2, 4), patch=1, head_dim=32, mapping_width=128),
+        flow=dict(widths=(64, 128), depths=(2, 4), patch=1, head_dim=32, mapping_width=128, depthwise=True),
         pixel_flow=dict(widths=(64, 128), depths=(2, 4), patch=2, head_dim=32, mapping_width=128)),
     "small": dict(
         vae=dict(widths=(64, 128, 256)),
         mmse=dict(dim=120, depths=(6, 6, 6, 6), unshuffle=4, drop_path=0.0, residual=True),
-        flow=dict(widths=(192, 384), depths=(4, 8), patch=1, mapping_width=384),
+        flow=dict(widths=(192, 384), depths=(4, 8), patch=1, mapping_width=384, depthwise=True),
         pixel_flow=dict(widths=(192, 384), depths=(4, 8), patch=4, mapping_width=384)),
     "paper": dict(
         vae=dict(widths=(128, 256, 512, 512)),
         mmse=dict(dim=180, depths=(6,) * 8, heads=6, features=64, unshuffle=8, drop_path=0.1, residual=False),
-        flow=dict(widths=(256, 512, 1024), depths=(2, 4, 6), patch=1, head_dim=64, mapping_width=768),
+        flow=dict(widths=(256, 512, 1024), depths=(2, 4, 6), patch=1, head_dim=64, mapping_width=768, depthwise=True),
         pixel_flow=dict(widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64, mapping_width=768))}
-HDIT_PMRF = dict(in_channels=3, **SIZES["paper"]["pixel_flow"], depthwise=False)
+HDIT_PMRF = dict(in_channels=3, **SIZES["paper"]["pixel_flow"])
+# Changes of the paper to SD-VAE, undone one by one. sd: all of them (DIFFERS: without SD's attention and last norm).
+# UNSTATED: pixel_shuffle is our reading of Table 2's "- interpolate", sd_resizers (Figure 5a) the other one.
+VAE_STYLES = {"sim": {}, "group_norm": dict(norm="group"), "pixel_shuffle": dict(resizer="pixel_shuffle"),
+              "sd_resizers": dict(resizer="sd"), "sd_block": dict(block="sd"), "sd": dict(norm="group", resizer="sd", block="sd")}
 
 
 @dataclass(frozen=True)
@@ -76,22 +80,16 @@ class Train(TrainFlags):
     vae: str = ""                          # Sim-VAE to use, not train: folder of a run, diffusers folder or hub id
     mmse: str = ""                         # SwinIR to use: folder of a run, or swinir_restoration512_L1.pth of DifFace
     latent_channels: int = 32              # c of the latent; Table 3: 16, 24, 32, 48
-    vae_norm: typing.Literal["layer", "group"] = "layer"  # Table 2: per-pixel LayerNorm or GroupNorm
-    vae_resizer: typing.Literal["sim", "pixel_shuffle", "sd"] = "sim"  # Table 2: interpolation, pixel shuffle, Figure 5a
-    vae_block: typing.Literal["sim", "sd"] = "sim"  # Figure 3: one norm and one activation, or SD-VAE's two
+    vae_style: typing.Literal[tuple(VAE_STYLES)] = "sim"  # Table 2: the paper's VAE with one change undone, or all
     perceptual: typing.Literal["vgg19", "reader", "none"] = "vgg19"  # network of the perceptual loss
     vgg: str = ""                          # file of torchvision's vgg19 weights (default: torchvision fetches them)
     perceptual_weight: float = 0.05        # DIFFERS: authors' file; sec. 4.2: as Real-ESRGAN, whose is 1.0
     kl_weight: float = 1e-6                # of the KL summed over a latent
     vae_steps: int = 150_000               # of Sim-VAE
-    vae_learning_rate: float = 1e-4        # peak of a cosine
-    vae_min_learning_rate: float = 1e-6    # its end
-    vae_cosine_steps: int = 200_000        # its horizon (DIFFERS: authors' file; paper vae_steps)
-    vae_warmup_steps: int = 500            # linear, from a tenth of the peak (DIFFERS: paper 500 at a tenth, flat)
+    vae_learning_rate: float = 1e-4        # peak of a cosine that ends at a hundredth of it
     vae_crop: int = 256                    # side of the random crop the VAE sees
     mmse_steps: int = 270_000              # paper trains none (DifFace's weights); this is PMRF's 1000 epochs of FFHQ
     mmse_learning_rate: float = 5e-4       # PMRF, constant
-    depthwise: bool = True                 # depth-wise convolutions in the flow's layers; never in the pixel flow
     flow_steps: int = 400_000              # of the flow
     learning_rate: float = 5e-4            # of the flow, constant
     flow_weight_decay: float = 0.0         # of the flow; UNSTATED: none in the paper, 0.01 in PMRF
@@ -101,13 +99,13 @@ class Train(TrainFlags):
 
 
 # The fields that decide what weights mean: `Run` refuses to go on with a run that has others.
-SETTINGS = ("size", "space", "source", "latent_channels", "vae_norm", "vae_resizer", "vae_block", "depthwise")
+SETTINGS = ("size", "space", "source", "latent_channels", "vae_style")
 TOY_VALUES = dict(
     TOY, size="toy", degradation="codeformer", latent_channels=16, perceptual="reader", vae_steps=1150, vae_learning_rate=2e-3,
-    vae_min_learning_rate=1e-4, vae_cosine_steps=1150, vae_warmup_steps=50, vae_crop=32, mmse_steps=3700, mmse_learning_rate=2e-3,
+    vae_crop=32, mmse_steps=3700, mmse_learning_rate=2e-3,
     flow_steps=600, learning_rate=2e-3, num_inference_steps=4)
 SMALL = dict(
-    size="small", image_size=128, batch_size=64, latent_channels=16, vae_steps=20_000, vae_cosine_steps=20_000, vae_crop=128,
+    size="small", image_size=128, batch_size=64, latent_channels=16, vae_steps=20_000, vae_crop=128,
     mmse_steps=20_000, flow_steps=50_000, checkpointing_steps=2000)
 
 
@@ -897,8 +895,9 @@ def train_vae(cfg, run, faces, nets):
     """
     vae, perceptual = nets["vae"].train().requires_grad_(True), perceptual_network(cfg, run.device)
     optimizer = make_optimizer(cfg, vae.parameters(), cfg.vae_learning_rate, betas=(0.9, 0.99))
-    factor = warmup_cosine(cfg.vae_cosine_steps, cfg.vae_warmup_steps, cfg.vae_min_learning_rate / cfg.vae_learning_rate, first=0.1)
     modules, steps = {"vae": vae}, min(cfg.vae_steps, cfg.max_train_steps)
+    warmup = min(500, steps // 20)                                 # DIFFERS: linear, as the authors' file; paper flat at a tenth
+    factor = warmup_cosine(steps - warmup, warmup, floor=0.01, first=0.1)
     ema = start_ema(modules)                                       # averaged weights, for `sample`
     first = run.load("vae", modules, ema, optimizer)               # 0, or where a stopped run was saved
     clean = functools.partial(faces.training, degraded=False)
@@ -1033,15 +1032,15 @@ def build(cfg, part: str) -> nn.Module:
     """The network of one part, in the sizes of a `Train` configuration."""
     sizes = SIZES[cfg.size]
     if part == "vae":
-        return SimVAE(cfg.latent_channels, **sizes["vae"], norm=cfg.vae_norm, resizer=cfg.vae_resizer, block=cfg.vae_block)
+        return SimVAE(cfg.latent_channels, **sizes["vae"], **VAE_STYLES[cfg.vae_style])
     if part == "mmse":
         tokens = cfg.image_size // sizes["mmse"]["unshuffle"]
         if cfg.source == "latent_mean":
             return SwinIR(**{**sizes["mmse"], "residual": False}, tokens=tokens, latent_channels=cfg.latent_channels)
         return SwinIR(**sizes["mmse"], tokens=tokens)
     if cfg.space == "pixel":                                      # PMRF's network
-        return HDiT(3, **sizes["pixel_flow"], depthwise=False)
-    return HDiT(cfg.latent_channels, **sizes["flow"], depthwise=cfg.depthwise)
+        return HDiT(3, **sizes["pixel_flow"])
+    return HDiT(cfg.latent_channels, **sizes["flow"])
 
 
 def take_networks(cfg, run, nets: dict) -> list:

@@ -89,7 +89,7 @@ def main(argv=None) -> None:
             stages(what, given)
             continue
         sizes = latent_pmrf.SIZES["paper"]
-        flow = latent_pmrf.HDiT(32, **sizes["flow"], depthwise=True)
+        flow = latent_pmrf.HDiT(32, **sizes["flow"])
         torch.nn.init.normal_(flow.patch_out.proj.weight, std=0.02)                     # else its gradients would be zero
         network("HDiT, 64 x 64 latents", flow, [torch.randn(given.batch_size, 32, 64, 64), torch.rand(given.batch_size)], given)
         network("Sim-VAE c32, 256 px", AutoEncode(latent_pmrf.SimVAE(32, **sizes["vae"])),

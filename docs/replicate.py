@@ -16,7 +16,7 @@ DOCS = Path(__file__).parent
 
 
 def flags_of(settings: dict, base: Path) -> list:
-    """{"vae_norm": "group", "depthwise": false} -> ["--vae_norm", "group", "--no-depthwise"]."""
+    """{"vae_style": "sd", "source_sample": false} -> ["--vae_style", "sd", "--no-source_sample"]."""
     words = []
     for name, value in settings.items():
         if isinstance(value, bool):

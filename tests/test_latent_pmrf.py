@@ -795,7 +795,7 @@ def test_a_stage_trained_anew_drops_what_stood_on_it(trained, flags, tmp_path, c
     shutil.copy(trained / "out" / "flow.safetensors", tmp_path / "out")
     call(*flags, tmp_path / "out", "--resume_from_checkpoint", "latest")
     assert same(weights(trained / "out"), weights(tmp_path / "out"))
-    for flag in ("--vae_norm group", "--no-depthwise", "--space pixel"):                  # these change no shape, or many
+    for flag in ("--vae_style group_norm", "--space pixel"):                  # these change no shape, or many
         assert "was trained with" in refused(capsys, *flags, tmp_path / "out", "--stage", "flow", *flag.split())
 
 
@@ -830,8 +830,8 @@ def test_sampling_depends_on_the_seed_and_on_nothing_else(trained, tmp_path, cap
     assert "no such folder" in refused(capsys, "sample", "-i", trained / "faces", "--checkpoint", tmp_path / "none")
 
 
-@pytest.mark.parametrize("more", ["--space pixel", "--source latent_mean", "--vae_norm group --vae_resizer sd --vae_block sd",
-                                  "--vae_resizer pixel_shuffle --no-depthwise --no-source_sample"])
+@pytest.mark.parametrize("more", ["--space pixel", "--source latent_mean", "--vae_style sd",
+                                  "--vae_style pixel_shuffle --no-source_sample"])
 def test_every_switch_of_the_tables_trains_and_samples(trained, flags, tmp_path, more):
     call(*flags, tmp_path / "out", *more.split(), "--max_train_steps", "1", "--optimizer", "adamw")
     call("sample", "-i", trained / "faces" / "03.png", "-o", tmp_path / "r", "--checkpoint", tmp_path / "out", "--device", "cpu")
