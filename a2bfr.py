@@ -767,10 +767,10 @@ def open_pairs(cfg) -> tuple:
     if not (cfg.pairs or cfg.data):
         open_faces(cfg)                                            # draws data/toy, once
     where = cfg.pairs or cfg.data or "data/toy/pairs"
-    path, held_path = (Path(place) / "pairs.jsonl" if Path(place).is_dir() else Path(place)
-                       for place in (where, cfg.validation_data or where))
+    held_out = cfg.validation_data or (where if cfg.pairs or cfg.data else "data/toy/pairs_val")
+    path, held_path = (Path(place) / "pairs.jsonl" if Path(place).is_dir() else Path(place) for place in (where, held_out))
     rows, held = accepted(path), accepted(held_path)
-    if not cfg.validation_data:
+    if held_path == path:
         person = lambda row: str(row.get("person", row["source"]))
         people = sorted(set(map(person, rows)))
         last = set(people[-max(1, len(people) // 10):])

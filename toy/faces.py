@@ -2,14 +2,15 @@
 
     python -m toy.faces -o data/toy
 
-draws about 13,000 faces of 64 px in a minute. The methods call it by themselves where no --data is given.
+draws about 14,500 faces of 64 px in a minute. The methods call it by themselves where no --data is given.
 
     data/toy/train/PERSON/NN.png    1000 people, 8 pictures each
     data/toy/val/, data/toy/test/   256 other people each, 4 pictures each
     .../attributes.csv              file and the 12 attributes of common.ATTRIBUTES, 0 or 1
     .../landmarks.csv               file and 98 points x, y in pixels, WFLW order
     .../captions.json               {file: caption}
-    data/toy/pairs/pairs.jsonl      the same face with one attribute switched, as `a2bfr.py pairs` writes them
+    data/toy/pairs/pairs.jsonl      the same face with one attribute switched, as `a2bfr.py pairs` writes them; people of train
+    data/toy/pairs_val/             the same of people of val
 
 Nothing here is needed to understand a method: it stands in for FFHQ where nothing can be downloaded.
 """
@@ -690,7 +691,7 @@ def toy_faces(identity, instance, attributes=None, size=64) -> ToyFaces:
 # ------------------------------------------------------------------------------------------------ folders
 
 SPLITS = dict(train=(0, 1000, 8), val=(2**30, 256, 4), test=(2**31, 256, 4))  # first identity, people, pictures each
-PAIRS = 2000
+PAIRS = (2000, 256)                                               # of people of train and of val
 
 
 def switched(attributes, index: int) -> tuple:
@@ -736,15 +737,15 @@ def draw_split(folder: Path, first: int, people: int, each: int, size: int, bar)
     write_labels(folder, names, ToyFaces(*map(torch.cat, zip(*drawn))))
 
 
-def draw_pairs(folder: Path, count: int, size: int, bar) -> None:
-    """pairs.jsonl with source/ and target/: two pictures that differ in one attribute, of people of `train`.
+def draw_pairs(folder: Path, split: str, count: int, size: int, bar) -> None:
+    """pairs.jsonl with source/ and target/: two pictures that differ in one attribute, of people of a split.
 
-    The pictures are none of train/, so that a reference photograph is never the target itself.
+    The pictures are none of train/ or val/, so that a reference photograph is never the target itself.
     """
     rows = []
     for start in range(0, count, 64):
         numbers = torch.arange(start, min(start + 64, count))
-        people = SPLITS["train"][0] + numbers % SPLITS["train"][1]
+        people = SPLITS[split][0] + numbers % SPLITS[split][1]
         source = toy_faces(people, 1000 + numbers, size=size)
         edits = []
         for k, before in zip(numbers.tolist(), source.attributes.tolist()):
@@ -770,13 +771,14 @@ def draw(folder, size: int = 64, share: float = 1.0) -> None:
     part = folder.with_name(f"{folder.name}.drawing")
     shutil.rmtree(part, ignore_errors=True)                        # of an earlier attempt that was stopped
     counts = {name: (first, max(2, round(share * people)), each) for name, (first, people, each) in SPLITS.items()}
-    pairs = max(4, round(share * PAIRS))
-    total = sum(people * each for _, people, each in counts.values()) + 2 * pairs
+    pairs, held = (max(4, round(share * n)) for n in PAIRS)
+    total = sum(people * each for _, people, each in counts.values()) + 2 * pairs + 2 * held
     print(f"drawing {total} toy faces into {folder}, once", flush=True)
     with tqdm(total=total, desc="drawing", disable=None) as bar:
         for name, (first, people, each) in counts.items():
             draw_split(part / name, first, people, each, size, bar)
-        draw_pairs(part / "pairs", pairs, size, bar)
+        draw_pairs(part / "pairs", "train", pairs, size, bar)
+        draw_pairs(part / "pairs_val", "val", held, size, bar)
     part.rename(folder)
 
 
