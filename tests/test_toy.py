@@ -81,7 +81,7 @@ def rows(path):
 
 def test_the_folder_holds_the_people_with_exact_labels(toy_folder):
     """train/, val/ and test/ of other people each, PERSON/NN.png, and the three files of labels."""
-    assert not {path.name for path in toy_folder.iterdir()} ^ {"train", "val", "test", "pairs"}
+    assert not {path.name for path in toy_folder.iterdir()} ^ {"train", "val", "test", "pairs", "pairs_val"}
     for split, people, each in (("train", 10, 8), ("val", 3, 4), ("test", 3, 4)):
         pictures = sorted(path.relative_to(toy_folder / split).as_posix() for path in (toy_folder / split).rglob("*.png"))
         assert pictures == [f"{p:04d}/{i:02d}.png" for p in range(people) for i in range(each)]
