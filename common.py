@@ -699,7 +699,8 @@ class Run:
                     self.say(f"{name} was trained on the former {stage} and is removed: train it again")
             for name, tensors in weights.items():
                 save_part(self.folder / f"{name}.safetensors", tensors)
-            (self.folder / "state.pt").unlink(missing_ok=True)
+            for name in ("state.pt", "metrics.json"):              # the numbers were those of former parts
+                (self.folder / name).unlink(missing_ok=True)
         if self.world > 1:                                        # the next stage looks for state.pt
             dist.barrier()
 
