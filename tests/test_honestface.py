@@ -21,29 +21,24 @@ from toy.faces import toy_faces
 from toy.muon import Muon
 
 f64 = torch.float64
-AB = .4260863636                                  # alpha-bar of the fixed time step T_L = 399
-LEFT, RIGHT = slice(60, 68), slice(68, 76)        # WFLW points of the two eyes, left and right in the picture
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-LINEAR = ATTENTION + ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
-SD21_UNET = dict(  # Stable Diffusion 2.1 base
-    sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
-    down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True)
-SD21_VAE = dict(
-    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
-    block_out_channels=(128, 256, 512, 512), latent_channels=4, sample_size=768, scaling_factor=0.18215)
+SD21_UNET = dict(sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
+    down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), attention_head_dim=(5, 10, 20, 20),
+    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, cross_attention_dim=1024, use_linear_projection=True)
+SD21_VAE = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
+    block_out_channels=(128, 256, 512, 512), latent_channels=4, sample_size=768, scaling_factor=0.18215)      # as 2.1 base
+
+number = lambda value: float(torch.as_tensor(value).detach().double().mean())       # a loss, per image or as one number
+unit = lambda *shape: F.normalize(torch.randn(*shape), dim=-1)
+mse = lambda a, b: (a - b).square().mean((1, 2, 3))                                 # per picture
+# Equal to float32's precision: losses may compute in float32 whatever they are given.
+close = lambda got, want, atol=1e-5: torch.testing.assert_close(got, want, rtol=atol, atol=atol, check_dtype=False)
+pixels = lambda *shape: 60 + 390 * torch.rand(*shape, 2)                            # random points on a 512 px picture
 
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test draws the same numbers, alone or in the suite."""
     torch.manual_seed(0)
-
-
-def number(value):
-    """A loss as a float, whether it comes per image or as one number."""
-    return float(torch.as_tensor(value).detach().double().mean())
 
 
 def randomised(module):
@@ -53,23 +48,6 @@ def randomised(module):
         p.data = noise / p[0].numel() ** .5 if p.dim() > 1 else 1 + .3 * noise
     return module.eval()
 
-
-def unit(*shape, dtype=torch.float32):
-    """Random unit vectors along the last axis."""
-    return F.normalize(torch.randn(*shape, dtype=dtype), dim=-1)
-
-
-def mse(a, b):
-    """Per picture."""
-    return (a - b).square().mean((1, 2, 3))
-
-
-def close(got, want, tolerance=1e-5):
-    """Equal to float32's precision: losses may compute in float32 whatever they are given."""
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance, check_dtype=False)
-
-
-# ------------------------------------------------------------------------------------ one-step generator, Eq. 1-4
 
 def test_alpha_bars_are_stable_diffusions_scaled_linear_schedule():
     """prod(1 - beta), the roots of beta linear from sqrt(.00085) to sqrt(.012); four published values."""
@@ -82,12 +60,11 @@ def test_alpha_bars_are_stable_diffusions_scaled_linear_schedule():
     np.testing.assert_allclose(hf.alpha_bars(3, .04, .16).numpy(), [.96, .96 * .91, .96 * .91 * .84], rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, f64])
-def test_eq1_forward_diffusion_mixes_by_the_roots_of_alpha_bar(dtype):
+def test_eq1_forward_diffusion_mixes_by_the_roots_of_alpha_bar():
     """z_t = sqrt(a) z0 + sqrt(1 - a) noise: a = 1 keeps, 0 forgets, .36 is (.6, .8); one a per sample or for all."""
-    z0, noise = torch.randn(2, 3, 4, 5, 6, dtype=dtype)
+    z0, noise = torch.randn(2, 3, 4, 5, 6)
     z = hf.forward_diffuse(z0, noise, torch.tensor([1., .36, 0.], dtype=f64).view(3, 1, 1, 1))
-    assert z.dtype == dtype
+    assert z.dtype == torch.float32
     close(z, torch.stack([z0[0], .6 * z0[1] + .8 * noise[1], noise[2]]), 1e-6)
     close(hf.forward_diffuse(z0, noise, .36), .6 * z0 + .8 * noise, 1e-6)
 
@@ -97,22 +74,18 @@ def test_eq2_the_true_noise_predicts_the_clean_latent_at_every_time():
     z0, noise = torch.randn(2, 5, 4, 3, 3, dtype=f64)
     bars = hf.alpha_bars()[[0, 249, 399, 750, 999]].view(5, 1, 1, 1)
     close(hf.predict_clean(hf.forward_diffuse(z0, noise, bars), noise, bars), z0, 1e-10)
-    close(hf.predict_clean(torch.full((1, 1, 1, 1), 2.), torch.full((1, 1, 1, 1), 1.), .36),
-          torch.full((1, 1, 1, 1), (2 - .8) / .6), 1e-6)
+    close(hf.predict_clean(z0, noise, .36), (z0 - .8 * noise) / .6, 1e-6)
 
 
 def test_eq3_one_pass_at_the_timestep_adds_no_noise():
     """A network that knows the noise hidden in z_L gives z_H back: t, z and p reach it as they are."""
-    seen, bars = [], hf.alpha_bars()
-    clean, noise, prompt = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.randn(2, 5, 6)
-    z_l = bars[399].sqrt() * clean + (1 - bars[399]).sqrt() * noise
-
-    def unet(z, t, encoder_hidden_states):
-        seen.append((z, t, encoder_hidden_states))
-        return SimpleNamespace(sample=noise)
-    torch.testing.assert_close(hf.restore_latent(unet, z_l.float(), prompt, 399), clean, rtol=1e-3, atol=1e-3)
+    seen, bar, prompt = [], hf.alpha_bars()[399], torch.randn(2, 5, 6)
+    clean, noise = torch.randn(2, 2, 4, 8, 8)
+    z_l = (bar.sqrt() * clean + (1 - bar).sqrt() * noise).float()
+    unet = lambda z, t, encoder_hidden_states: seen.append((z, t, encoder_hidden_states)) or SimpleNamespace(sample=noise)
+    torch.testing.assert_close(hf.restore_latent(unet, z_l, prompt, 399), clean, rtol=1e-3, atol=1e-3)
     (z, t, p), = seen
-    assert torch.equal(z, z_l.float()) and int(t) == 399 and p is prompt
+    assert torch.equal(z, z_l) and int(t) == 399 and p is prompt
 
 
 def test_eq4_restore_is_encoder_one_step_decoder():
@@ -127,11 +100,9 @@ def test_eq4_restore_is_encoder_one_step_decoder():
     got = hf.restore(nets, SimpleNamespace(timestep=399), None, lq, None, None, torch.ones_like)
     with torch.no_grad():
         share = (hf.vre_tokens(vre(lq), vre.codebook) + 1 / 4).mean((1, 2)).view(2, 1, 1, 1)
-    z_l = (lq[:, :1] * 3 + lq[:, :1]) * .5                          # mean + std x noise, scaled
-    close(got, ((z_l - (1 - AB) ** .5 * share * z_l) / AB ** .5 / .5 / 3).expand(-1, 3, -1, -1).clamp(-1, 1), 1e-4)
+    z_l, bar = (lq[:, :1] * 3 + lq[:, :1]) * .5, .4260863636        # mean + std x noise, scaled; alpha-bar of T_L = 399
+    close(got, ((z_l - (1 - bar) ** .5 * share * z_l) / bar ** .5 / .5 / 3).expand(-1, 3, -1, -1).clamp(-1, 1), 1e-4)
 
-
-# ------------------------------------------------------------------------------------ adversarial loss, Eq. 5
 
 def test_eq5_losses_are_the_logistic_closed_forms():
     """L_G = softplus(-D(fake)), L_D = softplus(D(fake)) + softplus(-D(real)), means, no factor 1/2, any shape."""
@@ -140,14 +111,41 @@ def test_eq5_losses_are_the_logistic_closed_forms():
     assert number(hf.generator_loss(fake)) == pytest.approx(minus_log_sigmoid(fake), rel=1e-5)
     want = minus_log_sigmoid(real) + minus_log_sigmoid(-fake)
     assert number(hf.discriminator_loss(real, fake)) == pytest.approx(want, rel=1e-5)
-    zero, far = torch.zeros(5, 1), torch.full((5, 1), 200.)
-    assert number(hf.generator_loss(zero)) == pytest.approx(math.log(2))
-    assert number(hf.discriminator_loss(zero, zero)) == pytest.approx(2 * math.log(2))
+    far = torch.full((5, 1), 200.)
     assert number(hf.generator_loss(-far)) == 200 and number(hf.discriminator_loss(-far, far)) == 400
     assert number(hf.generator_loss(far)) == number(hf.discriminator_loss(far, -far)) == 0
 
 
-# ------------------------------------------------------------------------------------ reference selection, Eq. 6
+def tiny_networks(tiny):
+    """(configuration, networks, face networks) before training, with nothing of the prompt at its zero start."""
+    cfg = hf.Train(**hf.TOY_VALUES | dict(image_size=32, max_references=2, pretrained_model_name_or_path=str(tiny[-5])))
+    face_nets = hf.face_networks(cfg, "cpu")
+    nets = hf.build(cfg, face_nets, "cpu")
+    for p in nets["prompt"].parameters():
+        p.data += .3 * torch.randn_like(p) if p.requires_grad else 0
+    return cfg, nets, face_nets
+
+
+def test_eq5_turns_leave_no_gradients_in_the_other_network(tiny):
+    """The restorer's turn fills no gradient of D, D's turn none of the restorer; frozen networks get none."""
+    cfg, nets, face_nets = tiny_networks(tiny)
+    judge = hf.LatentDiscriminator(nets["unet"], hf.ALL_LAYERS, 2, 2.0)
+    common.add_lora(nets["unet"], hf.ALL_LAYERS, 2, 2.0)
+    image, two = toy_faces([1, 2], [0, 0], size=32).image, torch.ones(2, 2, dtype=torch.bool)    # of one, nothing is weighed
+    prompt = hf.make_prompt(nets, face_nets, image, torch.stack([image, image.flip(0)], 1), two)
+    z = hf.encode(nets["vae"], image)
+    z_hat, t = hf.restore_latent(nets["unet"], z, prompt, 399), torch.tensor([10, 700])
+    with hf.frozen(judge):
+        hf.generator_loss(judge(z_hat, t, prompt.detach())).backward()
+    has = lambda net: {n for n, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert not has(judge) and not has(nets["vae"]) and not has(nets["vre"])
+    assert all("lora_" in n for n in has(nets["unet"])) and any("lora_B" in n for n in has(nets["unet"]))
+    assert {"adapter.conv1.weight", "fie.query", "ffe.colour.weight"} <= has(nets["prompt"])
+    before = {n: p.grad.clone() for n, p in nets["prompt"].named_parameters() if p.grad is not None}
+    hf.discriminator_loss(judge(z, t, prompt.detach()), judge(z_hat.detach(), t, prompt.detach())).backward()
+    assert "head.0.weight" in has(judge) and all("lora_" in n or "head" in n for n in has(judge))
+    assert all(torch.equal(before[n], p.grad) for n, p in nets["prompt"].named_parameters() if n in before)
+
 
 def lstsq_distance(l, h, w=None):
     """min_A sum_k w_k |A (x, y, 1) - h_k|^2 of (K, 2) points by numpy's least squares."""
@@ -156,72 +154,55 @@ def lstsq_distance(l, h, w=None):
     return float(((a @ np.linalg.lstsq(a, b, rcond=None)[0] - b) ** 2).sum())
 
 
-def pixels(*shape):
-    """Random points on a 512 px picture."""
-    return 60 + 390 * torch.rand(*shape, 2)
-
-
-def test_eq6_is_the_argmin_of_a_numpy_loop_with_and_without_weights():
-    """argmin_i d(landmarks of r_i, landmarks of x_L); a weight of zero drops a point."""
+def test_eq6_is_the_argmin_of_a_numpy_loop_in_the_frame_of_the_degraded_face():
+    """argmin_i d(landmarks of r_i, landmarks of x_L); a weight of zero drops a point; ties and failures: the first."""
     for _ in range(10):
         lq, weights = pixels(20), (torch.rand(20) < .5).float()
         references = lq + 30 * torch.rand(6, 1, 1) * torch.randn(6, 20, 2)
         for w in (None, weights):
             want = np.argmin([lstsq_distance(r.double(), lq.double(), w) for r in references])
             assert hf.select_reference(references, lq, w) == want
-    references = torch.stack([lq + 3 * torch.randn(20, 2), lq.clone()])
+    references = torch.stack([lq + 3 * torch.randn(20, 2), lq])
     references[1, :5] += 100 * torch.randn(5, 2)
     assert hf.select_reference(references, lq) == 0
     assert hf.select_reference(references, lq, torch.tensor([0.] * 5 + [1.] * 15)) == 1
+    lq, far, lost = pixels(98), pixels(98), torch.full((98, 2), math.nan)
+    near, large, tiny = lq + 1, lq + 2 * torch.randn(98, 2), .01 * (lq + 20 * torch.randn(98, 2))
+    assert lstsq_distance(lq, tiny) < lstsq_distance(lq, large)                 # in its own pixels the tiny face is near
+    for wanted, face, *album in ((1, lq, tiny, large), (0, lq, near, near, near), (1, lq, far, near, near),
+                                 (0, lq, lost, lost * math.inf), (0, lost, far, near), (0, lq, near, lost, far)):
+        assert hf.select_reference(torch.stack(album), face) == wanted
+    lq, landmarks = torch.rand(2, 98, 2) * 64, torch.rand(2, 3, 98, 2) * 64      # in a batch: the present one that fits
+    landmarks[0, 2] = lq[0] @ torch.tensor([[0.8, 0.1], [-0.2, 1.1]]) + 3
+    landmarks[1, 0] = lq[1] * 0.5                                 # fits best, but is absent
+    landmarks[1, 1] = lq[1] + 0.5 * torch.randn(98, 2)
+    looked = SimpleNamespace(recogniser=lambda x: torch.zeros(len(x), 4),
+                             detector=SimpleNamespace(landmarks=lambda x: landmarks.flatten(0, 1)))
+    images = torch.arange(6.0).view(2, 3, 1, 1, 1).expand(-1, -1, 3, 8, 8)
+    found = hf.read_references(looked, lq, images, torch.tensor([[True, True, True], [False, True, True]]))
+    assert found.chosen[:, 0, 0, 0].tolist() == [2.0, 4.0]
+    assert torch.equal(found.landmarks, torch.stack([landmarks[0, 2], landmarks[1, 1]]))
 
-
-def test_eq6_measures_in_the_frame_of_the_degraded_face():
-    """A tiny noisy face is near in its own pixels; in x_L's frame, the one of Eq. 6, the large one is nearer."""
-    lq = pixels(98)
-    large, tiny = lq + 2 * torch.randn(98, 2), .01 * (lq + 20 * torch.randn(98, 2))
-    assert lstsq_distance(lq, tiny) < lstsq_distance(lq, large)                 # the wrong order would fall for it
-    assert hf.select_reference(torch.stack([tiny, large]), lq) == 1
-
-
-def test_eq6_ties_and_failed_detections_fall_back_to_the_first():
-    """Equal references: the first of the best; nothing finite, or no landmarks of x_L: 0; a NaN never wins."""
-    lq = pixels(98)
-    far, near = pixels(98), lq + 1
-    assert hf.select_reference(near.expand(3, 98, 2).clone(), lq) == 0
-    assert hf.select_reference(torch.stack([far, near, near]), lq) == 1
-    lost = torch.full((98, 2), math.nan)
-    assert hf.select_reference(torch.stack([lost, lost * math.inf]), lq) == 0
-    assert hf.select_reference(torch.stack([far, near]), lost) == 0
-    assert hf.select_reference(torch.stack([near, lost, far]), lq) == 0
-    assert hf.select_reference(lq[None] * 0 + 7, lq) == 0                       # one reference, one single point
-
-
-# ------------------------------------------------------------------------------------ prompt: VRE tokens, Eq. 7
 
 def loop_tokens(features, codebook, count):
     """One sample and one position at a time: nearest codewords, nearest position first, each codeword once."""
     rows = []
     for f in features:
-        best = []
-        for y in range(f.shape[1]):
-            for x in range(f.shape[2]):
-                distance = ((codebook - f[:, y, x]) ** 2).sum(1)
-                best.append((distance.min().item(), distance.argmin().item()))
-        chosen = list(dict.fromkeys(index for _, index in sorted(best)))[:count]
-        empty = torch.zeros(count - len(chosen), codebook.shape[1], dtype=codebook.dtype)
-        rows.append(torch.cat([codebook[chosen], empty]))
+        distances = [((codebook - f[:, y, x]) ** 2).sum(1) for y, x in np.ndindex(*f.shape[1:])]
+        best = sorted((d.min().item(), d.argmin().item()) for d in distances)
+        chosen = list(dict.fromkeys(index for _, index in best))[:count]
+        rows.append(F.pad(codebook[chosen], (0, 0, 0, count - len(chosen))))
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("codes, count", [(200, 77), (40, 77), (12, 8), (200, 5)])
+@pytest.mark.parametrize("codes, count", [(40, 77), (200, 5)])
 def test_eq7_vre_tokens_equal_a_loop_over_samples_and_positions(codes, count):
     """Batched selection = the loop, with and without enough distinct codewords, alone and in a batch."""
-    codebook = torch.randn(codes, 6, dtype=f64)
-    features = torch.randn(3, 6, 9, 13, dtype=f64)
+    codebook, features = torch.randn(codes, 6, dtype=f64), torch.randn(3, 6, 9, 13, dtype=f64)
     features[1] = features[1, :, :1, :1]                      # every position alike: one codeword, zeros after it
-    got, want = hf.vre_tokens(features, codebook, count), loop_tokens(features, codebook, count)
+    got = hf.vre_tokens(features, codebook, count)
     assert got.shape == (3, count, 6)
-    close(got, want, 1e-12)
+    close(got, loop_tokens(features, codebook, count), 1e-12)
     assert (got[1, 1:] == 0).all() and (got[1, 0] != 0).any()
     for b in range(3):
         close(hf.vre_tokens(features[b:b + 1], codebook, count), got[b:b + 1], 1e-12)
@@ -231,16 +212,11 @@ def test_eq7_vre_tokens_equal_a_loop_over_samples_and_positions(codes, count):
 
 def slow_vre(w, x, levels):
     """The released encoder and quant_conv by function calls from its state dict: (B, 3, S, S) -> (B, dim, S / f, S / f)."""
-    def conv(h, name, stride=1):
-        h = F.pad(h, (0, 1, 0, 1)) if stride == 2 else h
-        padding = 0 if stride == 2 else w[f"{name}.weight"].shape[-1] // 2
-        return F.conv2d(h, w[f"{name}.weight"], w[f"{name}.bias"], stride, padding)
+    norm = lambda h, name: F.group_norm(h, 32, w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
 
-    def norm(h, name):
-        g = h.unflatten(1, (32, -1))                                                # 32 groups
-        mean, var = g.mean((2, 3, 4), keepdim=True), g.var((2, 3, 4), correction=0, keepdim=True)
-        scale, shift = (w[f"{name}.{part}"][:, None, None] for part in ("weight", "bias"))
-        return ((g - mean) / (var + 1e-6).sqrt()).flatten(1, 2) * scale + shift
+    def conv(h, name, stride=1):
+        h, padding = (F.pad(h, (0, 1, 0, 1)), 0) if stride == 2 else (h, w[f"{name}.weight"].shape[-1] // 2)
+        return F.conv2d(h, w[f"{name}.weight"], w[f"{name}.bias"], stride, padding)
 
     def block(h, name):
         change = conv(F.silu(norm(conv(F.silu(norm(h, f"{name}.norm1")), f"{name}.conv1"), f"{name}.norm2")), f"{name}.conv2")
@@ -273,20 +249,11 @@ def test_vre_encoder_equals_a_functional_reimplementation(twice):
 
 
 def test_prompt_adapter_is_two_linear_maps_with_silu_after_each():
-    """SiLU(W2 SiLU(W1 token + b1) + b2) token by token: never under -.2785, zero rows become one constant."""
-    adapter = randomised(hf.PromptAdapter(dim=12, hidden=10, out=14))
-    tokens = 3 * torch.randn(2, 77, 12)
-    tokens[:, 50:] = 0
+    """SiLU(W2 SiLU(W1 token + b1) + b2) token by token."""
+    adapter, tokens = randomised(hf.PromptAdapter(dim=12, hidden=10, out=14)), 3 * torch.randn(2, 77, 12)
     by_shape = {tuple(p.shape[:2]): p.detach() for p in adapter.parameters()}
     w1, w2, b1, b2 = by_shape[10, 12].view(10, 12), by_shape[14, 10].view(14, 10), by_shape[10,], by_shape[14,]
-    with torch.no_grad():
-        got = adapter(tokens)
-    close(got, F.silu(F.silu(tokens @ w1.T + b1) @ w2.T + b2), 1e-5)
-    assert got.shape == (2, 77, 14) and got.min() >= -.2785
-    assert (got[:, 50:] - got[:1, 50:51]).abs().max() < 1e-6
-
-
-# ------------------------------------------------------------------------------------ VRE training
+    close(adapter(tokens).detach(), F.silu(F.silu(tokens @ w1.T + b1) @ w2.T + b2), 1e-5)
 
 
 def test_association_loss_equals_a_loop_and_trains_its_temperature():
@@ -304,15 +271,13 @@ def test_association_loss_equals_a_loop_and_trains_its_temperature():
         close(a, b)
 
 
-@pytest.mark.parametrize("beta", [.25, 2.])
-def test_vector_quantize_is_nearest_straight_through_and_weighs_the_codebook_by_beta(beta):
+def test_vector_quantize_is_nearest_straight_through_and_weighs_the_codebook_by_beta():
     """|sg(zq) - z|^2 + beta |zq - sg(z)|^2: (1 + beta) mse; the gradient passes to the features unchanged."""
-    features, codebook = torch.randn(2, 5, 3, 4, dtype=f64), torch.randn(7, 5, dtype=f64)
+    features, codebook, beta = torch.randn(2, 5, 3, 4, dtype=f64), torch.randn(7, 5, dtype=f64), 2.
     features.requires_grad_(), codebook.requires_grad_()
     out, loss, indices = hf.vector_quantize(features, codebook, beta)
     for b, y, x in np.ndindex(2, 3, 4):
-        distances = [(features[b, :, y, x] - word).square().sum().item() for word in codebook]
-        assert indices[b, y, x] == np.argmin(distances)
+        assert indices[b, y, x] == np.argmin([(features[b, :, y, x] - word).square().sum().item() for word in codebook])
         close(out[b, :, y, x], codebook[indices[b, y, x]], 1e-12)
     weight = torch.randn_like(out)
     to_features, to_codebook = torch.autograd.grad((out * weight).sum(), (features, codebook), allow_unused=True)
@@ -326,165 +291,77 @@ def test_vector_quantize_is_nearest_straight_through_and_weighs_the_codebook_by_
     close(to_codebook, -beta * 2 * want / error.numel())
 
 
-# ------------------------------------------------------------------------------------ identity embedder
-
-OVAL = torch.tensor([[5., 0], [-5, 0], [3, 2], [3, -2], [-3, 2], [-3, -2], [0, 2], [0, -2]])   # mean 0, 10 x 4
-
-
-def two_eyes(left=(20., 30.), right=(44., 33.)):
-    """(98, 2) points whose image-left eye lies and whose image-right eye stands on end, half extents 5."""
-    points = torch.zeros(98, 2)
-    points[LEFT], points[RIGHT] = OVAL + torch.tensor(left), OVAL.flip(1) + torch.tensor(right)
-    return points
-
-
-def test_eye_boxes_by_hand():
-    """Centre = mean of 8 points, half side 1.4 x the larger half extent, at least 16 px of 512, x1 y1 x2 y2."""
-    points = torch.stack([two_eyes(), two_eyes()])
-    points[1, LEFT] = torch.tensor([30., 31.])                          # a single point: the minimum
-    points[1, RIGHT] = torch.tensor([40., 20.])
+@torch.no_grad()
+def test_ffe_sees_the_pixels_of_the_two_boxes_and_projects_four_embeddings_together():
+    """Boxes: centre = mean of 8 points, half side 1.4 x the larger half extent, at least 16 px of 512.
+    p_F = W [colour left, colour right, structure left, structure right] + b, cut into four tokens   [sec. 3.2]"""
+    eyes = torch.zeros(98, 2)                                           # one eye lies, one stands on end, half extents 5
+    oval = torch.tensor([[5., 0], [-5, 0], [3, 2], [3, -2], [-3, 2], [-3, -2], [0, 2], [0, -2]])     # mean 0, 10 x 4
+    eyes[60:68], eyes[68:76] = oval + torch.tensor([20., 30]), oval.flip(1) + torch.tensor([44., 33])
+    points = torch.stack([eyes, eyes])
+    points[1, 60:68], points[1, 68:76] = torch.tensor([30., 31.]), torch.tensor([40., 20.])    # a single point: the minimum
     points[1, 75] += torch.tensor([16., 0.])                            # lopsided: mean 42, half extent 8
-    boxes = hf.eye_boxes(points, 64)
-    assert boxes.shape == (2, 2, 4)
-    close(boxes[0], torch.tensor([[13., 23, 27, 37], [37, 26, 51, 40]]))
-    close(boxes[1], torch.tensor([[27.2, 28.2, 32.8, 33.8], [42 - 11.2, 20 - 11.2, 42 + 11.2, 20 + 11.2]]))
-    points[:] = 256.
-    close(hf.eye_boxes(points, 512), torch.tensor([256 - 22.4, 256 - 22.4, 256 + 22.4, 256 + 22.4]).expand(2, 2, 4))
+    want = torch.tensor([[13., 23, 27, 37], [37, 26, 51, 40], [27.2, 28.2, 32.8, 33.8], [30.8, 8.8, 53.2, 31.2]])
+    close(hf.eye_boxes(points, 64).flatten(0, 1), want)
+    close(hf.eye_boxes(0 * points + 256, 512), 256 + 22.4 * torch.tensor([-1., -1, 1, 1]).expand(2, 2, 4))
+    extractor, seen, embeddings = randomised(hf.FacialFeatureExtractor(dim=24, crop=14)), [], []
+    extractor.backbone.register_forward_hook(lambda _, inputs, outputs: seen.append((*inputs, outputs)))
+    picture = torch.rand(1, 3, 64, 64) * 2 - 1
+    got = extractor(picture, eyes[None])
+    (crops, (early, middle)), = seen                                                        # left eye, right eye
+    want = torch.cat([picture[..., 23:37, 13:27], picture[..., 26:40, 37:51]]) / 2 + .5     # boxes with whole corners
+    assert crops.shape == (2, 3, 14, 14) and (crops - want).abs().max() < 1e-4
+    colour = torch.cat([early.mean((2, 3)), (early.var((2, 3), correction=0) + 1e-6).sqrt()], 1)
+    for head, both in ((extractor.colour, colour), (extractor.structure, F.adaptive_avg_pool2d(middle, 4).flatten(1))):
+        embeddings += [extractor.norm(head.weight @ eye + head.bias) for eye in both]
+    want = extractor.project.weight @ torch.cat(embeddings) + extractor.project.bias
+    assert got.shape == (1, 4, 24) and [len(e) for e in embeddings] == [6] * 4
+    close(got.flatten(), want, 1e-4)
+    picture[..., 26:40, 37:51] *= .5                            # one projection: every token reads either eye
+    assert ((extractor(picture, eyes[None]) - got).abs().amax(-1) > 1e-3).all()
 
 
-class Pointwise(nn.Module):
-    """A backbone without neighbourhoods: two 1 x 1 convolutions, and a memory of what it was given."""
-    channels = (4, 5)
-
-    def __init__(self):
-        super().__init__()
-        self.early, self.mid, self.seen = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), []
-
-    def forward(self, x):
-        self.seen.append(x.detach())
-        early = torch.tanh(self.early(x))
-        return early, F.avg_pool2d(torch.tanh(self.mid(early)), 2)
-
-
-def eye_tokens(dim=24, crop=14):
-    """A small extractor, redrawn, and its backbone."""
-    backbone = Pointwise()
-    extractor = hf.FacialFeatureExtractor(backbone, dim=dim, crop=crop)
-    return randomised(extractor), backbone
-
-
-def test_ffe_sees_exactly_the_pixels_of_the_two_boxes():
-    """Where a box has whole corners and the crop its size, the backbone gets those pixels in [0, 1]."""
-    extractor, backbone = eye_tokens()
-    picture, points = torch.rand(1, 3, 64, 64) * 2 - 1, two_eyes()[None]
-    extractor(picture, points)
-    seen = torch.cat(backbone.seen)
-    assert seen.shape == (2, 3, 14, 14) and seen.min() >= 0 and seen.max() <= 1
-    want = [picture[0, :, 23:37, 13:27] / 2 + .5, picture[0, :, 26:40, 37:51] / 2 + .5]
-    assert any(all((a - b).abs().max() < 1e-4 for a, b in zip(pair, want)) for pair in (seen, seen.flip(0)))
-
-
-def test_ffe_concatenates_four_embeddings_and_projects_them_together():
-    """p_F = W [colour left, colour right, structure left, structure right] + b, cut into four tokens   [sec. 3.2]"""
-    extractor, backbone = eye_tokens()
-    picture, points = torch.rand(1, 3, 64, 64) * 2 - 1, two_eyes()[None]
-    embeddings = []
-    with torch.no_grad():
-        got = extractor(picture, points)
-        early, middle = backbone(backbone.seen[0])                                          # left eye, right eye
-        colour = torch.cat([early.mean((2, 3)), (early.var((2, 3), correction=0) + 1e-6).sqrt()], 1)
-        for head, eyes in ((extractor.colour, colour), (extractor.structure, F.adaptive_avg_pool2d(middle, 4).flatten(1))):
-            embeddings += [extractor.norm(head.weight @ eye + head.bias) for eye in eyes]
-        want = extractor.project.weight @ torch.cat(embeddings) + extractor.project.bias
-        assert got.shape == (1, 4, 24) and [len(e) for e in embeddings] == [6] * 4
-        close(got.flatten(), want, 1e-4)
-        picture[..., 26:40, 37:51] *= .5                            # one projection: every token reads either eye
-        assert ((extractor(picture, points) - got).abs().amax(-1) > 1e-3).all()
-
-
-def small_fie():
-    return hf.FaceIdentityEncoder(id_dim=16, tokens=7, dim=24).eval()
-
-
-@pytest.mark.parametrize("redraw", [False, True])
-def test_fie_does_not_depend_on_order_or_padding(redraw):
+def test_fie_does_not_depend_on_order_or_padding_and_its_tokens_differ():
     """Any order of the references, any absent rows with anything in them, any batch: the same seven tokens."""
-    encoder = randomised(small_fie()) if redraw else small_fie()
-    faces, present = unit(2, 4, 16), torch.tensor([[True] * 4, [True, True, False, False]])
-    with torch.no_grad():
-        tokens = encoder(faces, present)
-        assert tokens.shape == (2, 7, 24)
-        order = torch.tensor([2, 0, 3, 1])
-        close(encoder(faces[:, order], present[:, order]), tokens, 1e-4)
-        junk = torch.cat([50 * torch.randn(2, 3, 16), faces], 1)
-        close(encoder(junk, torch.cat([torch.zeros(2, 3, dtype=torch.bool), present], 1)), tokens, 1e-4)
-        close(encoder(faces[1:, :2], present[1:, :2]), tokens[1:], 1e-4)
-        other = encoder(unit(2, 4, 16), present)
-    assert ((other - tokens).abs().amax(-1) > 1e-3).all()                 # every token listens to who it is
-
-
-def test_fie_one_reference_gives_seven_different_tokens():
-    """With one reference the softmax is 1 and all pooled vectors agree: the tokens must differ all the same, at init."""
-    encoder = hf.FaceIdentityEncoder().eval()
-    with torch.no_grad():
-        tokens = encoder(unit(3, 1, 512), torch.ones(3, 1, dtype=torch.bool))
-    assert tokens.shape == (3, 7, 1024)
-    for face in tokens:
-        apart = torch.cdist(face, face) + 1e9 * torch.eye(7)
-        assert apart.min() > .05 * face.norm(dim=-1).mean()
-
-
-def test_fie_without_references_gives_learned_null_tokens():
-    """All absent: finite tokens that no embedding moves, different from each other, that learn; neighbours unharmed."""
-    encoder = small_fie()
-    faces, present = unit(2, 3, 16), torch.tensor([[False] * 3, [True, False, True]])
-    tokens = encoder(faces, present)
-    assert tokens.isfinite().all()
-    close(encoder(100 * torch.randn(2, 3, 16), present)[0], tokens[0])
-    close(encoder(faces[1:], present[1:]), tokens[1:])
-    assert (torch.cdist(tokens[0], tokens[0]) + torch.eye(7)).min() > 1e-3
-    (tokens[0] * torch.randn(7, 24)).sum().backward()
+    encoder, faces = randomised(hf.FaceIdentityEncoder(id_dim=16, tokens=7, dim=24)), unit(3, 4, 16)
+    present = torch.tensor([[True] * 4, [True, True, False, False], [False] * 4])
+    tokens, order = encoder(faces, present), torch.tensor([2, 0, 3, 1])
+    assert tokens.shape == (3, 7, 24) and tokens.isfinite().all()
+    close(encoder(faces[:, order], present[:, order]), tokens, 1e-4)
+    close(encoder(torch.cat([50 * torch.randn(3, 3, 16), faces], 1), F.pad(present, (3, 0))), tokens, 1e-4)
+    close(encoder(faces[1:2, :2], present[1:2, :2]), tokens[1:2], 1e-4)
+    moved = (encoder(unit(3, 4, 16), present) - tokens).abs().amax(-1)
+    assert (moved[:2] > 1e-3).all() and moved[2].max() < 1e-5             # without references no embedding moves the tokens
+    encoder = hf.FaceIdentityEncoder()                                    # as initialised: one reference, the softmax is 1
+    tokens = encoder(unit(3, 1, 512), torch.tensor([[True], [True], [False]]))
+    for face, apart in zip(tokens, torch.cdist(tokens, tokens) + 1e9 * torch.eye(7)):
+        assert face.shape == (7, 1024) and apart.min() > .05 * face.norm(dim=-1).mean()
+    (tokens[2] * torch.randn(7, 1024)).sum().backward()                   # the null tokens learn
     grads = [p.grad for p in encoder.parameters() if p.grad is not None]
     assert all(g.isfinite().all() for g in grads) and any(g.abs().sum() > 0 for g in grads)
 
 
 def test_fusion_starts_as_the_vre_prompt_and_can_learn():
-    """77 + 4 + 7 -> 77: bitwise p_L at initialisation, whatever the references say, null tokens too; the gradient lives."""
+    """77 + 4 + 7 -> 77: bitwise p_L at initialisation, whatever the references say; the gradient lives."""
     fusion, (p_l, p_f, p_i) = hf.PromptFusion(64), [torch.randn(2, n, 64) for n in (77, 4, 7)]
-    null = hf.FaceIdentityEncoder(id_dim=16, dim=64)(torch.zeros(2, 1, 16), torch.zeros(2, 1, dtype=torch.bool))
-    for identity in (p_i, 100 * p_i, null):
-        got = fusion(p_l, p_f, identity)
-        assert got.shape == (2, 77, 64) and torch.equal(got, p_l)
+    assert torch.equal(fusion(p_l, p_f, p_i), p_l) and torch.equal(fusion(p_l, p_f, 100 * p_i), p_l)
     (fusion(p_l, p_f, p_i) * torch.randn(2, 77, 64)).sum().backward()
     assert any(p.dim() > 1 and p.grad is not None and p.grad.abs().sum() > 0 for p in fusion.parameters())
-    with torch.device("meta"):
-        p = [torch.empty(1, n, 1024) for n in (77, 4, 7)]
-        assert hf.PromptFusion(1024)(*p).shape == (1, 77, 1024)
-
-
-# ------------------------------------------------------------------------------------ identity loss, Eq. 8
-
-def turned(x, degrees):
-    """(B, 2, 1, 1) "images" turned in their plane."""
-    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    return torch.stack([c * x[:, 0] - s * x[:, 1], s * x[:, 0] + c * x[:, 1]], 1)
 
 
 def test_eq8_identity_loss_sums_one_minus_cosine_over_the_ensemble():
-    """0 for one person, .5 at 60 degrees, 2 at opposites; two recognisers add up, pictures average."""
+    """0 for one person, .5 at 60 degrees, 2 at opposites; pictures average; the gradient reaches the restored face only."""
     encoder = lambda x: F.normalize(x.flatten(1))
     x = torch.randn(6, 2, 1, 1, dtype=f64)
     for degrees, want in ((0, 0), (60, .5), (90, 1), (180, 2)):
-        assert number(hf.identity_loss([encoder], turned(x, degrees), x)) == pytest.approx(want, abs=1e-6)
-        assert number(hf.identity_loss([encoder] * 2, turned(x, degrees), x)) == pytest.approx(2 * want, abs=1e-6)
-    half = torch.cat([x[:3], turned(x, 180)[3:]])
+        c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+        turned = torch.stack([c * x[:, 0] - s * x[:, 1], s * x[:, 0] + c * x[:, 1]], 1)     # "images" turned in their plane
+        assert number(hf.identity_loss([encoder], turned, x)) == pytest.approx(want, abs=1e-6)
+        assert number(hf.identity_loss([encoder] * 2, turned, x)) == pytest.approx(2 * want, abs=1e-6)
+    half = torch.cat([x[:3], -x[3:]])
     first_only = lambda x: F.normalize(x[:, :1].flatten(1) * x.new_tensor([1., 0.]))       # sees the sign of one value
     signs = (x[:, 0] * half[:, 0] < 0).double().mean().item()
     assert number(hf.identity_loss([encoder, first_only], half, x)) == pytest.approx(1 + 2 * signs, rel=1e-5)
-
-
-def test_eq8_gradient_reaches_the_restored_face_only():
-    """Through frozen recognisers to x_hat, as from the explicit sum; nothing in the target or in the networks."""
     nets = [nn.Sequential(nn.Flatten(), nn.Linear(48, 8)).requires_grad_(False) for _ in range(2)]
     encoders = [lambda x, net=net: F.normalize(net(x)) for net in nets]
     restored, target = [torch.randn(3, 3, 4, 4).requires_grad_() for _ in range(2)]
@@ -495,8 +372,6 @@ def test_eq8_gradient_reaches_the_restored_face_only():
     assert all(p.grad is None for net in nets for p in net.parameters())
 
 
-# ------------------------------------------------------------------------------------ EA-DISTS, Eq. 9
-
 def slow_edges(x):
     """Sobel's magnitude of the mean of R, G, B inside the picture: (B, 3, H, W) -> (B, 1, H - 2, W - 2)."""
     g = x.mean(1, keepdim=True)
@@ -506,7 +381,7 @@ def slow_edges(x):
     return (gx ** 2 + gy ** 2 + 1e-6).sqrt()
 
 
-def test_eq9_sobel_of_ramps_steps_and_noise():
+def test_eq9_edge_aware_dists_adds_pictures_and_their_sobel_edges():
     """A ramp of slope a: 8 a, the mean of the channels' slopes; a step of 1: 4; a constant: 1e-3; noise as a loop."""
     column = torch.arange(12, dtype=f64).expand(1, 3, 10, 12)
     slopes = torch.tensor([.01, .02, .06], dtype=f64).view(3, 1, 1)
@@ -518,83 +393,59 @@ def test_eq9_sobel_of_ramps_steps_and_noise():
     assert inside(torch.full_like(column, .7)).flatten().tolist() == pytest.approx([1e-3] * 80, rel=1e-3)
     x = torch.rand(2, 3, 9, 7, dtype=f64)
     close(inside(x), slow_edges(x))
-
-
-def test_eq9_edge_aware_dists_adds_pictures_and_their_edges():
-    """DISTS(x, y) + DISTS(edges of x, edges of y), in equal parts, of pictures as [0, 1], never clamped."""
-    calls = []
-    a, b = 3 * torch.rand(2, 2, 3, 10, 12, dtype=f64) - 1.5
+    calls, (a, b) = [], 3 * torch.rand(2, 2, 3, 10, 12, dtype=f64) - 1.5
     got = hf.edge_aware_dists(lambda x, y: calls.append((x, y)) or mse(x, y), a, b)
-    halves = [v / 2 + .5 for v in (a, b)]
-    given = lambda pair: next((v for v in ((a, b), halves) if torch.allclose(pair[0], v[0])), None)     # range of the caller
-    assert len(calls) == 2 and sum(given(pair) is not None for pair in calls) == 1
-    pictures, edges = calls if given(calls[0]) else reversed(calls)
-    close(pictures[1], given(pictures)[1])
+    pictures, edges = calls
+    assert torch.equal(pictures[0], a) and torch.equal(pictures[1], b)
     for picture, edge in zip(pictures, edges):
         inside = edge[..., 1:-1, 1:-1]
         close(inside, slow_edges(picture).expand_as(inside))
     assert number(got) == pytest.approx(number(mse(*pictures)) + number(mse(*edges)), rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------ masked face alignment, Eq. 10-13
-
 def test_eq10_raw_mask_is_the_mean_over_the_landmarks_enlarged():
     """98 heatmaps act as their mean (not sum or maximum), bilinear to the size of the picture; no gradient."""
     heatmaps = torch.rand(2, 98, 8, 8, dtype=f64, requires_grad=True)
-    mean = heatmaps.detach().mean(1, keepdim=True)
-    mask = hf.mfa_mask(heatmaps, 16)
+    mean, mask = heatmaps.detach().mean(1, keepdim=True), hf.mfa_mask(heatmaps, 16)
     assert mask.shape == (2, 1, 16, 16) and not mask.requires_grad
-    close(mask, hf.mfa_mask(mean, 16))
-    raw = F.interpolate(mean, (16, 16), mode="bilinear", align_corners=False)
-    lifted = 1 - (-10 * raw).exp()
+    lifted = 1 - (-10 * F.interpolate(mean, (16, 16), mode="bilinear", align_corners=False)).exp()
     low, high = lifted.amin((2, 3), keepdim=True), lifted.amax((2, 3), keepdim=True)
     close(mask, (lifted - low) / (high - low + 1e-6))
 
 
-@pytest.mark.parametrize("k", [.01, 10., 100.])
-def test_eq11_weak_responses_are_lifted_by_the_exponential(k):
-    """Raw values 0, m, 1 give 0, (1 - e^{-km}) / (1 - e^{-k}), 1: concave, a plain min-max for small k; default 10."""
+def test_eq11_weak_responses_are_lifted_and_each_picture_is_normalised_by_itself():
+    """0, m, 1 give 0, (1 - e^{-km}) / (1 - e^{-k}), 1: concave; min 0, max range / (range + eps); flat maps give 0."""
     values = torch.tensor([0., .01, .1, .3, .7, 1.], dtype=f64)
-    heatmaps = values[torch.arange(36) % 6].view(1, 1, 6, 6)
-    got = hf.mfa_mask(heatmaps, 6, k=k, eps=0.).flatten()[:6]
-    want = (1 - np.exp(-k * values.numpy())) / (1 - math.exp(-k))
-    np.testing.assert_allclose(got.numpy(), want, rtol=1e-5, atol=1e-5)
-    assert (got >= values - 1e-5).all()
+    heatmaps = values.repeat(6).view(1, 1, 6, 6)
+    for k in (.01, 10., 100.):
+        got = hf.mfa_mask(heatmaps, 6, k=k, eps=0.).flatten()[:6]
+        np.testing.assert_allclose(got.numpy(), (1 - np.exp(-k * values.numpy())) / (1 - math.exp(-k)), rtol=1e-5, atol=1e-5)
+        assert (got >= values - 1e-5).all()
     close(hf.mfa_mask(heatmaps, 6), hf.mfa_mask(heatmaps, 6, k=10., eps=1e-6), 1e-12)
-
-
-def test_eq11_each_picture_is_normalised_by_itself():
-    """min 0 and max range / (range + eps) per picture, within [0, 1] even for negative responses; flat maps give 0."""
     heatmaps = torch.rand(3, 5, 12, 12, dtype=f64) * torch.tensor([1., .03, 1e-3], dtype=f64).view(3, 1, 1, 1)
-    raw = heatmaps.mean(1).flatten(1)
-    mask = hf.mfa_mask(heatmaps, 12, eps=.1)
+    raw, mask = heatmaps.mean(1).flatten(1), hf.mfa_mask(heatmaps, 12, eps=.1)
     spread = (-10 * raw.amin(1)).exp() - (-10 * raw.amax(1)).exp()
     assert mask.amin((1, 2, 3)).tolist() == [0, 0, 0]
     close(mask.amax((1, 2, 3)), spread / (spread + .1))
     close(mask[1:2], hf.mfa_mask(heatmaps[1:2], 12, eps=.1), 1e-6)
-    rough = hf.mfa_mask(torch.randn(2, 98, 16, 16) * .05 - .02, 64)
+    rough = hf.mfa_mask(torch.randn(2, 98, 16, 16) * .05 - .02, 64)             # negative responses
     assert rough.min() >= 0 and rough.max() <= 1 and rough.max() > .9
     assert (hf.mfa_mask(torch.zeros(1, 98, 16, 16), 64) == 0).all()
     assert hf.mfa_mask(torch.full((1, 98, 16, 16), .25, dtype=f64), 16).abs().max() < 1e-6
 
 
 def test_eq12_eq13_loss_compares_composites_on_the_background():
-    """perceptual(M x_hat + (1 - M) B, M x + (1 - M) B): with squares mean((M (x_hat - x))^2) for any B; grey is 0."""
+    """perceptual(M x_hat + (1 - M) B, M x + (1 - M) B): with squares mean((M (x_hat - x))^2) for any B; default mid grey."""
     restored, target = torch.randn(2, 2, 3, 6, 6, dtype=f64)
     mask, seen = torch.rand(2, 1, 6, 6, dtype=f64), []
+    record = lambda a, b: seen.append((a, b)) or mse(a, b)
     want = (mask * (restored - target)).square().mean().item()
     for background in (0., -1., .5):
-        record = lambda a, b: seen.append((a, b)) or mse(a, b)
         assert number(hf.mfa_loss(record, restored, target, mask, background)) == pytest.approx(want, rel=1e-5)
-        composites = [mask * v + (1 - mask) * background for v in (restored, target)]
-        assert all(any((a - b).abs().max() < 1e-5 for b in composites) for a in seen[-1])
-    seen.clear()
-    hf.mfa_loss(lambda a, b: seen.append((a, b)) or mse(a, b).mean(), restored, target, mask * 0)    # a scalar will do
-    assert all((v == 0).all() for v in seen[0])                                  # nothing but mid grey
-    assert hf.mfa_loss(mse, restored, target, mask).shape == ()
+        for got, v in zip(seen[-1], (restored, target)):
+            close(got, mask * v + (1 - mask) * background)
+    assert hf.mfa_loss(record, restored, target, mask * 0).shape == () and (torch.stack(seen[-1]) == 0).all()
 
-
-# ------------------------------------------------------------------------------------ affine landmark distance, Eq. 14-15
 
 def test_eq14_eq15_are_the_least_squares_over_affine_maps():
     """A moved corner of a square costs (a^2 + b^2) / 4, affine images 0; numpy and the stable forms of metrics.py agree."""
@@ -614,45 +465,35 @@ def test_eq14_eq15_are_the_least_squares_over_affine_maps():
     close(hf.affine_landmark_distance(*many, w), metrics.affine_landmark_distance(*many, w), 1e-6)
 
 
-# ------------------------------------------------------------------------------------ landmarks, crop, sizes
-
-def test_heatmaps_are_decoded_on_a_four_pixel_grid_also_at_borders():
-    """Cell + .5 +- .25 towards the larger neighbour, x 8 px; a point on the border disturbs no other."""
-    heatmaps = torch.rand(1, 98, 64, 64) * .1
-    cells = torch.randint(1, 63, (98, 2))
+def test_landmarks_on_a_four_pixel_grid_and_the_crop_of_arcface():
+    """Cell + .5 +- .25 towards the larger neighbour, x 8 px; the box sends FFHQ's five points to ArcFace's template."""
+    heatmaps, cells = torch.rand(1, 98, 64, 64) * .1, torch.randint(1, 63, (98, 2))
     cells[:4] = torch.tensor([[0, 0], [63, 63], [0, 63], [63, 0]])
     heatmaps[0, torch.arange(98), cells[:, 1], cells[:, 0]] = 1.
-    points = metrics.decode_heatmaps(heatmaps, 512)[0]
-    offset = points - (cells + .5) * 8
-    assert offset.abs().max() <= 2 and ((points[4:] - 2) % 4 == 0).all()
+    offset = metrics.decode_heatmaps(heatmaps, 512)[0] - (cells + .5) * 8
+    assert offset.abs().max() <= 2
     for i in range(4, 98):
         (x, y), h = cells[i].tolist(), heatmaps[0, i]
         assert offset[i].tolist() == [2. if h[y, x + 1] > h[y, x - 1] else -2., 2. if h[y + 1, x] > h[y - 1, x] else -2.]
-
-
-def test_crop_of_arcface_matches_the_similarity_of_the_two_templates():
-    """The box 65..448 x 61..445 of 512 px sends FFHQ's five points where ArcFace's 112 px template wants them."""
     ffhq = np.array([(192.98138, 239.94708), (318.90277, 240.1936), (256.63416, 314.01935), (201.26117, 371.41043),
                      (313.08905, 371.15118)]) @ [1, 1j]
-    arcface = np.array([(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041)])
-    arcface = arcface @ [1, 1j]
+    arcface = np.array([(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655),
+                        (70.7299, 92.2041)]) @ [1, 1j]
     source, target = ffhq - ffhq.mean(), arcface - arcface.mean()
     scale = (source.conj() * target).sum() / (abs(source) ** 2).sum()
     shift = arcface.mean() - scale * ffhq.mean()
     assert scale.real == pytest.approx(.29209, abs=1e-5) and abs(math.degrees(np.angle(scale))) < .02
-    corners = [(v - shift) / scale for v in (0, 112 + 112j)]
-    box = np.array([corners[0].real, corners[0].imag, corners[1].real, corners[1].imag])
+    box = np.array([-shift / scale, (112 + 112j - shift) / scale]).view(float)
     assert np.abs(box - metrics.CROP_112).max() < .5
     x = (torch.arange(512.) + .5).expand(1, 3, 512, 512)                        # the coordinate as the picture
-    for picture, low, high in ((x, box[0], box[2]), (x.mT, box[1], box[3])):
-        crop = metrics.crop_112(picture)[0, 0]
-        line = crop[56] if picture is x else crop[:, 56]
-        want = low + (np.arange(112) + .5) / 112 * (high - low)
-        assert np.abs(line.numpy() - want)[2:-2].max() < .6
+    across, down = metrics.crop_112(x)[0, 0, 56], metrics.crop_112(x.mT)[0, 0, :, 56]
+    for line, low, high in ((across, box[0], box[2]), (down, box[1], box[3])):
+        assert np.abs(line.numpy() - low - (np.arange(112) + .5) / 112 * (high - low))[2:-2].max() < .6
 
 
 def test_networks_have_the_published_sizes():
     """Table 3a: 978.4 M for OSDFace, 1,059 M for HonestFace (here 1,058.1 M). LoRA of rank 16 has 16.22 M with convolutions."""
+    linear = ATTENTION + ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
     millions = lambda *nets: sum(p.numel() for net in nets for p in net.parameters()) / 1e6
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(**SD21_UNET), AutoencoderKL(**SD21_VAE)
@@ -667,18 +508,16 @@ def test_networks_have_the_published_sizes():
         assert prompt.fusion(*[torch.empty(1, n, 1024) for n in (77, 4, 7)]).shape == (1, 77, 1024)
         judge = hf.LatentDiscriminator(unet, hf.ALL_LAYERS, 16, 16.0)
         assert round(sum(p.numel() for p in judge.parameters() if not p.requires_grad) / 1e6, 1) == 351.7
-        for names, layers, size in ((ATTENTION, 128, 3_319_808), (LINEAR, 192, 6_914_048), (hf.ALL_LAYERS, 258, 16_222_848)):
+        for names, layers, size in ((ATTENTION, 128, 3_319_808), (linear, 192, 6_914_048), (hf.ALL_LAYERS, 258, 16_222_848)):
             parameters = common.add_lora(UNet2DConditionModel(**SD21_UNET), names, 16, 16)
             assert len(parameters) == 2 * layers and sum(p.numel() for p in parameters) == size
 
 
-# ------------------------------------------------------------------------------------ the program
-
-call, refused = caller(hf)
+call, _ = caller(hf)
 SIZES = dict(vre=dict(width=8, multiples=(1, 2), dim=8, codes=96), eye_crop=8)
 TINY_SD = dict(image_size=32, vae_widths=(8, 16), latent_channels=4, unet_widths=(32, 32), prompt_dim=32)
-FLAGS = ["--image_size", "32", "--batch_size", "2", "--vre_steps", "2", "--onestep_steps", "3", "--log_steps", "1", "--device",
-         "cpu", "--validation_faces", "4", "--max_references", "2", "--mixed_precision", "no", "--num_workers", "0"]
+FLAGS = ("--image_size 32 --batch_size 2 --vre_steps 2 --onestep_steps 3 --log_steps 1 --device cpu --validation_faces 4 "
+         "--max_references 2 --mixed_precision no --num_workers 0").split()
 
 
 @pytest.fixture(scope="module")
@@ -701,30 +540,15 @@ def trained(tiny, tmp_path_factory):
     call("train", *tiny, "-o", folder / "out")
     for person in range(3):
         faces = toy_faces([person] * 4, torch.arange(4), size=40).image
-        common.write_image(folder / "lq" / f"{person:02d}.png",
-                           common.degrade(faces[:1], common.DEGRADATIONS["codeformer"], [person])[0])
+        lq, = common.degrade(faces[:1], common.DEGRADATIONS["codeformer"], [person])
+        common.write_image(folder / "lq" / f"{person:02d}.png", lq)
         for i in range(1, 4):
             common.write_image(folder / "people" / f"{person:02d}" / f"{i}.png", faces[i])
     return folder
 
 
-def tiny_networks(tiny):
-    """(configuration, networks, face networks) before training, with nothing of the prompt at its zero start."""
-    cfg = hf.Train(**hf.TOY_VALUES | dict(image_size=32, max_references=2, pretrained_model_name_or_path=str(tiny[-5])))
-    face_nets = hf.face_networks(cfg, "cpu")
-    nets = hf.build(cfg, face_nets, "cpu")
-    for p in nets["prompt"].parameters():
-        p.data += .3 * torch.randn_like(p) if p.requires_grad else 0
-    return cfg, nets, face_nets
-
-
-def pictures(folder):
-    return {p.name: common.read_image(p) for p in sorted((folder / "restored_faces").glob("*.png"))}
-
-
-def log_of(folder, stage):
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [row for row in rows if row.get("stage") == stage]
+log_of = lambda folder, stage: [row for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+                                if row.get("stage") == stage]
 
 
 def test_training_leaves_weights_numbers_and_pictures(trained):
@@ -738,13 +562,15 @@ def test_training_leaves_weights_numbers_and_pictures(trained):
     assert names and all(n.startswith("onestep.unet.") and n.endswith(("lora_A.weight", "lora_B.weight")) for n in names)
 
 
-def test_stage_by_stage_equals_all_at_once(trained, tiny, tmp_path, capsys):
-    assert "needs vre" in refused(capsys, "train", *tiny, "-o", tmp_path / "a", "--stage", "onestep")
+def test_stage_by_stage_recomputed_or_accumulated_equals_all_at_once(trained, tiny, tmp_path):
     for stage in ("vre", "onestep"):
-        call("train", *tiny, "-o", tmp_path / "a", "--stage", stage)
+        call("train", *tiny, "-o", tmp_path / "a", "--stage", stage, "--gradient_checkpointing")
     assert same(weights(trained / "out"), weights(tmp_path / "a"))
     call("train", *tiny, "-o", tmp_path / "b", "--vre", trained / "out")                    # the VRE of another run
     assert same(weights(trained / "out"), weights(tmp_path / "b"))
+    call("train", *tiny, *"--batch_size 1 --gradient_accumulation_steps 2 -o".split(), tmp_path / "c", "--vre", trained / "out")
+    pieces, whole = (log_of(folder, "onestep")[0]["grad_norm"] for folder in (tmp_path / "c", trained / "out"))
+    assert pieces == pytest.approx(whole, rel=1e-3)
     call("train", *tiny, "-o", tmp_path / "a", "--stage", "vre", "--overwrite", "--seed", "1")
     assert not (tmp_path / "a" / "onestep.safetensors").exists()                            # it stood on the former VRE
 
@@ -757,40 +583,14 @@ def test_a_killed_run_goes_on_to_the_same_weights(trained, tiny, tmp_path):
 
 
 def test_sample_depends_on_seed_and_references_not_on_batch_or_neighbours(trained, tmp_path, capsys):
-    arguments = ["sample", "-i", trained / "lq", "--checkpoint", trained / "out", "--device", "cpu"]
-    call(*arguments, "-o", tmp_path / "a", "--reference", trained / "people", "--batch_size", "3")
+    shared, one = ["--checkpoint", trained / "out", "--device", "cpu"], trained / "lq" / "01.png"
+    call("sample", "-i", trained / "lq", *shared, "-o", tmp_path / "a", "--reference", trained / "people", "--batch_size", "3")
     assert capsys.readouterr().out.count("3 references") == 3     # each input finds its own sub-folder
-    one = ["sample", "-i", trained / "lq" / "01.png", *arguments[3:], "--reference", trained / "people" / "01"]
-    call(*one, "-o", tmp_path / "b")
-    call(*one, "-o", tmp_path / "c", "--seed", "1")
-    a, b, c = (pictures(tmp_path / name) for name in "abc")
-    assert len(a) == 3 and a["00.png"].shape == (3, 32, 32)
-    assert (a["01.png"] - b["01.png"]).abs().max() < .01 < (a["01.png"] - c["01.png"]).abs().max()
-
-
-def test_accumulated_and_recomputed_gradients_are_those_of_one_batch(tiny, tmp_path):
-    """2 x 2 faces as 4 at once, and with gradient checkpointing: the losses and the gradient's length of every step."""
-    runs = {"whole": ["--batch_size", "4"], "pieces": ["--batch_size", "2", "--gradient_accumulation_steps", "2"],
-            "recomputed": ["--batch_size", "4", "--gradient_checkpointing"]}
-    for name, flags in runs.items():
-        call("train", *tiny, *flags, "-o", tmp_path / name, "--max_train_steps", "1", "--validation_faces", "2")
-    norms = {name: [log_of(tmp_path / name, stage)[0]["grad_norm"] for stage in ("vre", "onestep")] for name in runs}
-    assert norms["pieces"][1] == pytest.approx(norms["whole"][1], rel=1e-3)                 # VRE: the association's rows differ
-    assert norms["recomputed"] == pytest.approx(norms["whole"], rel=1e-4)
-
-
-def test_eq6_inside_a_batch_each_face_takes_its_eyes_from_the_present_reference_that_fits():
-    lq = torch.rand(2, 98, 2) * 64
-    landmarks = torch.rand(2, 3, 98, 2) * 64
-    landmarks[0, 2] = lq[0] @ torch.tensor([[0.8, 0.1], [-0.2, 1.1]]) + 3
-    landmarks[1, 0] = lq[1] * 0.5                                 # fits best, but is absent
-    landmarks[1, 1] = lq[1] + 0.5 * torch.randn(98, 2)
-    looked = SimpleNamespace(recogniser=lambda x: torch.zeros(len(x), 4),
-                             detector=SimpleNamespace(landmarks=lambda x: landmarks.flatten(0, 1)))
-    images = torch.arange(6.0).view(2, 3, 1, 1, 1).expand(-1, -1, 3, 8, 8)
-    found = hf.read_references(looked, lq, images, torch.tensor([[True, True, True], [False, True, True]]))
-    assert found.chosen[:, 0, 0, 0].tolist() == [2.0, 4.0]
-    assert torch.equal(found.landmarks, torch.stack([landmarks[0, 2], landmarks[1, 1]]))
+    for name, seed in (("b", 0), ("c", 1)):
+        call("sample", "-i", one, *shared, "-o", tmp_path / name, "--reference", trained / "people" / "01", "--seed", seed)
+    a, b, c = (common.read_image(tmp_path / name / "restored_faces" / "01.png") for name in "abc")
+    assert len(list((tmp_path / "a" / "restored_faces").glob("*.png"))) == 3 and a.shape == (3, 32, 32)
+    assert (a - b).abs().max() < .01 < (a - c).abs().max()
 
 
 def test_references_are_the_person_mirrored_as_the_face_and_never_the_face_itself(tmp_path):
@@ -799,41 +599,17 @@ def test_references_are_the_person_mirrored_as_the_face_and_never_the_face_itsel
             ramp = torch.linspace(-.1, .1, 16).expand(3, 16, 16) + i / 8 - k * .8
             common.write_image(tmp_path / person / f"{i}.png", ramp)
     common.write_image(tmp_path / "alone" / "0.png", torch.ones(3, 16, 16))
-    (tmp_path / "a" / "broken.png").write_text("no picture")
     faces = common.Faces(tmp_path, 16, mirror=True)
-    batch, falls = faces.training(16, 0, 0), lambda x: x[..., 0] > x[..., -1]
+    batch, falls = faces.training(16, 0, 0), lambda x: (x[..., 0] > x[..., -1])[0, 0].item()
     images, present = hf.references(faces, batch, 4)
     for i, hq in enumerate(batch["hq"]):
-        alone = (hq == 1).all().item()
-        assert present[i].sum() == (0 if alone else 3)
+        assert present[i].sum() == (0 if (hq == 1).all() else 3)
         for photo in images[i][present[i]]:
             assert (photo.mean() < -.25) == (hq.mean() < -.25) and (photo.mean() - hq.mean()).abs() > .1
-            assert falls(photo)[0, 0] == falls(hq)[0, 0]
-    assert 0 < sum(falls(hq)[0, 0].item() for hq in batch["hq"]) < 16
+            assert falls(photo) == falls(hq)
+    assert 0 < sum(map(falls, batch["hq"])) < 16
     who = torch.tensor([0, 0, 0, 1, 1, 2])
     assert all(who[i] != who[j] for i, j in enumerate(hf.strangers(who).tolist())) and hf.strangers(torch.zeros(3)) is None
-
-
-def test_eq5_turns_leave_no_gradients_in_the_other_network(tiny):
-    """The restorer's turn fills no gradient of D, D's turn none of the restorer; frozen networks get none."""
-    cfg, nets, face_nets = tiny_networks(tiny)
-    judge = hf.LatentDiscriminator(nets["unet"], hf.ALL_LAYERS, 2, 2.0)
-    common.add_lora(nets["unet"], hf.ALL_LAYERS, 2, 2.0)
-    faces = toy_faces([1, 2], [0, 0], size=32)
-    album = torch.stack([faces.image, faces.image.flip(0)], 1)    # two: among one there is nothing to weigh
-    prompt = hf.make_prompt(nets, face_nets, faces.image, album, torch.ones(2, 2, dtype=torch.bool))
-    z = hf.encode(nets["vae"], faces.image)
-    z_hat, t = hf.restore_latent(nets["unet"], z, prompt, 399), torch.tensor([10, 700])
-    with hf.frozen(judge):
-        hf.generator_loss(judge(z_hat, t, prompt.detach())).backward()
-    has = lambda net: {n for n, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert not has(judge) and not has(nets["vae"]) and not has(nets["vre"])
-    assert all("lora_" in n for n in has(nets["unet"])) and any("lora_B" in n for n in has(nets["unet"]))
-    assert {"adapter.conv1.weight", "fie.query", "ffe.colour.weight"} <= has(nets["prompt"])
-    before = {n: p.grad.clone() for n, p in nets["prompt"].named_parameters() if p.grad is not None}
-    hf.discriminator_loss(judge(z, t, prompt.detach()), judge(z_hat.detach(), t, prompt.detach())).backward()
-    assert "head.0.weight" in has(judge) and all("lora_" in n or "head" in n for n in has(judge))
-    assert all(torch.equal(before[n], p.grad) for n, p in nets["prompt"].named_parameters() if n in before)
 
 
 def test_the_restorer_overfits_one_batch_and_null_references_are_no_references(tiny):
@@ -841,7 +617,7 @@ def test_the_restorer_overfits_one_batch_and_null_references_are_no_references(t
     own = common.add_lora(nets["unet"], hf.ALL_LAYERS, 16, 16.0) + [p for p in nets["prompt"].parameters() if p.requires_grad]
     optimizer, losses, hq = Muon(own, lr=5e-3), [], toy_faces([1, 2], [0, 0], size=32).image
     lq, one = common.degrade(hq, common.DEGRADATIONS["codeformer"], [0, 1]), torch.ones(2, 1, dtype=torch.bool)
-    z_l, z_h = hf.encode(nets["vae"], lq).detach(), hf.encode(nets["vae"], hq).detach()
+    z_l, z_h = hf.encode(nets["vae"], torch.cat([lq, hq])).detach().chunk(2)
     for _ in range(25):
         prompt = hf.make_prompt(nets, face_nets, lq, hq[:, None], one)
         loss = (hf.restore_latent(nets["unet"], z_l, prompt, 399) - z_h).square().mean() / z_h.var()
@@ -863,11 +639,8 @@ def test_parts_switched_off_do_not_run(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(hf, "face_networks", lambda *a, **k: hf.dataclasses.replace(built(*a, **k), detector=lost))
     call("train", *tiny, "-o", tmp_path / "fie", "--ide", "fie", "--mfa", "none", "--max_train_steps", "1")
     monkeypatch.setattr(hf, "read_references", None)
-    flags = ["--ide", "none", "--mfa", "none", "--gan_weight", "0", "--max_train_steps", "1"]
-    call("train", *tiny, *flags, "-o", tmp_path / "none")
+    call("train", *tiny, "-o", tmp_path / "none", *"--ide none --mfa none --gan_weight 0 --max_train_steps 1".split())
 
-
-# ------------------------------------------------------------------------------------ released layouts
 
 LAYER, CONVOLUTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "down_blocks.0.resnets.0.conv1"
 
@@ -894,17 +667,16 @@ def released(tmp_path_factory):
             f"unet.{CONVOLUTION}.lora.down.weight": torch.randn(16, 32, 3, 3),
             f"unet.{CONVOLUTION}.lora.up.weight": torch.randn(32, 16, 1, 1)}
     safetensors.torch.save_file(lora, root / "osdface" / "pytorch_lora_weights.safetensors")
-    return SimpleNamespace(root=root, vre=vre, adapter=adapter, lora=list(lora.values()), nets=nets)
+    osdface = hf.load_osdface(root / "osdface", str(root / "sd"))
+    return SimpleNamespace(root=root, vre=vre, adapter=adapter, lora=list(lora.values()), nets=nets, osdface=osdface)
 
 
-def test_osdface_release_loads_and_restores(released, tmp_path):
-    """Merged, loaded strictly, one face restored by the program."""
-    a, b, ca, cb = released.lora
+def test_osdface_release_is_merged_and_restores(released):
+    (a, b, ca, cb), (nets, cfg) = released.lora, released.osdface
     base = UNet2DConditionModel.from_pretrained(released.root / "sd", subfolder="unet")
-    nets, cfg = hf.load_osdface(released.root / "osdface", str(released.root / "sd"))
-    assert torch.allclose(nets["unet"].get_submodule(LAYER).weight, base.get_submodule(LAYER).weight + b @ a, atol=1e-5)
-    kernel = base.get_submodule(CONVOLUTION).weight + torch.einsum("or,rikl->oikl", cb[..., 0, 0], ca)
-    assert torch.allclose(nets["unet"].get_submodule(CONVOLUTION).weight, kernel, atol=1e-4)
+    change = lambda name: nets["unet"].get_submodule(name).weight - base.get_submodule(name).weight
+    assert torch.allclose(change(LAYER), b @ a, atol=1e-5)
+    assert torch.allclose(change(CONVOLUTION), torch.einsum("or,rikl->oikl", cb[..., 0, 0], ca), atol=1e-4)
     assert torch.equal(nets["vre"].codebook, released.vre.codebook) and nets["vre"].double_normalise
     assert torch.equal(nets["prompt"].adapter.conv2.weight, released.adapter.conv2.weight)
     out = hf.restore(nets, cfg, None, torch.rand(1, 3, 64, 64), None, None, torch.zeros_like)
@@ -913,21 +685,19 @@ def test_osdface_release_loads_and_restores(released, tmp_path):
 
 def test_a_paper_step_starts_from_osdface_and_trains_on_every_released_network(released, toy_folder, tmp_path):
     """Section 4.1: before a step HonestFace without references is OSDFace; one step of learning rate 1e-8 leaves it so."""
-    a, b, ca, cb = released.lora
+    (a, b, ca, cb), root = released.lora, released.root
     call("train", "--preset", "paper", *FLAGS, "--data", toy_folder / "train", "--validation_data", toy_folder / "val",
-         "--pretrained_model_name_or_path", released.root / "sd", "--osdface", released.root / "osdface", "--image_size", "64",
-         "--face_networks", released.root / "faces", "--learning_rate", "1e-8", "--max_train_steps", "1", "--batch_size", "1",
-         "--validation_faces", "1", "-o", tmp_path / "out")
-    parts = weights(tmp_path / "out")
+         "--pretrained_model_name_or_path", root / "sd", "--osdface", root / "osdface", "--face_networks", root / "faces",
+         *"--image_size 64 --learning_rate 1e-8 --max_train_steps 1 --batch_size 1 --validation_faces 1 -o".split(), tmp_path)
+    parts = weights(tmp_path)
     for layer, want_a, want_b in ((LAYER, a, b), (CONVOLUTION, ca, cb)):
         assert torch.allclose(parts[f"onestep.unet.{layer}.lora_A.weight"], want_a, atol=1e-5)
         assert torch.allclose(parts[f"onestep.unet.{layer}.lora_B.weight"], want_b, atol=1e-5)
     assert torch.equal(parts["vre.quantize.embedding.weight"], released.vre.codebook)
-    last = log_of(tmp_path / "out", "onestep")[-1]
+    last = log_of(tmp_path, "onestep")[-1]
     assert all(0 < last[name] < 10 for name in ("mse", "perceptual", "identity", "mfa", "gan", "discriminator"))
-    nets, cfg, face_nets = hf.load_networks(hf.Sample(input="", checkpoint=str(tmp_path / "out")), "cpu")
-    former, _ = hf.load_osdface(released.root / "osdface", str(released.root / "sd"))
-    x = torch.rand(1, 3, 64, 64) * 2 - 1
+    nets, cfg, face_nets = hf.load_networks(hf.Sample(input="", checkpoint=str(tmp_path)), "cpu")
+    former, x = released.osdface[0], torch.rand(1, 3, 64, 64) * 2 - 1
     with torch.no_grad():
         z, codes = hf.encode(former["vae"], x), hf.vre_tokens(nets["vre"](x), nets["vre"].codebook)
         own, theirs = (hf.restore_latent(n["unet"], z, n["prompt"].adapter(codes), 399) for n in (nets, former))
@@ -940,18 +710,11 @@ def test_a_paper_step_starts_from_osdface_and_trains_on_every_released_network(r
 
 
 def test_the_toy_stand_in_is_a_folder_that_diffusers_reads(toy_folder, tmp_path):
-    """Two steps of each of its networks; a finished folder is left as it is."""
-    flags = TINY_SD | dict(vae_steps=2, device="cpu", mixed_precision="no", batch_size=2, vae_crop=16,
-                           validation_data=str(toy_folder / "val"))
-    sd.train(str(tmp_path / "sd"), 2, str(toy_folder / "train"), **flags)
+    flags = TINY_SD | dict(vae_steps=2, device="cpu", mixed_precision="no", batch_size=2, vae_crop=16)
+    sd.train(str(tmp_path / "sd"), 2, str(toy_folder / "train"), **flags, validation_data=str(toy_folder / "val"))
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "sd", dtype=torch.float32)
     ids = pipeline.tokenizer("A photo of a person, unheard-of", padding="max_length").input_ids
-    assert len(ids) == 77 and ids.count(1) == 1 and ids[-1] == 0 and (tmp_path / "sd" / "samples.png").exists()
-    cfg = hf.Train(size="toy", pretrained_model_name_or_path=str(tmp_path / "sd"), ide="none")
-    nets = hf.build(cfg, None, "cpu")
-    assert nets["unet"].dtype == torch.float32
+    assert len(ids) == 77 and ids.count(1) == 1 and ids[-1] == 0
+    nets = hf.build(hf.Train(size="toy", pretrained_model_name_or_path=str(tmp_path / "sd"), ide="none"), None, "cpu")
     image = common.Faces(toy_folder / "train", 32).training(64, 0, 0, degraded=False)["hq"]
-    assert hf.encode(nets["vae"], image).std().item() == pytest.approx(1, abs=.05)
-    before = (tmp_path / "sd" / "unet" / "config.json").stat().st_mtime_ns
-    sd.train(str(tmp_path / "sd"), 2, str(toy_folder / "train"), **flags, resume_from_checkpoint="latest")
-    assert (tmp_path / "sd" / "unet" / "config.json").stat().st_mtime_ns == before
+    assert nets["unet"].dtype == torch.float32 and hf.encode(nets["vae"], image).std().item() == pytest.approx(1, abs=.05)
