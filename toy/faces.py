@@ -19,6 +19,7 @@ import csv
 import functools
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -768,18 +769,21 @@ def draw(folder, size: int = 64, share: float = 1.0) -> None:
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder}: is there already; remove it, or choose another -o")
-    part = folder.with_name(f"{folder.name}.drawing")
-    shutil.rmtree(part, ignore_errors=True)                        # of an earlier attempt that was stopped
+    part = folder.with_name(f"{folder.name}.drawing{os.getpid()}")
     counts = {name: (first, max(2, round(share * people)), each) for name, (first, people, each) in SPLITS.items()}
     pairs, held = (max(4, round(share * n)) for n in PAIRS)
     total = sum(people * each for _, people, each in counts.values()) + 2 * pairs + 2 * held
     print(f"drawing {total} toy faces into {folder}, once", flush=True)
-    with tqdm(total=total, desc="drawing", disable=None) as bar:
-        for name, (first, people, each) in counts.items():
-            draw_split(part / name, first, people, each, size, bar)
-        draw_pairs(part / "pairs", "train", pairs, size, bar)
-        draw_pairs(part / "pairs_val", "val", held, size, bar)
-    part.rename(folder)
+    try:
+        with tqdm(total=total, desc="drawing", disable=None) as bar:
+            for name, (first, people, each) in counts.items():
+                draw_split(part / name, first, people, each, size, bar)
+            draw_pairs(part / "pairs", "train", pairs, size, bar)
+            draw_pairs(part / "pairs_val", "val", held, size, bar)
+        if not folder.exists():                                    # another command may have drawn it meanwhile
+            part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 if __name__ == "__main__":
