@@ -541,8 +541,10 @@ class Run:
         cfg, config = self.cfg, self.folder / "config.json"
         self.going_on = bool(cfg.resume_from_checkpoint or cfg.stage != "all")
         holds = [p for p in sorted(self.folder.glob("*")) if p.name in RUN_FILES or p.suffix == ".safetensors"]
-        if holds and not (self.going_on or cfg.overwrite):
-            raise UserError(f"--output {self.folder}: holds another run ({holds[0].name}); --resume_from_checkpoint latest "
+        stage = self.folder / f"{cfg.stage}.safetensors"
+        here = stage if stage.exists() else holds[0] if holds and not self.going_on else None
+        if here and not (cfg.resume_from_checkpoint or cfg.overwrite):
+            raise UserError(f"--output {self.folder}: holds another run ({here.name} is there); --resume_from_checkpoint latest "
                             "goes on with it, --overwrite replaces it")
         if config.exists() and self.going_on:
             before = read_json(config)["train"]
@@ -839,10 +841,8 @@ def read_torch(path):
     """torch.load that runs no code. UserError for a missing, damaged or executable file."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except Exception as error:                                    # a damaged file fails in a dozen ways
-        raise UserError(f"{path}: refused: damaged, or it holds more than tensors, which could run code "
+        raise UserError(f"{path}: refused: missing, damaged, or it holds more than tensors, which could run code "
                         f"({first_line(error)[:80]}); convert it to safetensors") from None
 
 
@@ -927,10 +927,10 @@ def from_folder(cls, where: str, flag: str, subfolder: str = "", **options):
         if "Tokenizer" in cls.__name__:
             return cls.from_pretrained(where, subfolder=subfolder, **options)
         model, found = cls.from_pretrained(where, subfolder=subfolder, output_loading_info=True, **options)
+        if found["missing_keys"]:
+            raise ValueError(f"it lacks weights such as {min(found['missing_keys'])}")
     except Exception as error:                                    # missing files, other sizes, offline, gated: a dozen
         raise UserError(f"--{flag} {where}: {subfolder or cls.__name__} cannot be loaded ({first_line(error)})") from None
-    if found["missing_keys"]:
-        raise UserError(f"--{flag} {where}: {subfolder or cls.__name__} lacks weights such as {min(found['missing_keys'])}")
     return model
 
 
@@ -1012,8 +1012,6 @@ def read_lora(path, prefix: str = "transformer.") -> dict:
         with safetensors.safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
         settings = {key.removeprefix(prefix): value for key, value in settings.items()}
-    if settings.get("use_dora") or settings.get("lora_bias"):
-        raise UserError(f"{path}: DoRA and LoRA with biases are not read here")
     match = lambda pattern, name, default: next(
         (value for end, value in (settings.get(pattern) or {}).items() if re.fullmatch(rf"(.*\.)?({end})", name)), default)
     found = {}
@@ -1021,28 +1019,30 @@ def read_lora(path, prefix: str = "transformer.") -> dict:
         a, b, scale = state.pop(f"{name}.lora_A.weight"), state.pop(f"{name}.lora_B.weight", None), 1.0
         layer = name.removeprefix(prefix)
         if b is None or not name.startswith(prefix):
-            raise UserError(f"{path}: {name} has no lora_B, or does not begin with {prefix}")
+            state[name] = a
+            break
         if f"{name}.alpha" in state:
             scale = state.pop(f"{name}.alpha").item() / len(a)
         elif "lora_alpha" in settings:
             rank = match("rank_pattern", layer, settings.get("r", len(a)))
             scale = match("alpha_pattern", layer, settings["lora_alpha"]) / (rank ** 0.5 if settings.get("use_rslora") else rank)
         found[layer] = (a, scale * b)
-    if state or not found:
-        raise UserError(f"{path}: holds {min(state) if state else 'no LoRA'}; wants lora_A and lora_B weights alone")
+    if state or not found or settings.get("use_dora") or settings.get("lora_bias"):
+        raise UserError(f"{path}: holds {min(state, default='no LoRA, or DoRA, or biases')}; wants pairs {prefix}LAYER.lora_A.weight and "
+                        "lora_B.weight alone")
     return found
 
 
 def load_lora(module: nn.Module, path, prefix: str = "transformer.") -> None:
     """The inverse of `save_lora`, into the LoRA layers of `module`. UserError on another rank or other layers."""
     found, layers = read_lora(path, prefix), lora_layers(module)
-    if found.keys() != layers.keys():
-        raise UserError(f"{path}: LoRA of other layers (e.g. {min(found.keys() ^ layers.keys())})")
+    given = {name: (tuple(a.shape), tuple(b.shape)) for name, (a, b) in found.items()}
+    wanted = {name: (tuple(layer.lora_A.weight.shape), tuple(layer.lora_B.weight.shape)) for name, layer in layers.items()}
+    if wrong := [name for name in sorted({**given, **wanted}) if given.get(name) != wanted.get(name)]:
+        raise UserError(f"{path}: LoRA of another rank or other layers: {wrong[0]} has {given.get(wrong[0])}, wanted "
+                        f"{wanted.get(wrong[0])}")
     for name, layer in layers.items():
         a, b = found[name]
-        if a.shape != layer.lora_A.weight.shape or b.shape != layer.lora_B.weight.shape:
-            raise UserError(f"{path}: {name} has rank {len(a)} and {tuple(a.shape)}, this model has rank "
-                            f"{len(layer.lora_A.weight)} and {tuple(layer.lora_A.weight.shape)}")
         with torch.no_grad():
             layer.lora_A.weight.copy_(a)
             layer.lora_B.weight.copy_(b / layer.scale)
@@ -1200,12 +1200,10 @@ def check_config(cfg) -> None:
         for value in values if isinstance(values, tuple) else (values,):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
-            if not math.isfinite(value) or value < 0 or value >= 2 ** 63:
-                raise UserError(f"--{field.name} {value}: must be a finite number, 0 or more")
-            if value > 1 and re.search("share|ratio|dropout|decay", field.name) and type(value) is float:
-                raise UserError(f"--{field.name} {value}: must be at most 1")
-            if value == 0 and re.search("size|steps$|faces$|rank$", field.name) and "warmup" not in field.name and field.default != 0:
-                raise UserError(f"--{field.name} 0: must be at least 1")
+            least = re.search("size|steps$|faces$|rank$", field.name) and "warmup" not in field.name and field.default != 0
+            most = 1 if re.search("share|ratio|dropout|decay", field.name) and type(value) is float else 2 ** 63
+            if not math.isfinite(value) or value < bool(least) or value > most:
+                raise UserError(f"--{field.name} {value}: must be a number of at least {int(bool(least))} and at most {most}")
     out = Path(getattr(cfg, "output", "") or ".").resolve()
     for name in ("data", "validation_data", "input") if hasattr(cfg, "output") else ():
         if getattr(cfg, name, "") and Path(getattr(cfg, name)).resolve().is_relative_to(out):

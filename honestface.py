@@ -1008,8 +1008,6 @@ def take_finished(cfg, run, nets) -> list:
         path = run.part(stage)
         if stage == "vre" and (cfg.vre or release):
             load_vre(nets["vre"], cfg.vre or release["vre"])
-        elif path and stage == cfg.stage and not cfg.resume_from_checkpoint:
-            raise UserError(f"--stage {stage}: {path} is there; --overwrite trains it anew")
         elif path and (stage == "vre" or "vre" in done):
             load_stage(nets, stage, path, cfg.rank)
         elif stage == "vre" and cfg.stage == "onestep":

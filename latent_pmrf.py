@@ -1051,8 +1051,6 @@ def take_networks(cfg, run, nets: dict) -> list:
         stale = any(part in stands_on(cfg, other) for other in nets if other not in done)   # trained on a part that is gone
         if getattr(cfg, part, ""):
             nets[part] = load_part(cfg, part, getattr(cfg, part))
-        elif path and part == cfg.stage and not cfg.resume_from_checkpoint:
-            raise UserError(f"--stage {part}: {path} is there; --overwrite trains it anew")
         elif path and not stale:
             load_strict(nets[part], read_weights(path), path)
         elif cfg.stage in stands_on(cfg, part):
@@ -1095,9 +1093,7 @@ def load_sim_vae(where: str) -> SimVAE:
     path = find_checkpoint(where, "vae")
     if path.is_dir():
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
-        if not files:
-            raise UserError(f"--vae {where}: no .safetensors file in this folder")
-        path = files[0]
+        path = files[0] if files else path / "diffusion_pytorch_model.safetensors"
     # Some files store norms as (1, C, 1, 1).
     state = {n: t.flatten() if ".norm." in n else t for n, t in read_weights(path).items()}
     if "decoder.conv_in.weight" not in state:
@@ -1129,10 +1125,8 @@ def load_pmrf(where: Path) -> dict:
     average = raw.get("ema")
     average = average.get("shadow_params") if isinstance(average, dict) else average
     own = list(nets["flow"].parameters())
-    if average and [p.shape for p in own] != [shadow.shape for shadow in average]:
-        raise UserError(f"--checkpoint {where}: its averaged weights are not those of this flow")
-    for parameter, shadow in zip(own, average or []):
-        parameter.data.copy_(shadow)
+    for parameter, shadow in zip(own, average or own, strict=True):
+        parameter.data.copy_(shadow.view_as(parameter))
     return nets
 
 

@@ -1224,8 +1224,6 @@ def train(cfg: Train) -> None:
                             "--clip_weight 0 --pick_weight 0")
     again = cfg.overwrite and not cfg.resume_from_checkpoint
     files = {part: run.part(part) for part in PARTS if run.part(part) and not (again and part in wanted)}
-    if cfg.stage in files and not cfg.resume_from_checkpoint:
-        raise UserError(f"--stage {cfg.stage}: {files[cfg.stage]} is there; --overwrite trains it anew")
     # A stage that is asked for alone is trained, whatever --pretrained has; of several stages those that are not there
     known = [*BEFORE[wanted[0]], *wanted] if len(wanted) > 1 or wanted[0] in files else BEFORE[wanted[0]]
     torch.manual_seed(cfg.seed)                                    # the new texture connector is the same for every --stage
