@@ -380,6 +380,8 @@ class Faces:
         names = [name for _, name, *_ in ATTRIBUTES]
         for key, columns in (("attributes", names), ("landmarks", [f"{axis}{i}" for i in range(98) for axis in "xy"])):
             table = read_table(self.folder / f"{key}.csv", columns)
+            if table and not table.keys() & set(self.names):
+                raise UserError(f"{self.folder}/{key}.csv: names no picture of this folder; wants paths such as {self.names[0]}")
             if table:
                 missing = [math.nan] * len(columns)
                 self.labels[key] = torch.tensor([table.get(name, missing) for name in self.names])
@@ -1212,6 +1214,7 @@ def check_config(cfg) -> None:
 
 def parse(doc: str, verbs: dict, argv: list | None) -> tuple:
     """(function, configuration) of a command line; see `command_line`."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = OneLine(description=doc.strip().splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="verb", required=True, parser_class=OneLine)
     for name, (cls, presets, _) in verbs.items():
@@ -1219,7 +1222,8 @@ def parse(doc: str, verbs: dict, argv: list | None) -> tuple:
         sub = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
         if presets:
             sub.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="named values; any flag overrides")
-        add_flags(sub, cls, next(iter(presets.values()), {}))
+        given = next((name for name in presets if f"--preset {name}" in " ".join(argv)), None)
+        add_flags(sub, cls, presets[given] if given else next(iter(presets.values()), {}))   # help shows this preset's values
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         commands.choices[arguments.verb].error(f"unrecognized arguments: {' '.join(unknown)}")

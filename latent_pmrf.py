@@ -1004,6 +1004,8 @@ def train(cfg: Train) -> None:
     stages = stages_of(cfg)
     if cfg.stage not in ["all", *stages] or cfg.stage != "all" and getattr(cfg, cfg.stage, ""):
         raise UserError(f"--stage {cfg.stage}: nothing to train; it is given by a flag, or --space {cfg.space} has none")
+    if cfg.space == "pixel" and cfg.source == "latent_mean":
+        raise UserError("--source latent_mean: the flow on pixels has no latents")
     run = Run(cfg, SETTINGS)
     faces, held = open_faces(cfg, mirror=True)
     nets = {stage: build(cfg, stage) for stage in stages}

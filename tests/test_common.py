@@ -814,3 +814,15 @@ def test_help_is_grouped_and_its_texts_are_the_comments_beside_the_fields(capsys
         call("do", "--help")
     said = capsys.readouterr().out
     assert said.index("everyday:") < said.index("how many at a time [4]") < said.index("of this method:") < said.index("step size")
+
+
+def test_labels_that_name_no_picture_are_refused_and_help_shows_the_presets_values(tmp_path, capsys):
+    common.write_image(tmp_path / "person" / "0.png", torch.zeros(3, 8, 8))
+    (tmp_path / "attributes.csv").write_text("file,Young\n0.png,1\n")
+    with pytest.raises(UserError, match="names no picture.*person/0.png"):
+        common.Faces(tmp_path, 8)
+    for preset, value in (("toy", "64"), ("paper", "512")):
+        with pytest.raises(SystemExit):
+            import latent_pmrf
+            common.parse("x", latent_pmrf.VERBS, ["train", "--preset", preset, "--help"])
+        assert f"side of the faces in pixels [{value}]" in " ".join(capsys.readouterr().out.split())
