@@ -43,10 +43,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 # common comes first: it sets up OpenMP before torch is imported
-from common import (ATTRIBUTES, DEGRADATIONS, SIBLINGS, TOY, LoRALinear, Run, SampleFlags, TrainFlags, UserError,
-                    average_gradients, command_line, degrade, ema_update, first_line, from_folder, list_images,
-                    load_lora, lora_layers, lr_schedule, make_optimizer, mix, open_faces, open_run, read_image, read_weights,
-                    restore_folder, start_ema, verbalise, write_grid, write_image, write_json)
+from common import (ATTRIBUTES, DEGRADATIONS, EMA, SIBLINGS, TOY, LoRALinear, Run, SampleFlags, TrainFlags, UserError,
+                    command_line, degrade, first_line, from_folder, list_images, load_lora, lora_layers, lr_schedule,
+                    make_optimizer, mix, open_faces, open_run, read_image, read_weights, restore_folder, verbalise, write_grid,
+                    write_image, write_json)
 
 import torch
 import torch.nn as nn
@@ -857,7 +857,7 @@ def train_lora(cfg, run, pairs, nets, encoder):
     parameters = [p for p in prior.parameters() if p.requires_grad]
     optimizer, factor = lora_optimizer(cfg, parameters), lr_schedule(cfg, cfg.max_train_steps)
     modules = {"lora": prior}
-    ema = start_ema(modules)                                       # averaged weights of the LoRA, for `sample`
+    ema = EMA(modules, cfg.ema_decay)                                       # averaged weights of the LoRA, for `sample`
     first, pieces = run.load("lora", modules, ema, optimizer), cfg.gradient_accumulation_steps
     backward = lambda loss: (loss / pieces).backward()             # micro-batches add up their gradients
 
@@ -866,12 +866,12 @@ def train_lora(cfg, run, pairs, nets, encoder):
         for part in split(batch, pieces):
             loss, values = pair_loss(cfg, run, nets, encoder, part, backward if cfg.gradient_checkpointing else None)
             backward(loss)
-        average_gradients(modules, run.world)
+        run.average_gradients(modules)
         grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = cfg.learning_rate * factor(step)
         optimizer.step()
-        ema_update(ema, modules, cfg.ema_decay, step)
+        ema.update(step)
         if cfg.optimizer == "prodigy":                             # its step size only grows
             values["prodigy_d"] = torch.tensor(optimizer.param_groups[0]["d"])
         run.log("lora", step, **values, grad_norm=grad_norm)

@@ -5,8 +5,7 @@
     pictures      read_image, write_image, write_grid              files <-> (3, H, W) tensors
     data          Faces, open_faces                                a folder of people as batches
     run           Run                                              device, precision, processes, checkpoints, log
-                  average_gradients, trained, ema_update           what a training loop calls between backward and step
-    optimisers    make_optimizer, warmup_cosine, lr_schedule
+    updates       make_optimizer, lr_schedule, EMA                 what a training loop is made of
     weights       read_weights, load_strict, save_part, load_part, from_folder
     LoRA          LoRALinear, add_lora, merge_lora, save_lora, load_lora
     restoring     restore_folder                                   `sample` of every method, without its network
@@ -652,6 +651,15 @@ class Run:
                 self.say(f"{stage}, step {step + 1}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
                 self.told = time.time()
 
+    def average_gradients(self, modules: dict) -> None:
+        """Mean over processes, in one message. Simpler than DDP, and it serves modules with several entry points."""
+        if self.world > 1:
+            gradients = [p.grad for module in modules.values() for p in module.parameters() if p.grad is not None]
+            flat = torch.cat([g.flatten() for g in gradients])
+            dist.all_reduce(flat)
+            for g, averaged in zip(gradients, flat.div_(self.world).split([g.numel() for g in gradients])):
+                g.copy_(averaged.view_as(g))
+
     def save(self, stage: str, step: int, modules: dict, ema: dict, *optimizers, every: int = 0) -> None:
         """state.pt: all that a resumed run needs, at every `every`-th step (0: --checkpointing_steps) and where a stop was
         asked for.
@@ -669,7 +677,7 @@ class Run:
         weights = {name: trained(module) for name, module in modules.items()}
         check_finite(weights, stage)
         if self.main:
-            state = dict(stage=stage, step=step + 1, modules=weights, ema=ema, seconds=time.time() - self.started,
+            state = dict(stage=stage, step=step + 1, modules=weights, ema=dict(ema), seconds=time.time() - self.started,
                          optimizers=[optimizer.state_dict() for optimizer in optimizers])
             with whole_file(self.folder / "state.pt") as temporary:
                 torch.save(state, temporary)
@@ -782,29 +790,21 @@ def check_finite(weights: dict, stage: str) -> None:
                         "--mixed_precision no")
 
 
-def average_gradients(modules: dict, world: int) -> None:
-    """Mean over processes, in one message. Simpler than DDP, and it serves modules with several entry points."""
-    if world > 1:
-        gradients = [p.grad for module in modules.values() for p in module.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        for g, piece in zip(gradients, flat.div_(world).split([g.numel() for g in gradients])):
-            g.copy_(piece.view_as(g))
+class EMA(dict):
+    """{module name: {tensor name: running average of what is trained}}, equal to the weights at first."""
 
+    def __init__(self, modules: dict, decay: float):
+        super().__init__({name: {key: t.clone() for key, t in trained(module).items()} for name, module in modules.items()})
+        self.modules, self.decay = modules, decay
 
-def start_ema(modules: dict) -> dict:
-    """{module name: {tensor name: copy}}: the running averages, equal to the weights at first."""
-    return {name: {key: tensor.clone() for key, tensor in trained(module).items()} for name, module in modules.items()}
-
-
-@torch.no_grad()
-def ema_update(ema: dict, modules: dict, decay: float, step: int) -> None:
-    """ema <- d ema + (1 - d) weights with d = min(decay, (1 + n) / (10 + n)): a short memory at first."""
-    d = min(decay, (1 + step) / (10 + step))
-    for name, module in modules.items():
-        for key, tensor in trained(module).items():
-            average = ema[name][key]
-            average.lerp_(tensor, 1 - d) if tensor.is_floating_point() else average.copy_(tensor)
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """ema <- d ema + (1 - d) weights with d = min(decay, (1 + n) / (10 + n)): a short memory at first."""
+        d = min(self.decay, (1 + step) / (10 + step))
+        for name, module in self.modules.items():
+            for key, tensor in trained(module).items():
+                average = self[name][key]
+                average.lerp_(tensor, 1 - d) if tensor.is_floating_point() else average.copy_(tensor)
 
 
 # ------------------------------------------------------------------------------------------------ optimisers

@@ -40,9 +40,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # common comes first: it sets up OpenMP before torch is imported
-from common import (DEGRADATIONS, TOY, Run, SampleFlags, TrainFlags, UserError, add_lora, average_gradients, command_line,
-                    ema_update, from_folder, load_strict, load_trained, lr_schedule, make_optimizer, merge_lora, open_faces,
-                    open_run, read_image, read_weights, restore_folder, start_ema)
+from common import (DEGRADATIONS, EMA, TOY, Run, SampleFlags, TrainFlags, UserError, add_lora, command_line, from_folder,
+                    load_strict, load_trained, lr_schedule, make_optimizer, merge_lora, open_faces, open_run, read_image,
+                    read_weights, restore_folder)
 
 import torch
 import torch.nn as nn
@@ -780,7 +780,7 @@ def train_vre(cfg, run, faces, nets, face_nets):
     modules, steps = dict(clean=clean, degraded=degraded, scale=scale), min(cfg.vre_steps, cfg.max_train_steps)
     parameters = [p for module in modules.values() for p in module.parameters()]
     optimizer = make_optimizer(cfg, parameters, cfg.vre_learning_rate, tables=[clean.codebook, degraded.codebook])
-    factor, ema = lr_schedule(cfg, steps), start_ema(modules)
+    factor, ema = lr_schedule(cfg, steps), EMA(modules, cfg.ema_decay)
     first, pieces = run.load("vre", modules, ema, optimizer), cfg.gradient_accumulation_steps
 
     for step, batch in run.batches(faces.training, "vre", first, steps):
@@ -798,12 +798,12 @@ def train_vre(cfg, run, faces, nets, face_nets):
             if 2 * step >= steps:
                 losses["association"] = association_loss(*features, scale[0])
             (sum(losses.values()) / pieces).backward()
-        average_gradients(modules, run.world)
+        run.average_gradients(modules)
         grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = cfg.vre_learning_rate * factor(step)
         optimizer.step()
-        ema_update(ema, modules, cfg.ema_decay, step)
+        ema.update(step)
         run.log("vre", step, **losses, grad_norm=grad_norm)
         run.save("vre", step, modules, ema, optimizer)
 
@@ -832,7 +832,7 @@ def train_onestep(cfg, run, faces, nets, face_nets):
     optimizer = make_optimizer(cfg, parameters, cfg.learning_rate, (0.9, 0.999))
     optimizer_d = make_optimizer(cfg, parameters_d, cfg.discriminator_learning_rate, (0.9, 0.999))
     modules, steps = dict(unet=unet, prompt=prompt, discriminator=discriminator), min(cfg.onestep_steps, cfg.max_train_steps)
-    factor, ema, bars = lr_schedule(cfg, steps), start_ema(modules), alpha_bars().float().to(run.device)
+    factor, ema, bars = lr_schedule(cfg, steps), EMA(modules, cfg.ema_decay), alpha_bars().float().to(run.device)
     first, pieces = run.load("onestep", modules, ema, optimizer, optimizer_d), cfg.gradient_accumulation_steps
 
     for step, batch in run.batches(functools.partial(with_references, faces, cfg), "onestep", first, steps):
@@ -873,14 +873,14 @@ def train_onestep(cfg, run, faces, nets, face_nets):
                     fake = discriminator(forward_diffuse(z_hat.detach(), eps[2], alpha_bar), t_i, p.detach())
                 d_loss = discriminator_loss(real.float(), fake.float())   # [Eq. 5]
                 (d_loss / pieces).backward()
-        average_gradients(modules, run.world)
+        run.average_gradients(modules)
         grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
         nn.utils.clip_grad_norm_(parameters_d, cfg.max_grad_norm)
         for one, rate in ((optimizer, cfg.learning_rate), (optimizer_d, cfg.discriminator_learning_rate)):
             for group in one.param_groups:
                 group["lr"] = rate * factor(step)
             one.step()
-        ema_update(ema, modules, cfg.ema_decay, step)
+        ema.update(step)
         run.log("onestep", step, **losses, discriminator=d_loss, grad_norm=grad_norm)
         run.save("onestep", step, modules, ema, optimizer, optimizer_d)
 

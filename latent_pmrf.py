@@ -29,9 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # common comes first: it sets up OpenMP before torch is imported
-from common import (DEGRADATIONS, TOY, Run, SampleFlags, TrainFlags, UserError, average_gradients, command_line, ema_update,
-                    find_checkpoint, load_strict, lr_schedule, make_optimizer, open_faces, open_run, random_crop, read_torch,
-                    read_weights, restore_folder, start_ema, warmup_cosine)
+from common import (DEGRADATIONS, EMA, TOY, Run, SampleFlags, TrainFlags, UserError, command_line, find_checkpoint, load_strict,
+                    lr_schedule, make_optimizer, open_faces, open_run, random_crop, read_torch, read_weights, restore_folder,
+                    warmup_cosine)
 
 import torch
 import torch.nn as nn
@@ -898,7 +898,7 @@ def train_vae(cfg, run, faces, nets):
     modules, steps = {"vae": vae}, min(cfg.vae_steps, cfg.max_train_steps)
     warmup = min(500, steps // 20)                                 # DIFFERS: linear, as the authors' file; paper flat at a tenth
     factor = warmup_cosine(steps - warmup, warmup, floor=0.01, first=0.1)
-    ema = start_ema(modules)                                       # averaged weights, for `sample`
+    ema = EMA(modules, cfg.ema_decay)                                       # averaged weights, for `sample`
     first = run.load("vae", modules, ema, optimizer)               # 0, or where a stopped run was saved
     clean = functools.partial(faces.training, degraded=False)
 
@@ -909,12 +909,12 @@ def train_vae(cfg, run, faces, nets):
             z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
             loss, parts = vae_loss(vae.decode(z), hq, mean, logvar, perceptual, cfg.perceptual_weight, cfg.kl_weight)
             (loss / cfg.gradient_accumulation_steps).backward()    # micro-batches add up their gradients
-        average_gradients(modules, run.world)
+        run.average_gradients(modules)
         grad_norm = nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = cfg.vae_learning_rate * factor(step)
         optimizer.step()
-        ema_update(ema, modules, cfg.ema_decay, step)
+        ema.update(step)
         run.log("vae", step, loss=loss, **parts, grad_norm=grad_norm)  # stops a run whose loss is not finite
         run.save("vae", step, modules, ema, optimizer)             # every --checkpointing_steps
 
@@ -927,7 +927,7 @@ def train_mmse(cfg, run, faces, nets):
     steps = min(cfg.mmse_steps, cfg.max_train_steps)
     optimizer, factor = make_optimizer(cfg, mmse.parameters(), cfg.mmse_learning_rate), lr_schedule(cfg, steps)
     modules = {"mmse": mmse}
-    ema = start_ema(modules)
+    ema = EMA(modules, cfg.ema_decay)
     first, pieces = run.load("mmse", modules, ema, optimizer), cfg.gradient_accumulation_steps
 
     for step, batch in run.batches(faces.training, "mmse", first, steps):
@@ -940,12 +940,12 @@ def train_mmse(cfg, run, faces, nets):
             else:
                 loss = mmse_loss(estimate, hq * 0.5 + 0.5)
             (loss / pieces).backward()
-        average_gradients(modules, run.world)
+        run.average_gradients(modules)
         grad_norm = nn.utils.clip_grad_norm_(mmse.parameters(), cfg.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = cfg.mmse_learning_rate * factor(step)
         optimizer.step()
-        ema_update(ema, modules, cfg.ema_decay, step)
+        ema.update(step)
         run.log("mmse", step, mse=loss, grad_norm=grad_norm)
         run.save("mmse", step, modules, ema, optimizer)
 
@@ -960,7 +960,7 @@ def train_flow(cfg, run, faces, nets):
     # Adam (0.9, 0.95) [sec. 6.1]: AdamW without decay. DIFFERS: gradients are clipped, the paper does not say so
     optimizer = make_optimizer(cfg, flow.parameters(), cfg.learning_rate, weight_decay=cfg.flow_weight_decay)
     modules, factor = {"flow": flow}, lr_schedule(cfg, steps)
-    ema = start_ema(modules)
+    ema = EMA(modules, cfg.ema_decay)
     first, pieces = run.load("flow", modules, ema, optimizer), cfg.gradient_accumulation_steps
 
     for step, batch in run.batches(faces.training, "flow", first, steps):
@@ -977,12 +977,12 @@ def train_flow(cfg, run, faces, nets):
             with run.autocast():
                 loss = cfm_loss(lambda z, t: flow(z, t).float(), a, b, s)                    # [Eq. 3, 5]
             (loss / pieces).backward()
-        average_gradients(modules, run.world)
+        run.average_gradients(modules)
         grad_norm = nn.utils.clip_grad_norm_(flow.parameters(), cfg.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = cfg.learning_rate * factor(step)
         optimizer.step()
-        ema_update(ema, modules, cfg.ema_decay, step)
+        ema.update(step)
         run.log("flow", step, cfm=loss, grad_norm=grad_norm)
         run.save("flow", step, modules, ema, optimizer)
 

@@ -44,10 +44,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 # common comes first: it sets up OpenMP before torch is imported
-from common import (ATTRIBUTES, DEGRADATIONS, SIBLINGS, TOY, Run, SampleFlags, TrainFlags, UserError, average_gradients,
-                    command_line, ema_update, find_checkpoint, from_folder, from_pil, list_images, load_strict, make_optimizer,
-                    mix, open_faces, open_run, read_json, read_weights, restore_folder, save_part, start_ema, to_pil,
-                    warmup_cosine, write_json)
+from common import (ATTRIBUTES, DEGRADATIONS, EMA, SIBLINGS, TOY, Run, SampleFlags, TrainFlags, UserError, command_line,
+                    find_checkpoint, from_folder, from_pil, list_images, load_strict, make_optimizer, mix, open_faces, open_run,
+                    read_json, read_weights, restore_folder, save_part, to_pil, warmup_cosine, write_json)
 
 import torch
 import torch.distributed as dist
@@ -1066,7 +1065,7 @@ def train_semantic(cfg, run, faces, model, vocab):
     peak, pieces = cfg.semantic_learning_rate, cfg.gradient_accumulation_steps
     optimizer = make_optimizer(cfg, parameters, peak, betas=(0.9, 0.999), weight_decay=0.0)                      # [Table I]
     factor, modules = alignment_schedule(cfg, steps, peak), {"model": model}
-    ema = start_ema(modules)                                       # averaged weights, for `sample`
+    ema = EMA(modules, cfg.ema_decay)                                       # averaged weights, for `sample`
     first = run.load("1.1", modules, ema, optimizer)               # 0, or where a stopped run was saved
 
     for step, batch in run.batches(faces.training, "1.1", first, steps):  # seeds torch by (seed, stage, step)
@@ -1075,12 +1074,12 @@ def train_semantic(cfg, run, faces, model, vocab):
             with run.autocast():
                 loss, parts = semantic_loss(model, vocab, cfg, piece)
             (loss / pieces).backward()                             # micro-batches add up their gradients
-        average_gradients(modules, run.world)
+        run.average_gradients(modules)
         grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = peak * factor(step)
         optimizer.step()
-        ema_update(ema, modules, cfg.ema_decay, step)
+        ema.update(step)
         run.log("1.1", step, **parts, grad_norm=grad_norm)         # stops a run whose loss is not finite
         run.save("1.1", step, modules, ema, optimizer)             # every --checkpointing_steps
 
@@ -1097,7 +1096,7 @@ def train_texture(cfg, run, faces, model, vocab, stage: str = "1.2"):
     steps, peak, pieces = min(steps, cfg.max_train_steps), cfg.texture_learning_rate, cfg.gradient_accumulation_steps
     optimizer = make_optimizer(cfg, parameters, peak, betas=(0.9, 0.999), weight_decay=0.0)                      # [Table I]
     factor, modules = alignment_schedule(cfg, steps, peak), {"model": model}
-    ema = start_ema(modules)
+    ema = EMA(modules, cfg.ema_decay)
     first = run.load(stage, modules, ema, optimizer)
 
     for step, batch in run.batches(faces.training, stage, first, steps):
@@ -1106,12 +1105,12 @@ def train_texture(cfg, run, faces, model, vocab, stage: str = "1.2"):
             with run.autocast():
                 loss, parts = loss_of(model, vocab, cfg, piece)
             (loss / pieces).backward()
-        average_gradients(modules, run.world)
+        run.average_gradients(modules)
         grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = peak * factor(step)
         optimizer.step()
-        ema_update(ema, modules, cfg.ema_decay, step)
+        ema.update(step)
         run.log(stage, step, **parts, grad_norm=grad_norm)
         run.save(stage, step, modules, ema, optimizer)
 
@@ -1129,7 +1128,7 @@ def train_preference(cfg, run, faces, model, vocab):
     parameters, steps = route(model, "2", cfg), min(cfg.preference_steps, cfg.max_train_steps)
     optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, betas=(0.9, 0.999), weight_decay=1e-4)       # [Table I]
     modules = {"model": model}
-    ema = start_ema(modules)
+    ema = EMA(modules, 0.9)
     first = run.load("2", modules, ema, optimizer)
     greedy, sigmas = dataclasses.replace(cfg, ar="greedy"), sigma_grid(cfg.rollout_steps)
     T, levels = max(1, int(cfg.rollout_steps * cfg.timestep_fraction)), torch.tensor(sigmas[:-1], device=run.device)
@@ -1175,10 +1174,10 @@ def train_preference(cfg, run, faces, model, vocab):
                 loss = nft_loss(v, v_stage1 if cfg.as_printed else v_old, x_t, x0[rows], sigma, r[rows], cfg.nft_beta,
                                 v_stage1, cfg.kl_weight, cfg.adv_clip, "velocity" if cfg.as_printed else "x0")
                 (loss * len(rows) / (T * len(hq))).backward()
-        average_gradients(modules, run.world)
+        run.average_gradients(modules)
         grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
         optimizer.step()
-        ema_update(ema, modules, 0.9, epoch)                       # UNSTATED: authors' code; these weights are saved
+        ema.update(epoch)                       # UNSTATED: authors' code; these weights are saved
 
         # The old policy follows. UNSTATED: kind 1 is the authors'
         update_old(model.sana, old_policy_decay(epoch + 1, 1))

@@ -378,16 +378,16 @@ def tiny_run(cfg, after=lambda stage, step, model: None):
             continue
         optimizer = common.make_optimizer(cfg, model.parameters(), 1e-2)
         modules = {"m": model}
-        ema = common.start_ema(modules)
+        ema = common.EMA(modules, cfg.ema_decay)
         first = run.load(stage, modules, ema, optimizer)
         for step, batch in run.batches(faces.training, stage, first, cfg.steps):
             optimizer.zero_grad()
             for x in batch["x"].chunk(cfg.gradient_accumulation_steps):
                 loss = (model(x) - torch.randn(len(x), 1)).square().mean()
                 (loss / cfg.gradient_accumulation_steps).backward()
-            common.average_gradients(modules, run.world)
+            run.average_gradients(modules)
             optimizer.step()
-            common.ema_update(ema, modules, cfg.ema_decay, step)
+            ema.update(step)
             after(stage, step, model)
             run.log(stage, step, loss=loss)
             run.save(stage, step, modules, ema, optimizer)
@@ -548,11 +548,13 @@ def test_two_processes_agree_and_go_on_after_a_kill_and_after_a_signal(tmp_path)
 
 def test_ema_has_the_ramp_and_copies_integers():
     module = nn.BatchNorm1d(1)
-    ema = {"m": {name: torch.zeros_like(t) for name, t in module.state_dict().items()}}
+    ema = common.EMA({"m": module}, 0.999)
+    ema["m"]["weight"].zero_()
     module.num_batches_tracked.fill_(5)
-    common.ema_update(ema, {"m": module}, 0.999, 0)
+    ema.update(0)
     assert ema["m"]["weight"].item() == pytest.approx(0.9)        # d = min(0.999, 1 / 10)
-    common.ema_update(ema, {"m": module}, 0.5, 10**6)
+    ema.decay = 0.5
+    ema.update(10**6)
     assert ema["m"]["weight"].item() == pytest.approx(0.95) and ema["m"]["num_batches_tracked"] == 5
     module.weight.requires_grad_(False)
     assert "weight" not in common.trained(module) and "running_mean" in common.trained(module)

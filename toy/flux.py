@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 # common comes first: it sets up OpenMP before torch is imported
-from common import (ATTRIBUTES, TOY, Run, TrainFlags, UserError, ema_update, load_strict, lr_schedule, make_optimizer,
-                    open_faces, random_crop, read_weights, start_ema, verbalise, write_grid)
+from common import (ATTRIBUTES, EMA, TOY, Run, TrainFlags, UserError, load_strict, lr_schedule, make_optimizer, open_faces,
+                    random_crop, read_weights, verbalise, write_grid)
 
 import torch
 import torch.nn as nn
@@ -76,7 +76,7 @@ def train_vae(cfg, run, faces, codec, steps: int) -> None:
     vae, reader = codec.vae.requires_grad_(True), metrics.load_reader("a").to(run.device)
     optimizer, factor = make_optimizer(cfg, vae.parameters(), 5e-3, betas=(0.9, 0.99)), lr_schedule(cfg, steps)
     modules = {"vae": vae}
-    ema = start_ema(modules)
+    ema = EMA(modules, cfg.ema_decay)
     first = run.load("vae", modules, ema, optimizer)
     for step, batch in run.batches(functools.partial(faces.training, degraded=False), "vae", first, steps):
         hq = random_crop(batch["hq"][:8], 32)
@@ -90,7 +90,7 @@ def train_vae(cfg, run, faces, codec, steps: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = 5e-3 * factor(step)
         optimizer.step()
-        ema_update(ema, modules, cfg.ema_decay, step)
+        ema.update(step)
         run.log("vae", step, l1=l1, perceptual=perceptual, kl=kl)
         run.save("vae", step, modules, ema, optimizer)
     run.finish("vae", ema, later=("transformer", "text_encoder", "text_encoder_2"))
@@ -121,7 +121,7 @@ def train_prior(cfg, run, faces, nets, steps: int) -> None:
     parameters = [p for module in modules.values() for p in module.parameters()]
     tables = [p for name, p in text.named_parameters() if any(word in name for word in ("embed", "shared", "relative"))]
     optimizer, factor = make_optimizer(cfg, parameters, 1.5e-2, tables=tables), lr_schedule(cfg, steps)
-    ema = start_ema(modules)
+    ema = EMA(modules, cfg.ema_decay)
     first = run.load("prior", modules, ema, optimizer)
     for step, batch in run.batches(functools.partial(faces.training, degraded=False), "prior", first, steps):
         with torch.no_grad(), run.autocast():
@@ -137,7 +137,7 @@ def train_prior(cfg, run, faces, nets, steps: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = 1.5e-2 * factor(step)
         optimizer.step()
-        ema_update(ema, modules, cfg.ema_decay, step)
+        ema.update(step)
         run.log("prior", step, loss=loss)
         run.save("prior", step, modules, ema, optimizer)
     run.finish("prior", ema)

@@ -20,15 +20,15 @@ import typing
 from dataclasses import dataclass
 
 # common comes first: it sets up OpenMP before torch is imported
-from common import (DEGRADATIONS, Degradation, Run, UserError, average_gradients, check_finite, command_line, degrade,
-                    ema_update, lr_schedule, make_optimizer, mix, open_faces, print_table, save_part,
-                    start_ema)
+from common import (DEGRADATIONS, EMA, Degradation, Run, UserError, check_finite, command_line, degrade, lr_schedule,
+                    make_optimizer, mix, open_faces, print_table, save_part)
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.transforms.functional import gaussian_blur
 
-from metrics import FaceReader, identity_similarity, landmark_distance, ssim
+from metrics import FaceReader, identity_similarity, landmark_distance, ssim_maps
 
 WIDTHS = {"a": 12, "b": 16, "c": 12}                              # channels at 64 px
 GOALS = dict(attribute_accuracy_clean=0.97, verification_auc_clean=0.99, quality_rank_correlation=0.90, landmark_px_clean=1.0)
@@ -74,6 +74,7 @@ class Train:
 # ------------------------------------------------------------------------------------------------ data
 
 SMOOTH = Degradation("what a network trained by squared error leaves: blur alone", (0.1, 12), (1, 16), (0, 1), (95, 100))
+GRAINY = Degradation("strong noise on a face of full size", (0.1, 1), (1, 1), (10, 100), (95, 100))
 
 # Each of the 98 points as the mean of two of iBUG's 68: brows by their middle line, pupils from the corners.
 FROM_68 = tuple(
@@ -84,22 +85,38 @@ FROM_68 = tuple(
     + [(k, k) for k in range(48, 68)] + [(36, 39), (42, 45)])
 
 
+def retouch(hq, kind, strength):
+    """Looks that are no better face: contrast, saturation, sharpness. hq (B, 3, S, S), strength (B,) in 0..1 -> the same."""
+    strength = strength.view(-1, 1, 1, 1).to(hq)
+    if kind == "sharpness":
+        return (hq + 3 * strength * (hq - gaussian_blur(hq, 5, 1.0))).clamp(-1, 1)
+    centre = hq.mean(1, keepdim=True)                             # grey
+    if kind == "contrast":
+        centre = centre.mean((2, 3), keepdim=True)
+    return (centre + (0.4 + 1.8 * strength) * (hq - centre)).clamp(-1, 1)        # 0.4 to 2.2 of the truth's
+
+
 def spoil(hq, seeds):
     """Faces of every quality: (B, 3, S, S) in [-1, 1], seeds (B,) -> (image (B, 3, S, S), quality (B,)).
 
-    A quarter stays clean; the others are hq + u (degrade(hq) - hq), u = 1 for half of them, uniform for the rest.
-    UNSTATED: no paper trains such a network. The label is 1 - sqrt(1 - SSIM to the clean face): 1 for that face, falling with
-    blur, noise and blocks alike. SSIM is relative to the picture's own contrast, so the picture shows it. The root stretches
+    A quarter stays clean; the others are hq + u (worse - hq), u = 1 for half of them, uniform for the rest; `worse` is
+    degraded, grainy, or has another contrast, saturation or sharpness: a loss must not gain by such looks.
+    UNSTATED: no paper trains such a network. The label is 1 - sqrt(1 - SSIM to the clean face), of R, G and B: 1 for that face,
+    falling with blur, noise, blocks and wrong colours alike. SSIM is relative to the picture's own contrast, so the picture shows it. The root stretches
     the label where faces are almost clean.
     """
-    lq = hq.clone()
-    for kind, spec in enumerate((DEGRADATIONS["codeformer"], DEGRADATIONS["gfpgan"], SMOOTH), 1):
-        rows = (seeds % 4 == kind).nonzero()[:, 0]
-        if len(rows):
-            lq[rows] = degrade(hq[rows], spec, seeds[rows])
-    u = (seeds // 4 % 1009 / 504).clamp(max=1).view(-1, 1, 1, 1).to(hq)
-    image = hq + u * (lq - hq)
-    return image, 1 - (1 - ssim(image / 2 + 0.5, hq / 2 + 0.5)).clamp(min=0).sqrt()
+    kinds = (None, None, DEGRADATIONS["codeformer"], DEGRADATIONS["gfpgan"], SMOOTH, GRAINY, "contrast", "saturation",
+             "sharpness", None, DEGRADATIONS["codeformer"], SMOOTH)
+    worse, strength = hq.clone(), seeds // 13 % 1013 / 1012
+    for number, kind in enumerate(kinds):
+        rows = (seeds % len(kinds) == number).nonzero()[:, 0]
+        if isinstance(kind, Degradation) and len(rows):
+            worse[rows] = degrade(hq[rows], kind, seeds[rows])
+        elif kind and len(rows):
+            worse[rows] = retouch(hq[rows], kind, strength[rows])
+    u = (seeds // len(kinds) % 1009 / 504).clamp(max=1).view(-1, 1, 1, 1).to(hq)
+    image = hq + u * (worse - hq)
+    return image, 1 - (1 - ssim_maps(image / 2 + 0.5, hq / 2 + 0.5)[0].flatten(1).mean(1)).clamp(min=0).sqrt()
 
 
 @functools.lru_cache
@@ -195,19 +212,19 @@ def train_reader(cfg, run, faces, held, name):
     modules, stage, factor = {"reader": reader, "classes": classes}, f"reader_{name}", lr_schedule(cfg, cfg.steps)
     parameters = [*reader.parameters(), *classes.parameters()]
     optimizer = make_optimizer(cfg, parameters, cfg.learning_rate, (0.9, 0.999), cfg.weight_decay)
-    ema = start_ema(modules)
+    ema = EMA(modules, cfg.ema_decay)
     first = run.load(stage, modules, ema, optimizer)
 
     for step, batch in run.batches(functools.partial(training_batch, faces), stage, first, cfg.steps):
         optimizer.zero_grad()
         losses = reader_losses(reader, classes[0], batch, cfg)
         sum(losses.values()).backward()
-        average_gradients(modules, run.world)
+        run.average_gradients(modules)
         grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = cfg.learning_rate * factor(step)
         optimizer.step()
-        ema_update(ema, modules, cfg.ema_decay, step)
+        ema.update(step)
         run.log(stage, step, **losses, grad_norm=grad_norm)
         run.save(stage, step, modules, ema, optimizer)
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # common comes first: it sets up OpenMP before torch is imported
-from common import (ATTRIBUTES, TOY, Run, TrainFlags, average_gradients, command_line, ema_update, lr_schedule, make_optimizer,
-                    open_faces, random_crop, start_ema, verbalise, write_grid)
+from common import (ATTRIBUTES, EMA, TOY, Run, TrainFlags, command_line, lr_schedule, make_optimizer, open_faces, random_crop,
+                    verbalise, write_grid)
 
 import torch
 import torch.nn as nn
@@ -106,7 +106,7 @@ def train_autoencoder(cfg, run, faces, vae) -> None:
     reader = metrics.load_reader("a", cfg.readers).to(run.device)
     optimizer, steps = make_optimizer(cfg, vae.parameters(), cfg.vae_learning_rate), min(cfg.vae_steps, cfg.max_train_steps)
     modules, factor = {"vae": vae}, lr_schedule(cfg, steps)
-    ema = start_ema(modules)
+    ema = EMA(modules, cfg.ema_decay)
     first, clean = run.load("vae", modules, ema, optimizer), functools.partial(faces.training, degraded=False)
     for step, batch in run.batches(clean, "vae", first, steps):
         hq = random_crop(batch["hq"], cfg.vae_crop)
@@ -117,12 +117,12 @@ def train_autoencoder(cfg, run, faces, vae) -> None:
         perceptual = metrics.reader_lpips(reader, copied, hq).mean()
         optimizer.zero_grad()
         (l1 + 0.1 * perceptual + cfg.kl_weight * kl).backward()
-        average_gradients(modules, run.world)
+        run.average_gradients(modules)
         nn.utils.clip_grad_norm_(vae.parameters(), cfg.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = cfg.vae_learning_rate * factor(step)
         optimizer.step()
-        ema_update(ema, modules, cfg.ema_decay, step)
+        ema.update(step)
         run.log("vae", step, l1=l1, perceptual=perceptual, kl=kl)
         run.save("vae", step, modules, ema, optimizer)
     vae.load_state_dict(ema["vae"])
@@ -138,7 +138,7 @@ def train_diffusion(cfg, run, faces, nets) -> None:
     parameters = [p for module in modules.values() for p in module.parameters()]
     tables = [module.weight for module in text.modules() if isinstance(module, nn.Embedding)]
     optimizer = make_optimizer(cfg, parameters, cfg.learning_rate, tables=tables)
-    factor, ema = lr_schedule(cfg, steps), start_ema(modules)
+    factor, ema = lr_schedule(cfg, steps), EMA(modules, cfg.ema_decay)
     bars = make_scheduler().alphas_cumprod.to(run.device)
     first, clean = run.load("diffusion", modules, ema, optimizer), functools.partial(faces.training, degraded=False)
     for step, batch in run.batches(clean, "diffusion", first, steps):
@@ -152,12 +152,12 @@ def train_diffusion(cfg, run, faces, nets) -> None:
         loss = F.mse_loss(estimate.float(), noise)
         optimizer.zero_grad()
         loss.backward()
-        average_gradients(modules, run.world)
+        run.average_gradients(modules)
         nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = cfg.learning_rate * factor(step)
         optimizer.step()
-        ema_update(ema, modules, cfg.ema_decay, step)
+        ema.update(step)
         run.log("diffusion", step, noise=loss)
         run.save("diffusion", step, modules, ema, optimizer)
     for name, module in modules.items():
