@@ -139,10 +139,8 @@ DEGRADATIONS = {
     "a2bfr": Degradation("A2BFR release, condition helper", (3, 15), (16, 16), (0, 25.5), (35, 90), isotropic=1.0,
                          kinds=("gaussian", "average", "median", "motion"),
                          blur_share=0.5, noise_share=0.2, jpeg_share=0.7),
-    "thumbnail": Degradation("toy preset of honestface.py: 16 to 32 pixels, noise", (1, 15), (16, 32), (30, 60),
-                             (40, 90)),
-    "noisy": Degradation("toy preset of a2bfr.py and pref_restore.py: 32 to 64 pixels, strong noise", (1, 15), (8, 16),
-                         (50, 90), (40, 90)),
+    "toy": Degradation("toy presets: a face of 64 px loses who it is, with no more noise than the papers add", (4, 15), (16, 32),
+                       (0, 20), (30, 90)),
 }
 
 
@@ -1144,8 +1142,8 @@ class SampleFlags:
     mixed_precision: typing.Literal["no", "bf16"] = "no"  # autocast type
 
 
-TOY = dict(image_size=64, mixed_precision="auto", optimizer="muon", lr_scheduler="cosine", lr_warmup_steps=50, ema_decay=0.999,
-           num_workers=0, log_steps=10, checkpointing_steps=500)
+TOY = dict(degradation="toy", image_size=64, mixed_precision="auto", optimizer="muon", lr_scheduler="cosine", lr_warmup_steps=50,
+           ema_decay=0.999, num_workers=0, log_steps=10, checkpointing_steps=500)
 EVERYDAY = ("input", "output", "checkpoint", "data", "stage", "resume_from_checkpoint", "num_inference_steps", "batch_size",
             "max_train_steps", "device", "seed")
 

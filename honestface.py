@@ -100,7 +100,7 @@ class Train(TrainFlags):
 # The fields that decide what weights mean: `Run` refuses to go on with a run that has others.
 SETTINGS = ("size", "timestep", "rank", "ide", "fie_network")
 TOY_VALUES = dict(
-    TOY, size="toy", degradation="thumbnail", batch_size=8, gradient_checkpointing=False, face_networks="",
+    TOY, size="toy", batch_size=8, gradient_checkpointing=False, face_networks="",
     pretrained_model_name_or_path="toy/weights/sd", vre_steps=200, vre_learning_rate=1e-3, rank=32, mse_weight=4.0,
     identity_weight=0.3, mfa_weight=10.0, gan_weight=0.12, onestep_steps=550, learning_rate=8e-3,
     discriminator_learning_rate=1e-3)

@@ -101,7 +101,7 @@ class Train(TrainFlags):
 # The fields that decide what weights mean: `Run` refuses to go on with a run that has others.
 SETTINGS = ("size", "space", "source", "latent_channels", "vae_style")
 TOY_VALUES = dict(
-    TOY, size="toy", degradation="codeformer", latent_channels=16, perceptual="reader", vae_steps=1150, vae_learning_rate=2e-3,
+    TOY, size="toy", latent_channels=16, perceptual="reader", vae_steps=1150, vae_learning_rate=2e-3,
     vae_crop=32, mmse_steps=3700, mmse_learning_rate=2e-3,
     flow_steps=600, learning_rate=2e-3, num_inference_steps=4)
 SMALL = dict(

@@ -347,7 +347,7 @@ def tiny(flux, toy_folder):
     ab.add_condition_lora(nets["prior"], 4, 4)
     for layer in common.lora_layers(nets["prior"]).values():
         nn.init.normal_(layer.lora_B.weight, std=.1)
-    return cfg, nets, ab.Pairs(path.parent, ab.accepted(path), 32, "noisy").held_out(3)
+    return cfg, nets, ab.Pairs(path.parent, ab.accepted(path), 32, "toy").held_out(3)
 
 
 def test_branches_share_condition_time_and_noise_and_two_passes_with_recomputed_blocks_have_their_gradient(tiny, monkeypatch):
@@ -562,7 +562,7 @@ def test_thresholds_decide_what_can_be_edited_switching_turns_siblings_off_and_t
 
 def test_pairs_of_the_toy_world_as_batches(toy_folder, tmp_path):
     """Batches depend on (seed, step, rank), cover an epoch, share one degraded image; people are held out whole."""
-    cfg = ab.Train(pairs=str(toy_folder / "pairs" / "pairs.jsonl"), image_size=32, degradation="noisy")
+    cfg = ab.Train(pairs=str(toy_folder / "pairs" / "pairs.jsonl"), image_size=32, degradation="toy")
     training, held = ab.open_pairs(cfg)
     assert len(training.rows) == 18 and len({r["source"] for r in held.rows} - {r["source"] for r in training.rows}) == 2
     batch, again = (training.training(4, seed=1, step=2) for _ in range(2))
@@ -575,7 +575,7 @@ def test_pairs_of_the_toy_world_as_batches(toy_folder, tmp_path):
         assert torch.equal(single["hq"][i], batch[face][i]) and single["source_prompts"][i] == batch[prompt][i]
         assert single["sign"][i] == sign * batch["sign"][i]
     for b in (batch, single):
-        assert torch.equal(b["lq"], common.degrade(b["hq"], common.DEGRADATIONS["noisy"], b["seeds"]))
+        assert torch.equal(b["lq"], common.degrade(b["hq"], common.DEGRADATIONS["toy"], b["seeds"]))
     scores = metrics.load_reader("b").probabilities(batch["hq_tar"])[range(4), batch["edited"]]
     assert ((scores > .5) == (batch["sign"] > 0)).float().mean() >= .75
     # Rows that name a person are held out together; bad ones are left out
