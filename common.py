@@ -139,7 +139,7 @@ DEGRADATIONS = {
     "a2bfr": Degradation("A2BFR release, condition helper", (3, 15), (16, 16), (0, 25.5), (35, 90), isotropic=1.0,
                          kinds=("gaussian", "average", "median", "motion"),
                          blur_share=0.5, noise_share=0.2, jpeg_share=0.7),
-    "toy": Degradation("toy presets: a face of 64 px loses who it is, with no more noise than the papers add", (4, 15), (16, 32),
+    "toy": Degradation("toy presets: a face of 64 px loses who it is, with no more noise than the papers add", (1, 15), (12, 28),
                        (0, 20), (30, 90)),
 }
 
