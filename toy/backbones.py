@@ -1,7 +1,7 @@
 """Trains the toy stand-ins of the released networks, once; their weights are in toy/weights.
 
     python -m toy.backbones                                 # all, one after the other: hours on a CPU
-    python -m toy.backbones flux --steps 8000               # some of: vae sd flux sana swinir readers
+    python -m toy.backbones flux --steps 8000               # some of them, after readers and vae
     python -m toy.backbones --data FACES --work runs/faces -o WEIGHTS      # on faces of your own
 
     vae       AutoencoderKL with 16 channels, which sd and flux share
@@ -10,12 +10,14 @@
     sana      BLIP3o-NEXT: AutoencoderDC, TA-Tok, Qwen3 and SanaTransformer2DModel, for pref_restore.py
     swinir    SwinIR, the posterior mean, for latent_pmrf.py
     readers   the face readers of the losses and tables
+    latent_pmrf honestface a2bfr pref_restore     the methods on top of them, whose weights `sample` takes by default
 
 They are written as the releases are, in bf16: diffusers and transformers folders, whose about.json names command, seed, steps,
 device and commit. Log, state and samples are in runs/backbones/NAME, where a stopped run goes on when it is called again.
 Nothing here is needed to understand a method, which starts from networks that are trained already.
 """
 import functools
+import importlib
 import itertools
 import json
 import re
@@ -27,14 +29,15 @@ from pathlib import Path
 
 # common comes first: it sets up OpenMP before torch is imported
 from common import (ATTRIBUTES, EMA, TOY, Run, TrainFlags, command_line, load_strict, lr_schedule, make_optimizer, open_faces,
-                    random_crop, read_weights, verbalise, write_grid)
+                    random_crop, read_weights, save_part, verbalise, write_grid)
 
 import torch
 import torch.nn as nn
 
 import metrics
 
-NAMES = ("vae", "sd", "flux", "sana", "swinir", "readers")
+METHODS = ("latent_pmrf", "honestface", "a2bfr", "pref_restore")
+NAMES = ("readers", "vae", "sd", "flux", "sana", "swinir", *METHODS)
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,23 @@ def open_vae(cfg, device):
 # ------------------------------------------------------------------------------------------------ command line
 
 
+def train_method(cfg, name: str, folder: str) -> None:
+    """A method's own toy training, or Latent-PMRF's posterior mean; what `sample` needs of it, in bf16."""
+    module = importlib.import_module("latent_pmrf" if name == "swinir" else name)
+    more = dict(stage="mmse", mmse="", mmse_steps=cfg.steps) if name == "swinir" else {}
+    module.train(module.Train(**module.TOY_VALUES | more | dict(
+        output=folder, data=cfg.data, validation_data=cfg.validation_data, device=cfg.device, seed=cfg.seed,
+        resume_from_checkpoint="latest")))
+
+    def write(target):
+        target.mkdir(parents=True)
+        shutil.copy(Path(folder) / "config.json", target)
+        for path in Path(folder).glob("*.safetensors"):
+            state = {key: t.bfloat16() if t.is_floating_point() else t for key, t in read_weights(path).items()}
+            save_part(target / path.name, state)
+    publish(Run(replace(cfg, output=folder, resume_from_checkpoint="latest")), Path(cfg.output) / name, write)
+
+
 def train(cfg: Settings) -> None:
     """The stand-ins asked for, in the order of NAMES."""
     for name in [name for name in NAMES if name in cfg.which]:
@@ -213,13 +233,8 @@ def train(cfg: Settings) -> None:
             from toy import readers
             readers.train(readers.Train(output=cfg.output, data=cfg.data, validation_data=cfg.validation_data,
                                         device=cfg.device, seed=cfg.seed, resume_from_checkpoint="latest"))
-        elif name == "swinir":
-            import latent_pmrf
-            latent_pmrf.train(latent_pmrf.Train(**latent_pmrf.TOY_VALUES | dict(
-                stage="mmse", output=folder, data=cfg.data, validation_data=cfg.validation_data, mmse_steps=cfg.steps,
-                device=cfg.device, seed=cfg.seed, resume_from_checkpoint="latest")))
-            publish(Run(replace(cfg, output=folder)), Path(cfg.output) / "swinir", lambda path: shutil.copytree(
-                folder, path, ignore=lambda _, files: set(files) - {"config.json", "mmse.safetensors"}))
+        elif name == "swinir" or name in METHODS:
+            train_method(cfg, name, folder)
         else:
             run = Run(replace(cfg, output=folder, resume_from_checkpoint="latest"))
             run.cfg = replace(run.cfg, output=cfg.output)
@@ -227,7 +242,6 @@ def train(cfg: Settings) -> None:
             if name == "vae":
                 train_vae(run, faces, held)
             else:
-                import importlib
                 importlib.import_module(f"toy.{name}").train(run, faces, held)
 
 
