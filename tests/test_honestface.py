@@ -118,7 +118,7 @@ def test_eq5_losses_are_the_logistic_closed_forms():
 
 def tiny_networks(tiny):
     """(configuration, networks, face networks) before training, with nothing of the prompt at its zero start."""
-    cfg = hf.Train(**hf.TOY_VALUES | dict(image_size=32, max_references=2, pretrained_model_name_or_path=str(tiny[-5])))
+    cfg = hf.Train(**hf.TOY_VALUES | dict(image_size=32, pretrained_model_name_or_path=str(tiny[-5])))
     face_nets = hf.face_networks(cfg, "cpu")
     nets = hf.build(cfg, face_nets, "cpu")
     for p in nets["prompt"].parameters():
@@ -517,7 +517,7 @@ call, _ = caller(hf)
 SIZES = dict(vre=dict(width=8, multiples=(1, 2), dim=8, codes=96), eye_crop=8)
 TINY_SD = dict(image_size=32, vae_widths=(8, 16), latent_channels=4, unet_widths=(32, 32), prompt_dim=32)
 FLAGS = ("--image_size 32 --batch_size 2 --vre_steps 2 --onestep_steps 3 --log_steps 1 --device cpu --validation_faces 4 "
-         "--max_references 2 --mixed_precision no --num_workers 0").split()
+         "--mixed_precision no --num_workers 0").split()
 
 
 @pytest.fixture(scope="module")
@@ -667,12 +667,13 @@ def released(tmp_path_factory):
             f"unet.{CONVOLUTION}.lora.down.weight": torch.randn(16, 32, 3, 3),
             f"unet.{CONVOLUTION}.lora.up.weight": torch.randn(32, 16, 1, 1)}
     safetensors.torch.save_file(lora, root / "osdface" / "pytorch_lora_weights.safetensors")
-    osdface = hf.load_osdface(root / "osdface", str(root / "sd"))
+    osdface = hf.load_networks(hf.Sample(input="", checkpoint=str(root / "osdface"),
+                                         pretrained_model_name_or_path=str(root / "sd")), "cpu")
     return SimpleNamespace(root=root, vre=vre, adapter=adapter, lora=list(lora.values()), nets=nets, osdface=osdface)
 
 
 def test_osdface_release_is_merged_and_restores(released):
-    (a, b, ca, cb), (nets, cfg) = released.lora, released.osdface
+    (a, b, ca, cb), (nets, cfg, _) = released.lora, released.osdface
     base = UNet2DConditionModel.from_pretrained(released.root / "sd", subfolder="unet")
     change = lambda name: nets["unet"].get_submodule(name).weight - base.get_submodule(name).weight
     assert torch.allclose(change(LAYER), b @ a, atol=1e-5)
