@@ -81,10 +81,10 @@ def tiny_vae():
         scaling_factor=0.3611, shift_factor=0.1159)
 
 
-def inputs(side=4):
+def inputs():
     """noisy, condition, text, pooled, t, guidance, image_ids, condition_ids."""
-    return (torch.randn(2, 16, 16), torch.randn(2, side ** 2, 16), torch.randn(2, 5, 32), torch.randn(2, 32), torch.rand(2),
-            torch.full((2,), 3.5), ab.position_ids(4, 4), ab.position_ids(side, side, 4 // side))
+    return (torch.randn(2, 16, 16), torch.randn(2, 16, 16), torch.randn(2, 5, 32), torch.randn(2, 32), torch.rand(2),
+            torch.full((2,), 3.5), ab.position_ids(4, 4), ab.position_ids(4, 4))
 
 
 def with_lora(net):
@@ -181,13 +181,12 @@ def test_eq6_total_is_the_sum_and_two_passes_have_its_gradient():
 
 
 # ---------------------------------------------------------------- section 4.1: model
-def test_codec_packs_as_flux_does_and_a_smaller_condition_lies_between_the_tokens_it_covers():
-    z, full, half = torch.randn(2, 3, 8, 6), ab.position_ids(4, 4), ab.position_ids(2, 2, 2)
+def test_codec_packs_and_places_tokens_as_flux_does():
+    z, ids = torch.randn(2, 3, 8, 6), ab.position_ids(4, 3)
     tokens = ab.pack(z)
     assert torch.equal(tokens, diffusers.FluxPipeline._pack_latents(z, 2, 3, 8, 6)) and torch.equal(ab.unpack(tokens, 8, 6), z)
     assert torch.equal(tokens[0, 4], z[0, :, 2:4, 2:4].reshape(-1))                    # (c, dy, dx), c slowest
-    assert full[:, 0].eq(0).all() and full[5].tolist() == [0, 1, 1]
-    assert half.tolist() == [[0, .5, .5], [0, .5, 2.5], [0, 2.5, .5], [0, 2.5, 2.5]]
+    assert torch.equal(ids, diffusers.FluxPipeline._prepare_latent_image_ids(2, 4, 3, "cpu", torch.float32))
     codec, x = ab.Codec(tiny_vae(), 0.1159, 0.3611), torch.rand(2, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         posterior, tokens, sampled = codec.vae.encode(x).latent_dist, codec.encode(x), codec.encode(x, torch.ones_like)
@@ -258,12 +257,12 @@ def branch(net, adapted, text, image, condition, temb, temb0, ids, independent):
 
 
 @pytest.mark.parametrize("independent", [False, True])
-@pytest.mark.parametrize("side", [4, 2])
-def test_one_sequence_equals_three_branches_with_lora_on_the_condition(independent, side):
-    plain, net = tiny_flux(), with_lora(tiny_flux())
-    merged = copy.deepcopy(net)
-    common.merge_lora(merged)
-    noisy, condition, text, pooled, t, g, ids, condition_ids = args = inputs(side)
+def test_one_sequence_equals_three_branches_with_lora_on_the_condition(independent):
+    plain, merged, net = tiny_flux(), tiny_flux(), with_lora(tiny_flux())
+    for name in ab.condition_layers(net):
+        layer = net.get_submodule(name)
+        merged.get_submodule(name).weight.data += 2 / 4 * layer.lora_B.weight.data @ layer.lora_A.weight.data   # alpha / rank
+    noisy, condition, text, pooled, t, g, ids, condition_ids = args = inputs()
     clock = lambda t, g: plain.time_text_embed(1000 * t, 1000 * g, pooled)
     with torch.no_grad():
         wanted = branch(plain, merged, plain.context_embedder(text), plain.x_embedder(noisy), merged.x_embedder(condition),
@@ -305,20 +304,19 @@ def test_paper_size_has_231_8_million_trainable_parameters_on_released_names_and
     assert {name.replace(".base.", ".") for name in net.state_dict() if "lora_" not in name} == released
     assert set(ab.lora_tensors(net)) == {f"transformer.{name}.{m}.weight" for name in names for m in ("lora_A", "lora_B")}
     assert (train.rank, train.max_train_steps, train.batch_size, train.image_size) == (64, 60_000, 1, 512)
-    assert (train.drop_text, train.drop_condition, train.optimizer) == (.01, .01, "prodigy")
-    assert ab.lora_optimizer(train, [nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"] == 1.0
+    assert (train.drop_text, train.drop_condition, train.optimizer, train.learning_rate) == (.01, .01, "prodigy", 1.0)
     assert pairs.count * pairs.edits == 35_000 and (pairs.positive, pairs.negative, pairs.editor) == (.6, .4, "sd3")
 
 
 def test_lora_file_has_the_layout_of_the_release_survives_the_round_trip_and_diffusers_reads_it(tmp_path):
     net, other, plain, path, args = with_lora(tiny_flux()), tiny_flux(), tiny_flux(), tmp_path / "lora.safetensors", inputs()
-    common.save_lora(net, path)
+    common.save_part(path, ab.lora_tensors(net))
     state, x = safetensors.torch.load_file(path), torch.randn(2, 3, 32)
-    assert same(state, ab.lora_tensors(net)) and ab.lora_rank(path) == 4
+    assert ab.lora_rank(path) == 4
     assert len(state) == 2 * len(ab.condition_layers(net)) and not any("alpha" in n for n in state)
     assert state["transformer.single_transformer_blocks.1.norm.linear.lora_B.weight"].shape == (96, 4)
     ab.add_condition_lora(other, 4, 4)                                              # scale 1, as OminiControl reads it
-    ab.load_lora(other, path)
+    ab.load_condition_lora(other, path)
     with torch.no_grad():
         torch.testing.assert_close(ab.flux_velocity(other, *args), ab.flux_velocity(net, *args), atol=1e-6, rtol=0)
         pytest.importorskip("peft", reason="diffusers reads LoRA files with peft only")
@@ -345,8 +343,8 @@ def tiny(flux, toy_folder):
     nets, path = ab.load_networks(cfg, "cpu"), toy_folder / "pairs" / "pairs.jsonl"
     nets["codec"].vae.encoder.conv_out.bias.data[4:] = -30                              # a posterior without spread
     ab.add_condition_lora(nets["prior"], 4, 4)
-    for layer in common.lora_layers(nets["prior"]).values():
-        nn.init.normal_(layer.lora_B.weight, std=.1)
+    for name in ab.condition_layers(nets["prior"]):
+        nn.init.normal_(nets["prior"].get_submodule(name).lora_B.weight, std=.1)
     return cfg, nets, ab.Pairs(path.parent, ab.accepted(path), 32, "noisy").held_out(3)
 
 
@@ -401,11 +399,10 @@ def test_dropped_prompts_black_conditions_and_what_is_read(tiny, monkeypatch):
         assert silent.float().mean().item() == pytest.approx(.3, abs=.08) and torch.equal(silent, silent_tar)
         assert torch.equal(losses[0][6], (~silent & (losses[0][5] <= ab.READ_UNTIL)).nonzero()[:, 0])
         assert losses[0][9].all() and torch.equal(losses[1][9] > 0, ~silent)
-        for changes, count in ((dict(decoded=2), 2), (dict(attribute_weight=0.0, dual_weight=0.0), 0)):
-            ab.pair_loss(dataclasses.replace(cfg, **changes), cpu, nets, BRIGHT, batch)
-            assert len(losses[-1][6]) == count
+        ab.pair_loss(dataclasses.replace(cfg, attribute_weight=0.0, dual_weight=0.0), cpu, nets, BRIGHT, batch)
+        assert len(losses[-1][6]) == 0                              # nothing is compared: nothing is read
         _, parts = ab.pair_loss(dataclasses.replace(cfg, dual_training=False), cpu, nets, BRIGHT, batch)
-    assert parts.keys() == {"diffusion_src", "attribute_src", "attribute_kl_src"} and len(losses) == 7        # Eq. 3 alone
+    assert parts.keys() == {"diffusion_src", "attribute_src", "attribute_kl_src"} and len(losses) == 5        # Eq. 3 alone
     assert (ab.draw_times(10 ** 5, 1.0, "cpu").quantile(.05) - .16).abs() < .01           # sigmoid of a normal
     assert (ab.draw_times(10 ** 5, 4.0, "cpu").quantile(.5) - .8).abs() < .01             # 4 t / (1 + 3 t) of 1/2
 
@@ -551,13 +548,13 @@ def test_thresholds_decide_what_can_be_edited_switching_turns_siblings_off_and_t
     assert set(ab.others_of(8)) == set(range(12)) - {7, 8, 9, 10} and set(ab.others_of(0)) == set(range(1, 12))
     on, off = [.9, .9] + [.1] * 10, [.9, .1] + [.1] * 10
     good = dict(source=off, target=on, edited=1, sign=1, identity=.7, structure=.8, shift=.02)
-    assert ab.quality_check(**good).accepted
+    assert not ab.quality_check(**good)[1]
     bad = (dict(target=[.9, .5] + [.1] * 10), dict(source=on, sign=-1), dict(source=[.9, .8] + [.1] * 10),
            dict(target=on[:11] + [math.nan]), dict(target=[.5, .9] + [.1] * 10), dict(identity=.39), dict(structure=.4),
            dict(shift=.2), dict(identity=math.nan))
-    assert all(not c.accepted and len(c.reasons) == 1 for c in (ab.quality_check(**good | change) for change in bad))
+    assert all(len(ab.quality_check(**good | change)[1]) == 1 for change in bad)
     source, target = [.9] * 7 + [.1, .1, .9, .1, .1], [.9] * 7 + [.1, .9, .1, .1, .1]    # blond on, brown off with it
-    assert [ab.quality_check(source, target, *edit, .7, .8, .02).accepted for edit in ((8, 1), (0, -1))] == [True, False]
+    assert [bool(ab.quality_check(source, target, *edit, .7, .8, .02)[1]) for edit in ((8, 1), (0, -1))] == [False, True]
 
 
 def test_pairs_of_the_toy_world_as_batches(toy_folder, tmp_path):
@@ -639,7 +636,7 @@ def trained(flux, toy_folder, tmp_path_factory):
 
 def test_training_leaves_weights_numbers_and_pictures(trained):
     names, numbers = {p.name for p in trained.out.iterdir()}, json.loads((trained.out / "metrics.json").read_text())
-    assert names == {*"lora.safetensors config.json metrics.json samples.png prompts.png log.jsonl".split()}
+    assert names == {*"lora.safetensors config.json metrics.json samples.png samples_prompts.png log.jsonl".split()}
     assert set(numbers["rows"]) == {"lq", "source", "target", "template", "edited", "autoencoder"} and numbers["faces"] == 2
     assert 0 <= numbers["rows"]["target"]["attribute_accuracy_toy"] <= 1 and numbers["main"] == "target"
     assert sum(n for _, n in numbers["per_attribute"]["target"].values()) == 2
@@ -699,8 +696,8 @@ def test_pairs_are_built_go_on_after_a_kill_and_train(flux, toy_folder, tmp_path
     good = [row for row in rows if row["accepted"]]
     assert len(rows) == 16 and good and len({row["person"] for row in rows}) == 8
     for row in rows:
-        assert row["accepted"] == (not row["reasons"]) == bool(row["target"]) and (row["accepted"] or row["attempts"] == 6)
-    assert len(list((tmp_path / "a" / "target").iterdir())) == len(good) and (tmp_path / "a" / "sheet.png").exists()
+        assert row["accepted"] == (not row["reasons"]) and (row["accepted"] or row["attempts"] == 6)
+    assert len(list((tmp_path / "a" / "target").iterdir())) == len(good) and (tmp_path / "a" / "samples.png").exists()
     folder = shutil.copytree(tmp_path / "a", tmp_path / "b")
     lines = (folder / "pairs.jsonl").read_text().splitlines(keepends=True)
     (folder / "pairs.jsonl").write_text("".join(lines[:7]) + lines[7][:40])             # killed while writing
