@@ -132,6 +132,7 @@ class Sample(SampleFlags):
 class BuildPairs:
     """Build pairs of faces that differ in one attribute: FlowEdit, three checks, one JSON line per pair."""
     # Section 3.1 has the method and the thresholds 0.6 and 0.4. UNSTATED: size, steps, guidance: FlowEdit's own for SD3.
+    # DIFFERS: Qwen3 words the paper's prompts, here the rule `common.verbalise` does.
     output: str = "runs/a2bfr_pairs"       # folder for pairs.jsonl, source/, target/ and samples.png; a rerun goes on
     data: str = ""                         # folder of aligned faces, sub-folders = people (default: the toy world)
     count: int = 35_000                    # source faces; UNSTATED: how many tries the paper's 35,000 pairs took
@@ -151,7 +152,6 @@ class BuildPairs:
     min_identity: float = 0.4              # UNSTATED: cosine between the faces' embeddings; the data set's mean is 0.64
     min_structure: float = 0.5             # UNSTATED: SSIM between the faces, set at 64 px and not tried at 1024
     max_shift: float = 0.03                # UNSTATED: mean landmark shift, share of the eyes' distance
-    llm: str = ""                          # chat model that words the prompts, folder or hub id; paper Qwen3 (default: a rule)
     readers: str = ""                      # folder of reader_a (default: toy/weights, made for toy faces)
     farl: str = ""                         # face_attribute.farl.celeba.pt, to score attributes
     arcface: str = ""                      # ArcFace weights (IR-50, IR-SE-50, IR-101), to score identity
@@ -1083,33 +1083,6 @@ def switch(scores, index: int) -> tuple:
     return after, sign
 
 
-class LLMVerbaliser:
-    """A chat model of transformers words the caption (the paper: Qwen3); where it forgets a phrase, `verbalise` does.
-
-    A caption that forgets an attribute would teach that attributes need not be asked for.
-    """
-
-    def __init__(self, where: str, device):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        self.words = from_folder(AutoTokenizer, where, "llm")
-        self.model = from_folder(AutoModelForCausalLM, where, "llm").to(device).eval()
-
-    @torch.no_grad()
-    def __call__(self, scores) -> str:
-        plain = verbalise(scores)
-        said = [phrase for _, _, *phrases in ATTRIBUTES for phrase in phrases if phrase and f" {phrase}" in plain]
-        ask = ("Rewrite as one fluent sentence about the face in a photo; keep the words "
-               f"{', '.join(said)}. Answer with the sentence only: {plain}.")
-        if self.words.chat_template:  # Qwen3 would think aloud first
-            ask = self.words.apply_chat_template([dict(role="user", content=ask)], tokenize=False,
-                                                 add_generation_prompt=True, enable_thinking=False)
-        given = self.words(ask, return_tensors="pt").to(self.model.device)
-        out = self.model.generate(input_ids=given.input_ids, attention_mask=given.attention_mask, max_new_tokens=80,
-                                  do_sample=False, pad_token_id=self.words.eos_token_id or 0)
-        answer = self.words.decode(out[0, given.input_ids.shape[1]:], skip_special_tokens=True).strip().split("\n")[0]
-        return answer if answer and all(phrase in answer.lower() for phrase in said) else plain
-
-
 class Editor(NamedTuple):
     """What FlowEdit needs of a text-to-image model."""
     velocity: typing.Callable              # (x, t, prompt) -> velocity
@@ -1136,7 +1109,7 @@ def flux_editor(nets, steps: int, size: int) -> Editor:
                   flux_sigmas(steps, (size // codec.token) ** 2))
 
 
-def sd3_editor(where: str, size: int, steps: int, device, dtype) -> Editor:
+def sd3_editor(where: str, steps: int, device, dtype) -> Editor:
     """SD3 or SD3.5: three text encoders, latents unpacked, classifier-free guidance against the empty prompt."""
     from diffusers import StableDiffusion3Pipeline
     pipe = StableDiffusion3Pipeline.from_pretrained(where, dtype=dtype).to(device)
@@ -1220,7 +1193,7 @@ def quality_check(source, target, edited: int, sign: int, identity: float, struc
     return {name: round(value, 4) for name, value in scores.items()}, [reason for passed, reason in tests if not passed]
 
 
-def make_jobs(cfg: BuildPairs, faces: Faces, places: list, judge: Judge, caption, done: set) -> list:
+def make_jobs(cfg: BuildPairs, faces: Faces, places: list, judge: Judge, done: set) -> list:
     """[(row of pairs.jsonl, source (3, S, S), its scores)] of the pairs that some pictures of a folder are to give.
 
     Every picture gives `edits` pairs, one attribute each. Those done before are left out.
@@ -1240,7 +1213,7 @@ def make_jobs(cfg: BuildPairs, faces: Faces, places: list, judge: Judge, caption
             after, sign = switch(scores, edited)
             name, person = f"{face}_{NAMES[edited]}", parent.name if parent != faces.folder else face
             row = dict(id=name, person=person, source=f"source/{face}.png", target=f"target/{name}.png",
-                       attribute=NAMES[edited], sign=sign, source_prompt=caption(scores), target_prompt=caption(after))
+                       attribute=NAMES[edited], sign=sign, source_prompt=verbalise(scores), target_prompt=verbalise(after))
             jobs += [(row, image, scores)] if name not in done else []
     return jobs
 
@@ -1252,10 +1225,10 @@ def pairs(cfg: BuildPairs) -> None:
         (run.folder / name).mkdir(parents=True, exist_ok=True)
     if cfg.editor == "sd3":
         dtype = torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32
-        editor = sd3_editor(cfg.pretrained_model_name_or_path, cfg.image_size, cfg.num_inference_steps, run.device, dtype)
+        editor = sd3_editor(cfg.pretrained_model_name_or_path, cfg.num_inference_steps, run.device, dtype)
     else:
         editor = flux_editor(load_networks(cfg, run.device), cfg.num_inference_steps, cfg.image_size)
-    judge, caption = Judge(cfg, run.device), LLMVerbaliser(cfg.llm, run.device) if cfg.llm else verbalise
+    judge = Judge(cfg, run.device)
     if not cfg.data:
         open_faces(Train())                                        # draws data/toy, once
     faces = Faces(cfg.data or "data/toy/train", cfg.image_size)
@@ -1269,7 +1242,7 @@ def pairs(cfg: BuildPairs) -> None:
     limits = {name: getattr(cfg, name) for name in limits}
     attempts = [blend for blend in cfg.blends for _ in range(cfg.tries)]
     for start in tqdm(range(0, len(places), cfg.batch_size), "editing", disable=None):
-        jobs = make_jobs(cfg, faces, places[start:start + cfg.batch_size], judge, caption, done)
+        jobs = make_jobs(cfg, faces, places[start:start + cfg.batch_size], judge, done)
         for number, blend in enumerate(attempts, 1):
             if not jobs:
                 break

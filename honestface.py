@@ -405,8 +405,7 @@ def eye_boxes(landmarks, size: int):
     boxes = []
     for points in (landmarks[:, metrics.LEFT_EYE], landmarks[:, metrics.RIGHT_EYE]):                        # (B, 8, 2)
         centre = points.mean(1)
-        half = (points.amax(1) - points.amin(1)).amax(1, keepdim=True) / 2
-        half = 1.4 * half.clamp(min=16 * size / 512)
+        half = 1.4 * ((points.amax(1) - points.amin(1)).amax(1, keepdim=True) / 2).clamp(min=16 * size / 512)
         boxes.append(torch.cat([centre - half, centre + half], 1))
     return torch.stack(boxes, 1)
 
@@ -569,14 +568,12 @@ def read_references(face_nets, lq_landmarks, references, present) -> Reference:
     if lq_landmarks is None:
         return Reference(embeddings, present, None, None)
     landmarks = face_nets.detector.landmarks(flat).float().unflatten(0, (batch, count))
-    points, target = landmarks.cpu(), lq_landmarks.cpu()           # the fit is in float64, which not every device has
-    chosen = torch.zeros(batch, dtype=torch.long)
-    frame = list(metrics.EYES_AND_BROWS)                          # UNSTATED: which points; only the eyes are used here
-    for i, row in enumerate(present.cpu()):
+    rows, frame = torch.arange(batch), list(metrics.EYES_AND_BROWS)  # UNSTATED: which points; only the eyes are used here
+    chosen = torch.zeros_like(rows)
+    for i, row in enumerate(present):
         places = row.nonzero().flatten()
         if len(places):
-            chosen[i] = places[select_reference(points[i, places][:, frame], target[i, frame])]          # [Eq. 6]
-    rows, chosen = torch.arange(batch, device=flat.device), chosen.to(flat.device)
+            chosen[i] = places[select_reference(landmarks[i, places][:, frame], lq_landmarks[i, frame])]  # [Eq. 6]
     return Reference(embeddings, present, references[rows, chosen], landmarks[rows, chosen])
 
 
@@ -740,7 +737,7 @@ def restore(nets, cfg, face_nets, lq, references, present, noise=torch.randn_lik
 # ------------------------------------------------------------------------------------------------ training
 
 
-def references(faces, batch, count: int) -> tuple:
+def other_photographs(faces, batch, count: int) -> tuple:
     """Other photographs of each person of a batch: images (B, count, 3, S, S), present (B, count). Never the face itself."""
     images = torch.zeros(len(batch["hq"]), count, *batch["hq"].shape[1:])
     present = torch.zeros(images.shape[:2], dtype=torch.bool)
@@ -758,7 +755,7 @@ def references(faces, batch, count: int) -> tuple:
 def with_references(faces, cfg, *which) -> dict:
     """A training batch of `faces` with up to MAX_REFERENCES other photographs of each person. which: see `Faces.training`."""
     batch = faces.training(*which)
-    batch["references"], batch["present"] = references(faces, batch, MAX_REFERENCES if cfg.ide != "none" else 0)
+    batch["references"], batch["present"] = other_photographs(faces, batch, MAX_REFERENCES if cfg.ide != "none" else 0)
     return batch
 
 
@@ -862,13 +859,12 @@ def train_onestep(cfg, run, faces, nets, face_nets):
                 (loss / pieces).backward()
 
             # The discriminator's turn
-            d_loss = torch.zeros(())
             if cfg.gan_weight:
                 with run.autocast():
                     real = discriminator(forward_diffuse(z_h[i], eps[1], alpha_bar), t_i, p.detach())
                     fake = discriminator(forward_diffuse(z_hat.detach(), eps[2], alpha_bar), t_i, p.detach())
-                d_loss = discriminator_loss(real.float(), fake.float())   # [Eq. 5]
-                (d_loss / pieces).backward()
+                losses["discriminator"] = discriminator_loss(real.float(), fake.float())               # [Eq. 5]
+                (losses["discriminator"] / pieces).backward()
         run.average_gradients(modules)
         grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
         nn.utils.clip_grad_norm_(parameters_d, cfg.max_grad_norm)
@@ -877,7 +873,7 @@ def train_onestep(cfg, run, faces, nets, face_nets):
                 group["lr"] = rate * factor(step)
             one.step()
         ema.update(step)
-        run.log("onestep", step, **losses, discriminator=d_loss, grad_norm=grad_norm)
+        run.log("onestep", step, **losses, grad_norm=grad_norm)
         run.save("onestep", step, modules, ema, optimizer, optimizer_d)
 
     load_trained(unet, ema["unet"], "unet")
@@ -891,9 +887,8 @@ def train(cfg: Train) -> None:
     """The stages asked for, in order. Each is written when it ends; then held-out faces are restored and measured."""
     run = Run(cfg, SETTINGS)
     faces, held = open_faces(cfg, mirror=True)
-    flat = [part.folder for part in (faces, held) if any(path.parent == part.folder for path in part.files)]
-    if flat and cfg.ide != "none":                                # all faces would pass for one person
-        raise UserError(f"{flat[0]}: sort its pictures into a sub-folder per person, or give --ide none")
+    if cfg.ide != "none" and any(path.parent == part.folder for part in (faces, held) for path in part.files):
+        raise UserError(f"--data {cfg.data}: pictures of a person belong into a sub-folder of their own; or give --ide none")
     face_nets = face_networks(cfg, run.device)
     nets = build(cfg, face_nets, run.device)
     released = osdface_files(cfg.osdface, "osdface")["vre"] if cfg.osdface else ""
@@ -1003,17 +998,11 @@ def build(cfg, face_nets, device) -> dict:
 
 
 def load_vre(vre: VREncoder, path: str) -> None:
-    """A run's folder; or OSDFace's associate_2.ckpt, whose degraded branch is `vqvae_LQ.*`; or a file of VREncoder's own names.
-
-    Attention blocks may have one norm, `norm`, as in VQGAN, or `norm1` and an unused `norm2`, as in RestoreFormer.
-    """
+    """A run's folder; or OSDFace's associate_2.ckpt, whose degraded branch is `vqvae_LQ.*`; or a file of VREncoder's own names."""
     path = Path(path) / "vre.safetensors" if Path(path).is_dir() else path
     state = read_weights(path)
     branch = {n.split("vqvae_LQ.", 1)[1]: t for n, t in state.items() if "vqvae_LQ." in n} or state
-    branch = {n.replace(".norm.", ".norm1."): t for n, t in branch.items()
-              if n.startswith(("encoder.", "quant_conv.", "quantize."))}
-    unused = {n: t for n, t in vre.state_dict().items() if ".norm2." in n and "attn" in n}
-    load_strict(vre, unused | branch, path)
+    load_strict(vre, {n: t for n, t in branch.items() if n.startswith(("encoder.", "quant_conv.", "quantize."))}, path)
 
 
 def load_adapter(adapter: PromptAdapter, path: str) -> None:
@@ -1057,9 +1046,8 @@ def osdface_files(folder: str, flag: str) -> dict:
     for path in sorted(p for p in Path(folder).glob("*") if p.suffix in (".ckpt", ".pth", ".pt", ".safetensors")):
         names = " ".join(read_weights(path))
         files["lora" if "lora" in names else "vre" if "quant_conv" in names else "adapter"] = str(path)
-    missing = [kind for kind in ("vre", "adapter", "lora") if kind not in files]
-    if missing:
-        raise UserError(f"--{flag} {folder}: neither a training run nor OSDFace's release: no weights of {', '.join(missing)}")
+    if len(files) < 3:
+        raise UserError(f"--{flag} {folder}: neither a training run nor the three files of OSDFace's release")
     return files
 
 
@@ -1099,7 +1087,7 @@ def report(cfg, run, held, nets, face_nets) -> None:
     """Restore faces of people the networks never saw, with and without references, and measure them."""
     batch, reader = held.held_out(cfg.validation_faces), metrics.load_reader("b", cfg.readers)
     lq, hq = batch["lq"], batch["hq"]
-    album, present = references(held, batch, MAX_REFERENCES if cfg.ide != "none" else 0)
+    album, present = other_photographs(held, batch, MAX_REFERENCES if cfg.ide != "none" else 0)
 
     def restored(*given):  # references and present -> (B, 3, S, S), each face with its own noise, the same in every row
         rng = torch.Generator().manual_seed(cfg.seed)
