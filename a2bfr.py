@@ -1173,7 +1173,6 @@ def quality_check(source, target, edited: int, sign: int, identity: float, struc
     """May (source, target) teach one attribute? ({score: number}, [reason why not]): yes where there is no reason.
 
     The three automatic checks of section 3.1: attribute, identity, structure.
-
     source, target: 12 scores each in [0, 1]; edited: the attribute, sign +1 to be on, -1 off in the target; identity:
     cosine of the faces; structure: their SSIM; shift: mean landmark shift over the distance of the eyes. The attribute
     must cross from one side to the other. NaN fails. The paper's manual review comes after: look at target/.
@@ -1234,10 +1233,10 @@ def pairs(cfg: BuildPairs) -> None:
     faces = Faces(cfg.data or "data/toy/train", cfg.image_size)
     # By file name: in a folder of people the first picture of everybody comes before the second ones.
     places = sorted(range(len(faces)), key=lambda k: faces.files[k].name)[:cfg.count]
-    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        with open(path, "a") as file:                              # a kill has cut the last line short: close it
+    with open(path, "a") as file:
+        if path.read_bytes()[-1:] not in (b"", b"\n"):             # a kill has cut the last line short: end it
             file.write("\n")
-    done = {row["id"] for row in read_pairs(path)} if path.exists() else set()
+    done = {row["id"] for row in read_pairs(path)}
     limits = ("positive", "negative", "max_leak", "min_identity", "min_structure", "max_shift")
     limits = {name: getattr(cfg, name) for name in limits}
     attempts = [blend for blend in cfg.blends for _ in range(cfg.tries)]
@@ -1269,7 +1268,7 @@ def pairs(cfg: BuildPairs) -> None:
 
 def pairs_report(cfg: BuildPairs, run, path: Path) -> None:
     """metrics.json and samples.png of the accepted pairs, at most a thousand of them, read again from the files."""
-    rows, good = read_pairs(path) if path.exists() else [], accepted(path) if path.exists() else []
+    rows, good = read_pairs(path), accepted(path)
     failed = Counter(reason.split(":")[0] for row in rows if not row["accepted"] for reason in row["reasons"])
     if not good:
         raise UserError(f"no pair was accepted out of {len(rows)} (failed: {dict(failed)}): see the reasons in {path}; raise "
@@ -1277,11 +1276,11 @@ def pairs_report(cfg: BuildPairs, run, path: Path) -> None:
     batch = Pairs(path.parent, good[::-(-len(good) // 1000)], min(cfg.image_size, 256), "codeformer").held_out(1000)
     source, target, edited, sign = batch["hq"], batch["hq_tar"], batch["edited"].tolist(), batch["sign"].tolist()
     numbers = prompt_scores(source, target, source, edited, sign, metrics.load_reader("b", cfg.readers))
-    # ArcFace's where --arcface is given; the paper's data have 0.6387
-    numbers["identity_toy"] = statistics.mean(row["scores"]["identity"] for row in good)
-    run.report({"pairs": {name: value for name, value in numbers.items() if name != "per_attribute"}},
-               {"source": source, "target": target}, {}, per_attribute=numbers["per_attribute"], accepted=len(good),
-               tried=len(rows), failed=failed, config=dataclasses.asdict(cfg))
+    # identity is ArcFace's where --arcface is given; the paper's data have 0.6387
+    identity, per_attribute = statistics.mean(row["scores"]["identity"] for row in good), numbers.pop("per_attribute")
+    numbers |= dict(identity_toy=identity, accepted=len(good), tried=len(rows))
+    run.report({"pairs": numbers}, {"source": source, "target": target}, {}, per_attribute=per_attribute, failed=failed,
+               config=dataclasses.asdict(cfg))
 
 
 VERBS = {"train": (Train, {"toy": TOY_VALUES, "paper": {}}, train), "sample": (Sample, {}, sample),

@@ -515,6 +515,7 @@ class PromptBuilder(nn.Module):
         super().__init__()
         width, eye_crop = SIZES[cfg.size]["vre"]["dim"], SIZES[cfg.size]["eye_crop"]
         self.adapter = PromptAdapter(width, width // 2, dim)      # UNSTATED: whether it is trained; here it is
+        self.ffe = self.fie = self.fusion = None                  # Table 3c; OSDFace has none of them
         if cfg.ide in ("both", "ffe"):
             self.ffe, self.no_eyes = FacialFeatureExtractor(eyes, dim, eye_crop), nn.Parameter(torch.zeros(4, dim))
         if cfg.ide in ("both", "fie"):
@@ -525,13 +526,13 @@ class PromptBuilder(nn.Module):
     def forward(self, codes, photographs):
         """codes (B, 77, width of a codeword), photographs a `Reference` -> (B, 77, dim)."""
         p_l = self.adapter(codes)
-        if not hasattr(self, "fusion"):                           # OSDFace
+        if self.fusion is None:
             return p_l
         p_f = p_i = p_l[:, :0]
-        if hasattr(self, "ffe"):
+        if self.ffe is not None:
             eyes = self.ffe(photographs.chosen, photographs.landmarks)
             p_f = torch.where(photographs.present.any(1)[:, None, None], eyes, self.no_eyes)
-        if hasattr(self, "fie"):
+        if self.fie is not None:
             p_i = self.fie(photographs.embeddings, photographs.present)
         return self.fusion(p_l, p_f, p_i)
 
@@ -585,8 +586,8 @@ def make_prompt(nets, face_nets, lq, references, present):
     with torch.no_grad():
         codes = vre_tokens(nets["vre"](lq), nets["vre"].codebook)                            # [Eq. 7]
         photographs = None
-        if hasattr(nets["prompt"], "fusion"):
-            points = face_nets.detector.landmarks(lq) if hasattr(nets["prompt"], "ffe") else None
+        if nets["prompt"].fusion is not None:
+            points = None if nets["prompt"].ffe is None else face_nets.detector.landmarks(lq)
             photographs = read_references(face_nets, points, references, present)
     return nets["prompt"](codes, photographs)
 
@@ -991,14 +992,13 @@ def build(cfg, face_nets, device) -> dict:
         net.requires_grad_(False).float()                         # released files may be in half precision
     eyes, id_dim = (face_nets.eyes, face_nets.id_dim) if face_nets else (None, 0)
     nets["prompt"] = PromptBuilder(cfg, eyes, id_dim, nets["unet"].config.cross_attention_dim)
-    if cfg.gradient_checkpointing:
-        nets["unet"].enable_gradient_checkpointing()
-        nets["vae"].enable_gradient_checkpointing()
+    for name in ("unet", "vae") if cfg.gradient_checkpointing else ():
+        nets[name].enable_gradient_checkpointing()
     return {name: net.to(device).eval() for name, net in nets.items()}
 
 
 def load_vre(vre: VREncoder, path: str) -> None:
-    """A run's folder; or OSDFace's associate_2.ckpt, whose degraded branch is `vqvae_LQ.*`; or a file of VREncoder's own names."""
+    """A run's folder; a file of VREncoder's names; or OSDFace's associate_2.ckpt, whose degraded branch is `vqvae_LQ.*`."""
     path = Path(path) / "vre.safetensors" if Path(path).is_dir() else path
     state = read_weights(path)
     branch = {n.split("vqvae_LQ.", 1)[1]: t for n, t in state.items() if "vqvae_LQ." in n} or state

@@ -87,9 +87,12 @@ def test_eq4_restore_is_encoder_one_step_decoder():
         config = SimpleNamespace(scaling_factor=.5)
         encode = staticmethod(lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mean=x[:, :1] * 3, std=x[:, :1])))
         decode = staticmethod(lambda z: SimpleNamespace(sample=z.expand(-1, 3, -1, -1) / 3))
+    class Prompt:
+        fusion = None
+        __call__ = lambda self, codes, face: codes + 1 / 4
     vre, lq = hf.VREncoder(width=32, multiples=(1, 1), dim=32, codes=8), torch.rand(2, 3, 8, 8) * .1
     unet = lambda z, t, encoder_hidden_states: SimpleNamespace(sample=z * encoder_hidden_states.mean((1, 2)).view(2, 1, 1, 1))
-    nets = dict(vae=Codec, unet=unet, vre=vre, prompt=lambda codes, face: codes + 1 / 4)
+    nets = dict(vae=Codec, unet=unet, vre=vre, prompt=Prompt())
     got = hf.restore(nets, SimpleNamespace(timestep=399), None, lq, None, None, torch.ones_like)
     with torch.no_grad():
         share = (hf.vre_tokens(vre(lq), vre.codebook) + 1 / 4).mean((1, 2)).view(2, 1, 1, 1)
