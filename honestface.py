@@ -249,9 +249,8 @@ class VQEncoder(nn.Module):
         super().__init__()
         widths, last = [width * m for m in multiples], len(multiples) - 1
         self.conv_in = nn.Conv2d(3, width, 3, padding=1)
-        self.down = nn.ModuleList(
-            Level(widths[max(0, i - 1)] if i else width, widths[i], 2, i == last, "downsample" if i < last else "")
-            for i in range(len(widths)))
+        self.down = nn.ModuleList(Level(before, after, 2, i == last, "downsample" if i < last else "")
+                                  for i, (before, after) in enumerate(zip([width, *widths], widths)))
         self.mid, self.norm_out = Middle(widths[-1]), norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], dim, 3, padding=1)
 
@@ -296,8 +295,7 @@ class VREncoder(nn.Module):
         nn.init.uniform_(self.quantize.embedding.weight, -1 / codes, 1 / codes)
 
     @property
-    def codebook(self):
-        """(codes, dim)"""
+    def codebook(self):  # (codes, dim)
         return self.quantize.embedding.weight
 
     def forward(self, x):
@@ -607,8 +605,7 @@ class LatentDiscriminator(nn.Module):
         for name in ("time_proj", "time_embedding", "conv_in", "down_blocks", "mid_block"):
             self.add_module(name, copy.deepcopy(getattr(unet, name)))     # before the UNet gets its own LoRA
         add_lora(self, layers, rank, alpha)
-        width = unet.config.block_out_channels[-1]
-        inner = min(512, width // 2)
+        width, inner = unet.config.block_out_channels[-1], min(512, unet.config.block_out_channels[-1] // 2)
         self.head = nn.Sequential(nn.Linear(width, inner), nn.LeakyReLU(0.2), nn.Linear(inner, 1))
 
     def forward(self, z_t, t, prompt):
