@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 import a2bfr
 from common import ATTRIBUTES, SIBLINGS, TOY, UserError, read_image, verbalise
@@ -176,3 +177,6 @@ def test_stand_ins_are_written_as_releases_and_go_on(toy_folder, tmp_path):
     assert files == {path.relative_to(tmp_path) for path in (tmp_path / "weights").rglob("*") if path.is_file()}
     assert len(before) == 11 and all(path.read_bytes() == data for path, data in before.items())
     assert set(a2bfr.load_flux(tmp_path / "weights" / "flux", torch.float32)) == {"codec", "prior"}
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "weights" / "sd", dtype=torch.float32)
+    ids = pipeline.tokenizer("A photo of a person, unheard-of", padding="max_length").input_ids
+    assert len(ids) == 77 and ids.count(1) == 2 and ids[-1] == 0   # unheard, of

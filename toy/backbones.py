@@ -33,6 +33,7 @@ from common import (ATTRIBUTES, EMA, TOY, Run, TrainFlags, command_line, load_st
 
 import torch
 import torch.nn as nn
+from tqdm import tqdm
 
 import metrics
 
@@ -89,6 +90,14 @@ def fit(run, name, parts, faces, steps, rate, loss_of, tables=(), degraded=False
         module.eval().requires_grad_(False)
     if show and run.main:
         write_grid(run.folder / f"{name}.png", show())
+
+
+@torch.no_grad()
+def encode_all(run, faces, encode):
+    """(N, ...) `encode` of every clean face, once: a batch's are [batch["place"]]."""
+    places = tqdm(torch.arange(len(faces)).split(64), "encoding", disable=None if run.main else True)
+    with run.autocast():
+        return torch.cat([encode(faces.batch(k, torch.ones_like(k), degraded=False)["hq"].to(run.device)).cpu() for k in places])
 
 
 def opponent(x):

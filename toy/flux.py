@@ -3,7 +3,7 @@ import shutil
 from pathlib import Path
 
 # toy.backbones comes first: it sets up OpenMP before torch is imported
-from toy.backbones import KL, captions_of, fit, kl_autoencoder, open_vae, publish, word_tokenizer
+from toy.backbones import KL, captions_of, encode_all, fit, kl_autoencoder, open_vae, publish, word_tokenizer
 
 import torch
 
@@ -55,8 +55,7 @@ def train(run, faces, held, sizes: dict = SIZES) -> None:
     tables = [p for name, p in text.named_parameters() if any(word in name for word in ("embed", "shared", "relative"))]
 
     def loss_of(batch):
-        with torch.no_grad():
-            z0 = codec.encode(batch["hq"], torch.randn_like)
+        z0 = latents[batch["place"]].to(device)
         noise, t = torch.randn_like(z0), a2bfr.draw_times(len(z0), 4.0, z0.device)
         prompt = a2bfr.Prompt(*text.encode(captions(batch)))
         v = a2bfr.velocity(nets, torch.lerp(z0, noise, t.view(-1, 1, 1)), t, prompt)
@@ -70,7 +69,7 @@ def train(run, faces, held, sizes: dict = SIZES) -> None:
         z = a2bfr.euler_sample(lambda z, t: a2bfr.velocity(nets, z, t, prompt), noise, a2bfr.flux_sigmas(20, noise.shape[1]))
         return {"a real face": batch["hq"], "drawn from its caption": codec.decode(z).clamp(-1, 1)}
 
-    batch = held.held_out(12)
+    latents, batch = encode_all(run, faces, lambda hq: codec.encode(hq).float()), held.held_out(12)
     fit(run, "flow", parts, faces, run.cfg.steps, 1e-2, loss_of, tables, show=show)
 
     def write(folder):

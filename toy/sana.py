@@ -8,7 +8,7 @@ toy/weights/sana is in the layouts of the releases, so that `pref_restore.load_r
 from pathlib import Path
 
 # toy.backbones comes first: it sets up OpenMP before torch is imported
-from toy.backbones import captions_of, colour_slopes, copy_loss, fit, publish, word_tokenizer
+from toy.backbones import captions_of, colour_slopes, copy_loss, encode_all, fit, publish, word_tokenizer
 
 import torch
 import torch.nn as nn
@@ -132,10 +132,15 @@ def train(run, faces, held, sizes: dict | None = None) -> None:
         return pixel + meaning + commitment, dict(pixel=pixel, meaning=meaning)
 
     def prior_loss(batch):
-        tokens, drawn = model.tatok.encode(batch["hq"]), torch.rand(len(batch["hq"])) < 0.5
-        captions = captions_of(batch)
-        source = [None if d and caption else row for d, caption, row in zip(drawn, captions, tokens)]
-        return pr.semantic_loss(model, vocab, cfg, dict(batch, captions=captions, tasks=["copy"] * len(drawn)), source)
+        answer, captions, place = tokens[batch["place"]].to(device), captions_of(batch), batch["place"]
+        alone = torch.rand(len(place)) < 0.5                       # drawn from the caption alone
+        source = [None if a and caption else row for a, caption, row in zip(alone, captions, answer)]
+        batch = dict(captions=captions, tasks=["copy"] * len(place))
+        states, sequence = pr.teacher_forced(model, vocab, cfg, batch, source, answer)
+        ce = pr.token_loss(states, model.integrator.head, sequence.labels)
+        cond = model.condition(pr.answer_states(states, sequence.start, model.tatok.count))
+        diffusion = pr.diffusion_loss(model, cfg, cond, latents[place].to(device))
+        return ce + diffusion, dict(ce=ce, diffusion=diffusion)
 
     @torch.no_grad()
     def samples():
@@ -157,6 +162,7 @@ def train(run, faces, held, sizes: dict | None = None) -> None:
     with torch.no_grad():                                         # DC-AE's scaling factor: latents of variance 1
         model.latent_scale.copy_(1 / model.vae.encoder(hq).std())
     model.lq_encoder.load_state_dict(model.vae.encoder.state_dict())
+    tokens, latents = encode_all(run, faces, model.tatok.encode), encode_all(run, faces, lambda hq: model.encode(hq).float())
     trainable("integrator.", "sana.")
     parts = {"integrator": model.integrator, "sana": model.sana}
     fit(run, "prior", parts, faces, run.cfg.steps, 5e-3, prior_loss, show=samples)

@@ -3,7 +3,7 @@ import shutil
 from pathlib import Path
 
 # toy.backbones comes first: it sets up OpenMP before torch is imported
-from toy.backbones import KL, captions_of, fit, kl_autoencoder, open_vae, publish, word_tokenizer
+from toy.backbones import KL, captions_of, encode_all, fit, kl_autoencoder, open_vae, publish, word_tokenizer
 
 import torch
 import torch.nn as nn
@@ -52,8 +52,7 @@ def train(run, faces, held, sizes: dict = SIZES) -> None:
     bars = pipeline.scheduler.alphas_cumprod.to(device)
 
     def loss_of(batch):
-        with torch.no_grad():
-            z = vae.encode(batch["hq"]).latent_dist.sample().float() * vae.config.scaling_factor
+        z = latents[batch["place"]].to(device)
         t, noise = torch.randint(len(bars), (len(z),), device=device), torch.randn_like(z)
         a = bars[t].view(-1, 1, 1, 1)
         tokens = tokenizer(captions_of(batch), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
@@ -68,6 +67,7 @@ def train(run, faces, held, sizes: dict = SIZES) -> None:
         drawn = pipeline(batch["captions"], num_inference_steps=25, guidance_scale=2.0, generator=rng, output_type="pt").images
         return {"a real face": batch["hq"], "drawn from its caption": drawn * 2 - 1}
 
+    latents = encode_all(run, faces, lambda hq: vae.encode(hq).latent_dist.mean.float() * vae.config.scaling_factor)
     batch = held.held_out(12)
     fit(run, "diffusion", {"unet": unet, "text_encoder": text}, faces, run.cfg.steps, 2e-3, loss_of, tables, show=show)
 
