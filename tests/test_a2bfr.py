@@ -1,5 +1,4 @@
 """A2BFR: closed forms in the paper's order, rewrites, parity with diffusers, prodigyopt and peft; then the program."""
-import copy
 import dataclasses
 import functools
 import json

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from program import caller, kill, same, weights
 from scipy import ndimage
 from torchvision.models.vgg import cfgs, make_layers
