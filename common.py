@@ -208,7 +208,10 @@ def degrade_one(hq: torch.Tensor, spec: Degradation, seed: int) -> tuple:
 
 def degrade_pair(hq: torch.Tensor, spec: Degradation, seeds) -> tuple:
     """(B, 3, S, S) in [-1, 1] -> (lq, hq), both (B, 3, S, S); a share of the pairs may be grey. See `degrade`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if hq.shape[-1] <= 128 else threads)  # on a small image threads wait longer than they work
     pairs = [degrade_one(image, spec, seed) for image, seed in zip(hq, seeds, strict=True)]
+    torch.set_num_threads(threads)
     return torch.stack([lq for lq, _ in pairs]), torch.stack([clean for _, clean in pairs])
 
 

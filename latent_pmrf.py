@@ -61,7 +61,8 @@ SIZES = {
         pixel_flow=dict(widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64, mapping_width=768))}
 HDIT_PMRF = dict(in_channels=3, **SIZES["paper"]["pixel_flow"])
 # Changes of the paper to SD-VAE, undone one by one. sd: all of them (DIFFERS: without SD's attention and last norm).
-# UNSTATED: pixel_shuffle is our reading of Table 2's "- interpolate", sd_resizers (Figure 5a) the other one.
+# UNSTATED: pixel_shuffle, the authors' switch `upsample_method`, is our reading of Table 2's "- interpolate"; sd_resizers
+# (Figure 5a) is the other one.
 VAE_STYLES = {"sim": {}, "group_norm": dict(norm="group"), "pixel_shuffle": dict(resizer="pixel_shuffle"),
               "sd_resizers": dict(resizer="sd"), "sd_block": dict(block="sd"), "sd": dict(norm="group", resizer="sd", block="sd")}
 
@@ -87,12 +88,10 @@ class Train(TrainFlags):
     kl_weight: float = 1e-6                # of the KL summed over a latent
     vae_steps: int = 150_000               # of Sim-VAE
     vae_learning_rate: float = 1e-4        # peak of a cosine that ends at a hundredth of it
-    vae_crop: int = 256                    # side of the random crop the VAE sees
     mmse_steps: int = 270_000              # paper trains none (DifFace's weights); this is PMRF's 1000 epochs of FFHQ
     mmse_learning_rate: float = 5e-4       # PMRF, constant
     flow_steps: int = 400_000              # of the flow
     learning_rate: float = 5e-4            # of the flow, constant
-    flow_weight_decay: float = 0.0         # of the flow; UNSTATED: none in the paper, 0.01 in PMRF
     source_noise: float = 0.1              # sigma_s: noise on the source; UNSTATED: authors' file
     source_sample: bool = True             # source is a sample of the posterior q(z | x_hat), not its mean
     num_inference_steps: int = 25          # Euler steps of the faces restored at the end [sec. 3.3]
@@ -102,11 +101,10 @@ class Train(TrainFlags):
 SETTINGS = ("size", "space", "source", "latent_channels", "vae_style")
 TOY_VALUES = dict(
     TOY, size="toy", degradation="codeformer", latent_channels=16, perceptual="reader", vae_steps=1150, vae_learning_rate=2e-3,
-    vae_crop=32, mmse_steps=3700, mmse_learning_rate=2e-3,
-    flow_steps=600, learning_rate=2e-3, num_inference_steps=4)
+    mmse_steps=3700, mmse_learning_rate=2e-3, flow_steps=600, learning_rate=2e-3, num_inference_steps=4)
 SMALL = dict(
-    size="small", image_size=128, batch_size=64, latent_channels=16, vae_steps=20_000, vae_crop=128,
-    mmse_steps=20_000, flow_steps=50_000, checkpointing_steps=2000)
+    size="small", image_size=128, batch_size=64, latent_channels=16, vae_steps=20_000, mmse_steps=20_000, flow_steps=50_000,
+    checkpointing_steps=2000)
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,6 @@ class Sample(SampleFlags):
 
 
 # ------------------------------------------------------------------------------------------------ model: Sim-VAE
-
 
 class PixelLayerNorm(nn.LayerNorm):
     """LayerNorm over the channels of each pixel: no statistic crosses pixels, so the network stays a convolution."""
@@ -174,10 +171,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Double the resolution: nearest neighbour, then a 3x3 convolution; or four times the channels, then pixel shuffle.
-
-    UNSTATED: pixel shuffle is our reading of Table 2's "- interpolate": the authors' switch `upsample_method`.
-    """
+    """Double the resolution: nearest neighbour, then a 3x3 convolution; or four times the channels, then pixel shuffle."""
 
     def __init__(self, width: int, out: int, style: str):
         super().__init__()
@@ -196,16 +190,11 @@ class Blocks(nn.Module):
     def __init__(self, width, out, layers, norm, kind, downsampler=None, upsampler=None):
         super().__init__()
         self.resnets = nn.ModuleList(SimBlock(width if i == 0 else out, out, norm, kind) for i in range(layers))
-        if downsampler is not None:
-            self.downsampler = downsampler
-        if upsampler is not None:
-            self.upsampler = upsampler
+        self.downsampler, self.upsampler = downsampler, upsampler
 
     def forward(self, x):
-        for block in self.resnets:
-            x = block(x)
-        for resizer in ("downsampler", "upsampler"):
-            x = getattr(self, resizer)(x) if hasattr(self, resizer) else x
+        for layer in (*self.resnets, self.downsampler, self.upsampler):
+            x = layer(x) if layer is not None else x
         return x
 
 
@@ -268,7 +257,6 @@ class SimVAE(nn.Module):
         sizes = (latent_channels, tuple(widths), layers, mid_layers, norm, resizer, block)
         self.encoder, self.decoder = Encoder(*sizes), Decoder(*sizes)
         self.factor, self.widths = 2 ** (len(widths) - 1), tuple(widths)
-        self.layers, self.mid_layers = layers, mid_layers
 
     def encode(self, x):
         """-> mean, logvar (B, c, h, w) of q(z | x); logvar within [-30, 20]."""
@@ -281,7 +269,6 @@ class SimVAE(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------ model: SwinIR
-
 
 def shifted_window_mask(height: int, width: int, window: int, shift: int) -> torch.Tensor:
     """(windows, window^2, window^2): -100 where a rolled window joins two sides of the picture, else 0 [Swin]."""
@@ -427,32 +414,20 @@ class SwinIR(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ model: HDiT
 
-
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)  # one call inside inference mode must not spoil a training that follows
-def neighborhood_mask(height: int, width: int, kernel: int, device) -> torch.Tensor:
-    """(H W, H W) bool: True where a key lies in the kernel x kernel window of a query; at a border the window shifts in."""
-    axes = []
-    for length in (height, width):
-        keys = torch.arange(length, device=device)
-        start = (keys - kernel // 2).clamp(0, length - kernel)[:, None]
-        axes.append((keys >= start) & (keys < start + kernel))                               # (queries, keys)
-    return (axes[0][:, None, :, None] & axes[1][None, :, None, :]).reshape(height * width, height * width)
+def neighborhood_mask(height: int, width: int, kernel: int, device):
+    """Which keys lie in the window of a query: (1, 1, H W, H W) bool, or on a GPU the blocks that `flex_attention` visits."""
+    from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
-
-@functools.lru_cache(maxsize=32)
-@torch.inference_mode(False)
-def neighborhood_blocks(height: int, width: int, kernel: int, device):
-    """The same window for `flex_attention`, which skips the blocks of keys that no query of a block attends to."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def window(b, h, query, key):
+    def window(batch, head, query, key):  # at a border the window shifts in
         row = (query // width - kernel // 2).clamp(0, height - kernel)
         column = (query % width - kernel // 2).clamp(0, width - kernel)
         return ((key // width - row >= 0) & (key // width - row < kernel)
                 & (key % width - column >= 0) & (key % width - column < kernel))
 
-    return create_block_mask(window, None, None, height * width, height * width, device=device)
+    make = create_block_mask if device.type == "cuda" else create_mask
+    return make(window, None, None, height * width, height * width, device=device)
 
 
 @functools.lru_cache
@@ -467,13 +442,11 @@ def neighborhood_attention(q, k, v, height: int, width: int, kernel_size: int = 
     q, k, v (B, heads, H * W, head_dim), row-major -> the same shape. Raises ValueError if the grid is smaller than the
     window or the window is even.
     """
-    if kernel_size % 2 == 0 or kernel_size > min(height, width) or q.shape[-2] != height * width:
-        raise ValueError(f"neighborhood_attention: window {kernel_size} must be odd and fit the {height}x{width} grid "
-                         f"of {q.shape[-2]} tokens")
-    if q.is_cuda:
-        blocks = neighborhood_blocks(height, width, kernel_size, q.device)
-        return compiled_flex_attention()(q, k, v, block_mask=blocks, scale=scale)
+    if kernel_size % 2 == 0 or kernel_size > min(height, width):
+        raise ValueError(f"neighborhood_attention: window {kernel_size} must be odd and fit the {height}x{width} grid")
     mask = neighborhood_mask(height, width, kernel_size, q.device)
+    if q.is_cuda:
+        return compiled_flex_attention()(q, k, v, block_mask=mask, scale=scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
@@ -522,14 +495,6 @@ class AdaRMSNorm(nn.Module):
 
     def forward(self, x, c):  # (B, N, D), (B, T)
         return rms_norm(x, self.linear(c)[:, None] + 1)
-
-
-class GEGLU(nn.Linear):
-    def __init__(self, width: int, out: int):
-        super().__init__(width, 2 * out, bias=False)
-
-    def forward(self, x):
-        return geglu(super().forward(x))
 
 
 class FourierFeatures(nn.Module):
@@ -598,16 +563,15 @@ class FeedForward(nn.Module):
 
     def __init__(self, width, d_ff, cond, depthwise):
         super().__init__()
-        self.norm, self.up_proj = AdaRMSNorm(width, cond), GEGLU(width, d_ff)
+        self.norm, self.up_proj = AdaRMSNorm(width, cond), nn.Linear(width, 2 * d_ff, bias=False)
         if depthwise:
             self.dwconv = DepthwiseConv(2 * d_ff)
         self.down_proj = zeroed(nn.Linear(d_ff, width, bias=False))
 
     def forward(self, x, c, grid):
-        h = self.norm(x, c)
-        if hasattr(self, "dwconv"):
-            return x + self.down_proj(geglu(self.dwconv(F.linear(h, self.up_proj.weight), grid)))
-        return x + self.down_proj(self.up_proj(h))
+        h = self.up_proj(self.norm(x, c))
+        h = self.dwconv(h, grid) if hasattr(self, "dwconv") else h
+        return x + self.down_proj(geglu(h))
 
 
 class HDiTLayer(nn.Module):
@@ -623,11 +587,11 @@ class HDiTLayer(nn.Module):
 class MappingBlock(nn.Module):
     def __init__(self, width: int, d_ff: int):
         super().__init__()
-        self.norm, self.up_proj = RMSNorm(width), GEGLU(width, d_ff)
+        self.norm, self.up_proj = RMSNorm(width), nn.Linear(width, 2 * d_ff, bias=False)
         self.down_proj = zeroed(nn.Linear(d_ff, width, bias=False))
 
     def forward(self, x):
-        return x + self.down_proj(self.up_proj(self.norm(x)))
+        return x + self.down_proj(geglu(self.up_proj(self.norm(x))))
 
 
 class Mapping(nn.Module):
@@ -717,9 +681,6 @@ class HDiT(nn.Module):
         return self.mapping(self.time_in_proj(self.time_emb(t[:, None])) + constant)
 
     def forward(self, x, t):
-        side = self.patch * 2 ** len(self.merges)
-        if x.shape[-2] % side or x.shape[-1] % side:
-            raise ValueError(f"HDiT wants sides that are multiples of {side}, got {tuple(x.shape[-2:])}")
         shape, grid, c = x.shape, tuple(x.shape[-2:]), self.condition(t)
         x = self.patch_in(x.flatten(2).transpose(1, 2), grid)                                # (B, N, widths[0])
         grid = (grid[0] // self.patch, grid[1] // self.patch)
@@ -746,7 +707,6 @@ class HDiT(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ losses
 
-
 def kl_divergence(mean, logvar):
     """KL(N(mean, exp(logvar)) || N(0, 1)), summed over a latent (C, H, W), averaged over the batch."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
@@ -766,11 +726,7 @@ class VGGLoss(nn.Module):
     def __init__(self, weights: str = "", pretrained: bool = True):
         super().__init__()
         from torchvision.models import VGG19_Weights, vgg19
-        try:
-            network = vgg19(weights=VGG19_Weights.IMAGENET1K_V1 if pretrained and not weights else None)
-        except Exception as error:  # no network: urllib, ssl and timeouts each have their own
-            raise UserError(f"torchvision cannot fetch vgg19 ({type(error).__name__}); give the file with --vgg, or "
-                            "--perceptual reader") from None
+        network = vgg19(weights=VGG19_Weights.IMAGENET1K_V1 if pretrained and not weights else None)
         if weights:
             load_strict(network, read_weights(weights), f"--vgg {weights}")
         self.features = network.features[:35].eval().requires_grad_(False)
@@ -817,7 +773,6 @@ def stratified_time(batch: int, rank: int = 0, world: int = 1, generator=None):
 
 
 # ------------------------------------------------------------------------------------------------ sampler
-
 
 @torch.no_grad()
 def euler_sample(velocity, z0, steps: int = 25):
@@ -877,7 +832,6 @@ def restore(nets, cfg, lq, noise, steps: int):
 
 # ------------------------------------------------------------------------------------------------ training
 
-
 def perceptual_network(cfg, device):
     """Callable (a, b) -> scalar. vgg19 is the paper's; the toy faces have a network of their own."""
     if cfg.perceptual == "none":
@@ -898,13 +852,13 @@ def train_vae(cfg, run, faces, nets):
     modules, steps = {"vae": vae}, min(cfg.vae_steps, cfg.max_train_steps)
     warmup = min(500, steps // 20)                                 # DIFFERS: linear, as the authors' file; paper flat at a tenth
     factor = warmup_cosine(steps - warmup, warmup, floor=0.01, first=0.1)
-    ema = EMA(modules, cfg.ema_decay)                                       # averaged weights, for `sample`
+    ema = EMA(modules, cfg.ema_decay)                              # averaged weights, for `sample`
     first = run.load("vae", modules, ema, optimizer)               # 0, or where a stopped run was saved
     clean = functools.partial(faces.training, degraded=False)
 
     for step, batch in run.batches(clean, "vae", first, steps):    # seeds torch by (seed, stage, step): resuming is bit-exact
         optimizer.zero_grad()
-        for hq in random_crop(batch["hq"], cfg.vae_crop).chunk(cfg.gradient_accumulation_steps):
+        for hq in random_crop(batch["hq"], cfg.image_size // 2).chunk(cfg.gradient_accumulation_steps):      # 256 of 512 px
             mean, logvar = vae.encode(hq)
             z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
             loss, parts = vae_loss(vae.decode(z), hq, mean, logvar, perceptual, cfg.perceptual_weight, cfg.kl_weight)
@@ -957,8 +911,8 @@ def train_flow(cfg, run, faces, nets):
     flow = nets["flow"].train().requires_grad_(True)
     flow.gradient_checkpointing = cfg.gradient_checkpointing
     steps = min(cfg.flow_steps, cfg.max_train_steps)
-    # Adam (0.9, 0.95) [sec. 6.1]: AdamW without decay. DIFFERS: gradients are clipped, the paper does not say so
-    optimizer = make_optimizer(cfg, flow.parameters(), cfg.learning_rate, weight_decay=cfg.flow_weight_decay)
+    # Adam (0.9, 0.95) [sec. 6.1]: AdamW without decay (PMRF: 0.01). DIFFERS: gradients are clipped, the paper does not say so
+    optimizer = make_optimizer(cfg, flow.parameters(), cfg.learning_rate, weight_decay=0.0)
     modules, factor = {"flow": flow}, lr_schedule(cfg, steps)
     ema = EMA(modules, cfg.ema_decay)
     first, pieces = run.load("flow", modules, ema, optimizer), cfg.gradient_accumulation_steps
@@ -1029,17 +983,16 @@ def train(cfg: Train) -> None:
 
 # ------------------------------------------------------------------------------------------------ networks, weights
 
-
 def build(cfg, part: str) -> nn.Module:
     """The network of one part, in the sizes of a `Train` configuration."""
     sizes = SIZES[cfg.size]
     if part == "vae":
         return SimVAE(cfg.latent_channels, **sizes["vae"], **VAE_STYLES[cfg.vae_style])
     if part == "mmse":
-        tokens = cfg.image_size // sizes["mmse"]["unshuffle"]
+        sizes = dict(sizes["mmse"], tokens=cfg.image_size // sizes["mmse"]["unshuffle"])
         if cfg.source == "latent_mean":
-            return SwinIR(**{**sizes["mmse"], "residual": False}, tokens=tokens, latent_channels=cfg.latent_channels)
-        return SwinIR(**sizes["mmse"], tokens=tokens)
+            sizes |= dict(residual=False, latent_channels=cfg.latent_channels)
+        return SwinIR(**sizes)
     if cfg.space == "pixel":                                      # PMRF's network
         return HDiT(3, **sizes["pixel_flow"])
     return HDiT(cfg.latent_channels, **sizes["flow"])
@@ -1068,9 +1021,8 @@ def load_part(cfg, part: str, where: str) -> nn.Module:
     path = Path(where) / f"{part}.safetensors"
     if path.exists():
         _, before = open_run(where, Train)
-        for name in [name for name in SETTINGS if name.startswith(part) or name == "source" and part == "mmse"]:
-            if before and getattr(before, name) != getattr(cfg, name):
-                raise UserError(f"--{part} {where}: was trained with --{name} {getattr(before, name)}, not {getattr(cfg, name)}")
+        if part == "vae" and before and before.vae_style != cfg.vae_style:                   # some styles have the same names
+            raise UserError(f"--vae {where}: was trained with --vae_style {before.vae_style}, not {cfg.vae_style}")
         net = build(cfg, part)
         load_strict(net, read_weights(path), f"--{part} {where}")
         return net
@@ -1082,6 +1034,15 @@ def load_part(cfg, part: str, where: str) -> nn.Module:
     return vae
 
 
+def weights_file(where: Path) -> Path:
+    """The file itself, or the first one with weights in a folder."""
+    kinds = ("*.safetensors", "*.bin", "*.ckpt")
+    files = [where] if where.is_file() else [file for kind in kinds for file in sorted(where.glob(kind))]
+    if not files:
+        raise UserError(f"{where}: no weights there ({', '.join(kinds)})")
+    return files[0]
+
+
 def load_swinir(mmse: SwinIR, where: str) -> SwinIR:
     """DifFace's weights into `mmse`. The masks of shifted windows belong to the picture's size: ours are kept."""
     state = {name.removeprefix("model."): tensor for name, tensor in read_weights(where).items()}
@@ -1091,20 +1052,11 @@ def load_swinir(mmse: SwinIR, where: str) -> SwinIR:
 
 
 def load_sim_vae(where: str) -> SimVAE:
-    """The released Sim-VAE: a diffusers folder, its safetensors file, or a hub id. Sizes are read off the weights."""
-    path = find_checkpoint(where, "vae")
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
-        path = files[0] if files else path / "diffusion_pytorch_model.safetensors"
-    # Some files store norms as (1, C, 1, 1).
-    state = {n: t.flatten() if ".norm." in n else t for n, t in read_weights(path).items()}
-    if "decoder.conv_in.weight" not in state:
-        raise UserError(f"--vae {where}: not a Sim-VAE (no decoder.conv_in.weight in it)")
-    count = lambda pattern: len([n for n in state if n.startswith(pattern) and n.endswith("conv1.weight")])
+    """The released Sim-VAE: a diffusers folder, its file, or a hub id. Widths and channels are read off the weights."""
+    state = read_weights(weights_file(find_checkpoint(where, "vae")))
+    state = {n: t.flatten() if ".norm." in n else t for n, t in state.items()}               # some files: (1, C, 1, 1)
     first = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(16)]
-    widths = [state[name].shape[1] for name in first if name in state]
-    channels = state["decoder.conv_in.weight"].shape[1]
-    vae = SimVAE(channels, widths, count("encoder.down_blocks.0."), count("encoder.mid_block."))
+    vae = SimVAE(len(state["encoder.conv_out.bias"]) // 2, [state[name].shape[1] for name in first if name in state])
     load_strict(vae, state, f"--vae {where}")
     return vae
 
@@ -1114,17 +1066,12 @@ def load_pmrf(where: Path) -> dict:
 
     A Lightning file also holds the averaged weights of the flow, a list in the order of its parameters: they are used.
     """
-    kinds = ("*.safetensors", "*.bin", "*.ckpt")
-    files = [where] if where.is_file() else [file for kind in kinds for file in sorted(where.glob(kind))]
-    if not files:
-        raise UserError(f"--checkpoint {where}: no weights in this folder")
-    raw = read_torch(files[0]) if files[0].suffix == ".ckpt" else {}
-    state = raw["state_dict"] if "state_dict" in raw else read_weights(files[0])
+    raw = read_torch(weights_file(where))
+    state, average = raw.get("state_dict", raw), raw.get("ema")
     nets = {"flow": HDiT(**HDIT_PMRF), "mmse": SwinIR()}
     for part, prefix in (("flow", "model."), ("mmse", "mmse_model.")):
         own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
         load_strict(nets[part], own, f"--checkpoint {where}, {prefix}*")
-    average = raw.get("ema")
     average = average.get("shadow_params") if isinstance(average, dict) else average
     own = list(nets["flow"].parameters())
     for parameter, shadow in zip(own, average or own, strict=True):
@@ -1133,7 +1080,6 @@ def load_pmrf(where: Path) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------ restore, measure
-
 
 @torch.no_grad()
 def restore_held_out(cfg, run, nets, batch) -> dict:

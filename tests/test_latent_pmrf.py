@@ -494,7 +494,7 @@ def test_hdit_recomputes_to_the_same_gradients():
 # ---------------------------------------------------------------- released weights
 def test_a_sim_vae_folder_and_a_swinir_of_another_size_and_prefix_load(tmp_path):
     """Sizes are read off the weights; some files store the gains of norms as (1, C, 1, 1)."""
-    vae = lp.SimVAE(4, (8, 16), layers=1, mid_layers=2)
+    vae = lp.SimVAE(4, (8, 16))
     state = {n: t.view(1, -1, 1, 1).clone() if ".norm." in n else t for n, t in vae.state_dict().items()}
     safetensors.torch.save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLSim", "decay": 0.9999}))
@@ -536,7 +536,7 @@ def test_pmrf_release_loads_by_prefix_with_its_averaged_weights(tmp_path, monkey
 HDIT = dict(widths=(16, 16), depths=(1, 1), head_dim=8, mapping_width=16, kernel=5)
 SWINIR = dict(dim=8, depths=(2,), heads=2, features=8, unshuffle=2, drop_path=0.1, residual=True)
 TINY = dict(vae=dict(widths=(8, 8)), mmse=SWINIR, flow=dict(HDIT, patch=1), pixel_flow=dict(HDIT, patch=2))
-FLAGS = """--image_size 32 --latent_channels 4 --vae_crop 24 --batch_size 4 --vae_steps 4 --mmse_steps 4 --flow_steps 4
+FLAGS = """--image_size 32 --latent_channels 4 --batch_size 4 --vae_steps 4 --mmse_steps 4 --flow_steps 4
            --log_steps 2 --checkpointing_steps 2 --validation_faces 8 --num_inference_steps 2 --device cpu
            --perceptual reader""".split()
 STAGES, call = ("vae", "mmse", "flow"), caller(lp)[0]
@@ -632,7 +632,7 @@ def test_one_step_in_the_papers_layout(flags, tmp_path, monkeypatch):
     norms, made, clip, make = [], [], torch.nn.utils.clip_grad_norm_, lp.make_optimizer
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: norms.append(norm) or clip(p, norm))
     monkeypatch.setattr(lp, "make_optimizer", lambda *a, **k: made.append(make(*a, **k)) or made[-1])
-    call("train", "--preset", "paper", *"""--image_size 32 --vae_crop 32 --batch_size 2 --max_train_steps 1 --num_workers 0
+    call("train", "--preset", "paper", *"""--image_size 32 --batch_size 2 --max_train_steps 1 --num_workers 0
          --perceptual none --device cpu --mixed_precision bf16 --max_grad_norm 5 --gradient_accumulation_steps 2
          --gradient_checkpointing --validation_faces 4""".split(), *flags[len(FLAGS) + 1:-1], "-o", tmp_path)
     assert norms == [1.0, 5.0, 5.0] and all(t.isfinite().all() for t in weights(tmp_path).values())
