@@ -82,7 +82,7 @@ class Train(TrainFlags):
     mmse: str = ""                         # SwinIR to use: folder of a run, or swinir_restoration512_L1.pth of DifFace
     latent_channels: int = 32              # c of the latent; Table 3: 16, 24, 32, 48
     vae_style: typing.Literal[tuple(VAE_STYLES)] = "sim"  # Table 2: the paper's VAE with one change undone, or all
-    perceptual: typing.Literal["vgg19", "reader", "none"] = "vgg19"  # network of the perceptual loss
+    perceptual: typing.Literal["vgg19", "reader"] = "vgg19"  # network of the perceptual loss
     vgg: str = ""                          # file of torchvision's vgg19 weights (default: torchvision fetches them)
     perceptual_weight: float = 0.05        # DIFFERS: authors' file; sec. 4.2: as Real-ESRGAN, whose is 1.0
     kl_weight: float = 1e-6                # of the KL summed over a latent
@@ -317,10 +317,7 @@ class SwinLayer(nn.Module):
 
     def residual(self, x):
         """Stochastic depth: in training a sample skips the branch with probability `drop`."""
-        if not self.training or self.drop == 0:
-            return x
-        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop
-        return x * keep / (1 - self.drop)
+        return x * F.dropout(x.new_ones(len(x), 1, 1), self.drop, self.training)
 
     def forward(self, x, height, width):  # (B, H W, C)
         w, mask = self.window, None
@@ -358,8 +355,6 @@ class SwinGroup(nn.Module):
 
 class SwinIR(nn.Module):
     """The posterior-mean predictor: (B, 3, H, W) in [0, 1] -> the same, not clipped.
-
-    Any size that is more than half of a window (8 x unshuffle pixels).
 
     Default: DifFace's SwinIR-L (15,792,587 parameters, its names). PMRF's "swinir_M": dim=120, depths=(6,) * 5.
     `latent_channels` > 0 predicts latents at 1 / unshuffle of the resolution instead (option 1 of sec. 3.2). `residual`
@@ -510,10 +505,7 @@ class FourierFeatures(nn.Module):
 
 
 class DepthwiseConv(nn.Conv2d):
-    """3x3 depth-wise convolution over tokens (B, H W, C) [sec. 6.1]; starts as the identity.
-
-    DIFFERS: the authors start it at random; from the identity the switch changes nothing at the first step.
-    """
+    """3x3 depth-wise convolution over tokens (B, H W, C) [sec. 6.1]. DIFFERS: starts as the identity, theirs at random."""
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3, padding=1, groups=channels)
@@ -541,14 +533,12 @@ class SelfAttention(nn.Module):
         self.pos_emb.register_buffer("freqs", freqs.view(angles, self.heads).T.contiguous())
         self.out_proj = zeroed(nn.Linear(width, width, bias=False))
 
-    def angles(self, positions):  # (N, 2) -> (heads, N, 2 * angles)
-        return (positions[None, :, :, None] * self.pos_emb.freqs[:, None, None]).flatten(2)
-
     def forward(self, x, c, positions, grid):  # (B, N, D)
         qkv = self.qkv_proj(self.norm(x, c))
         qkv = self.dwconv(qkv, grid) if hasattr(self, "dwconv") else qkv
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, N, D / heads)
-        theta, root = self.angles(positions), self.scale.float().sqrt()[:, None, None]
+        theta = (positions[None, :, :, None] * self.pos_emb.freqs[:, None, None]).flatten(2)  # (heads, N, 2 * angles)
+        root = self.scale.float().sqrt()[:, None, None]
         unit = lambda u: u * (root * torch.rsqrt(u.float().square().sum(-1, keepdim=True) + 1e-6)).to(u.dtype)
         q, k = apply_rope(unit(q), theta), apply_rope(unit(k), theta)
         if self.kernel:
@@ -649,9 +639,8 @@ class HDiT(nn.Module):
 
     Level i works on tokens of 2^i x 2^i patches; all levels but the last attend to `kernel` x `kernel` neighbourhoods,
     the last to everything. Names are k-diffusion's, as PMRF releases them: HDiT(**HDIT_PMRF) has 160,460,210
-    parameters. DIFFERS: this is the HDiT that the paper cites, with depth-wise convolutions as a switch: 147.83 M at
-    the paper's sizes, 151.2 M are printed. The authors' latent network (LooUFormer, published without weights) has dot
-    products, biases, no zero-initialised output, GELU on the first half and convolutions that resize: 153.98 M.
+    parameters. DIFFERS: the HDiT that the paper cites, with depth-wise convolutions as a switch, has 147.83 M at the
+    paper's sizes; 151.2 M are printed. docs/latent_pmrf.md says how the authors' own network differs.
     """
 
     def __init__(self, in_channels=3, widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64,
@@ -759,10 +748,7 @@ def interpolate(z0, z1, t):
 
 
 def cfm_loss(velocity, z0, z1, t):
-    """E || v(z_t, t) - (z1 - z0) ||^2 [Eq. 3; Eq. 5 in latents]: z1 - z0 is the velocity of the line [Eq. 2].
-
-    A mean over all elements. velocity(z, t) is any callable.
-    """
+    """E || v(z_t, t) - (z1 - z0) ||^2 [Eq. 3; Eq. 5 in latents], a mean over elements. z1 - z0: the line's velocity [Eq. 2]."""
     return (velocity(interpolate(z0, z1, t), t) - (z1 - z0)).square().mean()
 
 
@@ -798,10 +784,7 @@ def latent_source(vae, estimate, sample: bool, noise):
 
 
 def flow_source(nets, cfg, lq, noise):
-    """z0 before its noise, and the estimate (B, 3, S, S) it comes from, None where there is none in pixels.
-
-    `noise(like)` draws N(0, 1).
-    """
+    """z0 before its noise, and the posterior mean (B, 3, S, S) if it comes from one. `noise(like)` draws N(0, 1)."""
     if cfg.space == "pixel":                                      # PMRF: the flow runs on pixels in [0, 1]
         estimate = posterior_mean(nets["mmse"], lq)
         return estimate * 0.5 + 0.5, estimate
@@ -811,17 +794,9 @@ def flow_source(nets, cfg, lq, noise):
     return latent_source(nets["vae"], estimate, cfg.source_sample, noise), estimate
 
 
-def flow_target(nets, cfg, hq, noise):
-    """z_1: a draw of q(z | x) [UNSTATED: the authors' code; the paper says E(x)], or for PMRF the pixels in [0, 1]."""
-    return hq * 0.5 + 0.5 if cfg.space == "pixel" else latent_source(nets["vae"], hq, True, noise)
-
-
 @torch.no_grad()
 def restore(nets, cfg, lq, noise, steps: int):
-    """lq (B, 3, S, S) in [-1, 1] -> {"restored_faces", "posterior_mean"}, the same shape, clipped [sec. 3.3].
-
-    `noise(like)` draws N(0, 1).
-    """
+    """lq (B, 3, S, S) in [-1, 1] -> {"restored_faces", "posterior_mean"}, the same shape, clipped [sec. 3.3]."""
     z0, estimate = flow_source(nets, cfg, lq, noise)
     estimate = nets["vae"].decode(z0) if estimate is None else estimate
     z0 = z0.float()                                                # the state stays float32 under autocast
@@ -832,22 +807,17 @@ def restore(nets, cfg, lq, noise, steps: int):
 
 # ------------------------------------------------------------------------------------------------ training
 
-def perceptual_network(cfg, device):
-    """Callable (a, b) -> scalar. vgg19 is the paper's; the toy faces have a network of their own."""
-    if cfg.perceptual == "none":
-        return lambda a, b: a.new_zeros(())
-    if cfg.perceptual == "vgg19":
-        return VGGLoss(cfg.vgg).to(device)
-    return functools.partial(metrics.feature_distance, metrics.load_reader("a", cfg.readers).to(device))
-
-
 def train_vae(cfg, run, faces, nets):
     """Stage 1: Sim-VAE on clean crops, without autocast. A sample of the posterior is decoded, not its mean [Eq. 6].
 
     DIFFERS: AdamW (0.9, 0.99) with weight decay 0.01 and gradients clipped at 1, as the authors' code; the paper says
     Adam with its defaults. On a GPU TF32 multiplies, which they turn off.
     """
-    vae, perceptual = nets["vae"].train().requires_grad_(True), perceptual_network(cfg, run.device)
+    vae = nets["vae"].train().requires_grad_(True)
+    if cfg.perceptual == "vgg19":
+        perceptual = VGGLoss(cfg.vgg).to(run.device)
+    else:                                                          # the toy faces have a network of their own
+        perceptual = functools.partial(metrics.feature_distance, metrics.load_reader("a", cfg.readers).to(run.device))
     optimizer = make_optimizer(cfg, vae.parameters(), cfg.vae_learning_rate, betas=(0.9, 0.99))
     modules, steps = {"vae": vae}, min(cfg.vae_steps, cfg.max_train_steps)
     warmup = min(500, steps // 20)                                 # DIFFERS: linear, as the authors' file; paper flat at a tenth
@@ -921,7 +891,9 @@ def train_flow(cfg, run, faces, nets):
         # The two ends of the path: t = 0 a noisy latent of the posterior mean, t = 1 a latent of the clean face
         with torch.no_grad(), run.autocast():
             z0, _ = flow_source(nets, cfg, batch["lq"], torch.randn_like)
-            z1 = flow_target(nets, cfg, batch["hq"], torch.randn_like)
+            # UNSTATED: a draw of q(z | x), as the authors' code; the paper says E(x)
+            hq = batch["hq"]
+            z1 = hq * 0.5 + 0.5 if cfg.space == "pixel" else latent_source(nets["vae"], hq, True, torch.randn_like)
         z0 = z0.float() + cfg.source_noise * torch.randn_like(z0, dtype=torch.float32)
         t = stratified_time(len(z0), run.rank, run.world).to(run.device)
 
@@ -956,10 +928,6 @@ def stands_on(cfg, part: str) -> list:
 def train(cfg: Train) -> None:
     """The stages asked for, in order. Each is written when it ends, with pictures of what there is."""
     stages = stages_of(cfg)
-    if cfg.stage not in ["all", *stages] or cfg.stage != "all" and getattr(cfg, cfg.stage, ""):
-        raise UserError(f"--stage {cfg.stage}: nothing to train; it is given by a flag, or --space {cfg.space} has none")
-    if cfg.space == "pixel" and cfg.source == "latent_mean":
-        raise UserError("--source latent_mean: the flow on pixels has no latents")
     run = Run(cfg, SETTINGS)
     faces, held = open_faces(cfg, mirror=True)
     nets = {stage: build(cfg, stage) for stage in stages}
@@ -1085,8 +1053,7 @@ def load_pmrf(where: Path) -> dict:
 def restore_held_out(cfg, run, nets, batch) -> dict:
     """What the finished networks make of held-out faces: {name: (N, 3, S, S) on the CPU}, in batches.
 
-    `reconstruction` of the autoencoder, its `latents` of the clean faces; `posterior_mean`, and `bound`, the posterior mean
-    coded and decoded [Eq. 4, option 2]; `restored_faces`.
+    `latents` and `reconstruction` are of the clean faces, `bound` is the posterior mean coded and decoded [Eq. 4, option 2].
     """
     rng, found = torch.Generator().manual_seed(cfg.seed), {"lq": [batch["lq"]]}
     noise = lambda like: torch.randn(like.shape, generator=rng).to(like)

@@ -633,7 +633,7 @@ def test_one_step_in_the_papers_layout(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: norms.append(norm) or clip(p, norm))
     monkeypatch.setattr(lp, "make_optimizer", lambda *a, **k: made.append(make(*a, **k)) or made[-1])
     call("train", "--preset", "paper", *"""--image_size 32 --batch_size 2 --max_train_steps 1 --num_workers 0
-         --perceptual none --device cpu --mixed_precision bf16 --max_grad_norm 5 --gradient_accumulation_steps 2
+         --perceptual reader --device cpu --mixed_precision bf16 --max_grad_norm 5 --gradient_accumulation_steps 2
          --gradient_checkpointing --validation_faces 4""".split(), *flags[len(FLAGS) + 1:-1], "-o", tmp_path)
     assert norms == [1.0, 5.0, 5.0] and all(t.isfinite().all() for t in weights(tmp_path).values())
     assert [type(optimizer) for optimizer in made] == [torch.optim.AdamW] * 3
