@@ -513,7 +513,7 @@ class Run:
         torch.manual_seed(cfg.seed)                               # the same initial weights in every process
         torch.set_float32_matmul_precision("high")                # TF32 on GPUs that have it
         torch.backends.cuda.enable_cudnn_sdp(False)               # its bf16 gradients were NaN for A2BFR's toy (torch 2.11)
-        self.sums, self.count, self.former, self.entered = collections.defaultdict(float), 0, [], False
+        self.logged, self.former, self.entered = collections.defaultdict(list), [], False
         if hasattr(cfg, "resume_from_checkpoint"):
             self.check_folder(settings)
 
@@ -554,6 +554,7 @@ class Run:
             dist.barrier()
 
     def write_log(self, row: dict) -> None:
+        """Append a line to log.jsonl."""
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -584,8 +585,7 @@ class Run:
         if not self.entered:
             self.enter_folder()
         self.begun, self.waited = time.time(), 0.0                # waited: for faces, reading and degrading them
-        self.sums.clear()                                         # of a stage that ended between two lines of the log
-        self.count = 0
+        self.logged.clear()                                       # of a stage that ended between two lines of the log
         before = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             source = iter(loader)
@@ -613,13 +613,11 @@ class Run:
     def log(self, stage: str, step: int, every: int = 0, **values) -> None:
         """Mean of each value over `every` (0: --log_steps) steps, as a line of log.jsonl. UserError where one is not finite."""
         for name, value in values.items():
-            self.sums[name] = self.sums[name] + value.detach()    # stays on the device: no wait for a GPU
-        self.count += 1
+            self.logged[name].append(value.detach())              # stays on the device: no wait for a GPU
         if (step + 1) % (every or self.cfg.log_steps) and (step + 1) % self.cfg.checkpointing_steps:
             return
-        means = {name: total / self.count for name, total in self.sums.items()}
-        self.sums.clear()
-        self.count = 0
+        means = {name: torch.stack(found).mean() for name, found in self.logged.items()}
+        self.logged.clear()
         check_finite({"log": means}, f"stage {stage}, step {step + 1}")
         if self.main:
             row = {name: round(value.item(), 6) for name, value in means.items()}
@@ -640,10 +638,7 @@ class Run:
 
     def save(self, stage: str, step: int, modules: dict, ema: dict, *optimizers, every: int = 0) -> None:
         """state.pt: all that a resumed run needs, at every `every`-th step (0: --checkpointing_steps) and where a stop was
-        asked for.
-
-        modules {name: module}, ema {name: {tensor name: tensor}}. UserError where weights are not finite.
-        """
+        asked for. modules {name: module}, ema {name: {tensor name: tensor}}. UserError where weights are not finite."""
         stop = self.stop == "asked"
         if self.world > 1:                                        # all processes stop at the same step
             asked, stop = torch.tensor(float(stop), device=self.device), False
@@ -703,8 +698,9 @@ class Run:
         memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else \
             1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         write_json(self.folder / "metrics.json", dict(
-            rows=rows, **more, argv=sys.argv, seconds=round(time.time() - self.started, 1), peak_memory_gb=round(memory / 2 ** 30, 2),
-            parameters={name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}, **versions(self.device)))
+            rows=rows, **more, argv=sys.argv, seconds=round(time.time() - self.started, 1),
+            peak_memory_gb=round(memory / 2 ** 30, 2), **versions(self.device),
+            parameters={name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}))
         write_grid(self.folder / "samples.png", pictures)
         print_table(rows)
         self.say(f"pictures and numbers in {self.folder}")
@@ -713,7 +709,7 @@ class Run:
 class Steps(torch.utils.data.Dataset):
     """Item k is the whole batch of step k, so that DataLoader's workers can run ahead."""
 
-    def __init__(self, batch_at, count: int, seed: int, rank: int, world: int):
+    def __init__(self, batch_at, count, seed, rank, world):
         self.batch_at, self.count, self.seed, self.rank, self.world = batch_at, count, seed, rank, world
 
     def __getitem__(self, step: int) -> dict:
@@ -1017,7 +1013,8 @@ def restore_folder(cfg, restore, size: int, device) -> None:
             for i, name in enumerate(names):
                 for folder, images in results.items():
                     write_image(out / folder / f"{name}.png", images[i])
-                write_grid(out / "cmp" / f"{name}.png", {"input": lq[i][None], **{k: v[i:i + 1] for k, v in results.items()}}, cell=256)
+                beside = {"input": lq[i][None], **{folder: images[i:i + 1] for folder, images in results.items()}}
+                write_grid(out / "cmp" / f"{name}.png", beside, cell=256)
             done, batch = done + len(names), []
     if not done:
         raise UserError(f"nothing was restored from {cfg.input}")

@@ -5,14 +5,12 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
 import typing
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +27,6 @@ from safetensors.torch import load_file, save_file
 import common
 from common import ATTRIBUTES, DEGRADATIONS, Degradation, UserError, degrade
 from toy import faces as toy
-from toy.muon import Muon, orthogonalised
 
 CPU, NAMES = torch.device("cpu"), [name for _, name, _, _ in ATTRIBUTES]
 
@@ -144,13 +141,6 @@ def test_every_mode_becomes_rgb_and_what_is_transparent_mid_grey(tmp_path, mode,
     assert np.abs(np.subtract(read(tmp_path, Image.new(mode, (8, 6), colour), kind, **options), wanted)).max() <= 1
 
 
-def test_palettes_with_transparency(tmp_path):
-    picture = Image.new("P", (8, 6), 3)
-    picture.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 10, 20, 200])
-    assert read(tmp_path, picture) == [10, 20, 200] and read(tmp_path, picture, transparency=3) == [128] * 3
-    assert read(tmp_path, picture, transparency=1) == [10, 20, 200]
-
-
 def test_colour_profiles_are_converted_to_srgb_also_beside_transparency_and_palettes(tmp_path):
     """sRGB's profile with the primaries of red and green exchanged: reading it exchanges the two channels."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -159,8 +149,6 @@ def test_colour_profiles_are_converted_to_srgb_also_beside_transparency_and_pale
         picture, wanted = Image.new("RGB", (8, 6), (r, g, b)), np.array([g, r, b])
         for shown in (picture, picture.convert("RGBA"), picture.quantize(2)):
             assert np.abs(read(tmp_path, shown, icc_profile=profile) - wanted).max() <= 1
-        half = Image.new("RGBA", (8, 6), (r, g, b, 102))
-        assert np.abs(read(tmp_path, half, icc_profile=profile) - (0.4 * wanted + 0.6 * 128)).max() <= 1
         assert read(tmp_path, picture, icc_profile=b"damaged") == [r, g, b]
 
 
@@ -195,26 +183,13 @@ def test_pictures_are_listed_behind_links_too_and_what_is_passed_over_is_counted
     assert "1 files or folders" in capsys.readouterr().out
 
 
-def test_a_failed_write_and_a_full_disk_leave_the_old_file(tmp_path):
-    path, writers = tmp_path / "file", [lambda f: f.write_text("x" * 50_000)]
-    writers += [lambda f, save=save: save({"a": torch.zeros(100_000)}, f) for save in (torch.save, save_file)]
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
     path.write_text("old")
-    for write in writers:
-        with pytest.raises(OSError, match="file: cannot be written"), no_space(10_000), common.whole_file(path) as temporary:
-            write(temporary)
-        assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-@contextmanager
-def no_space(size):
-    """Inside, no file can grow beyond `size` bytes: what a full disk looks like to a program."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    with pytest.raises(OSError, match="file: cannot be written"), common.whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise OSError("the disk is full")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 # ---------------------------------------------------------------- faces in a folder
@@ -265,8 +240,6 @@ def test_training_batches_depend_on_seed_step_and_rank_alone_and_cover_every_epo
     for epoch in (range(3), range(3, 6)):
         places = torch.cat([batches[step, rank]["place"] for step in epoch for rank in (0, 1)])
         assert places.sort().values.tolist() == list(range(12))
-    order = lambda seed: [faces.training(2, seed, step)["place"].tolist() for step in range(6)]
-    assert order(7) != order(8)
     assert len(torch.cat([batch["seeds"] for batch in batches.values()]).unique()) == 24
 
 
@@ -287,20 +260,14 @@ def test_a_damaged_picture_ends_no_run(tmp_path, capsys):
     assert len(set(seen)) == 11 and "03.png" not in seen and capsys.readouterr().out.count("skipped") == 1
 
 
-def opened(folder, **changes):
-    train, held = common.open_faces(Tiny(output="x", data=str(folder), image_size=16, **changes))
-    return train.names, held.names
-
-
 def test_whole_people_are_held_out(tmp_path):
+    opened = lambda folder: [faces.names for faces in common.open_faces(Tiny(output="x", data=str(folder), image_size=16))]
     write_faces(tmp_path / "five", [f"{p}/{i}.png" for p in "abcde" for i in range(4)])
     assert [{name[0] for name in names} for names in opened(tmp_path / "five")] == [set("abcd"), {"e"}]
     write_faces(tmp_path / "two", [f"a/{i:02d}.png" for i in range(30)] + ["b/1.png"])
     assert opened(tmp_path / "two")[1] == ["b/1.png"]
     write_faces(tmp_path / "one", [f"{i}.png" for i in range(9)])
     assert opened(tmp_path / "one")[1] == ["8.png"]
-    train, held = opened(tmp_path / "one", validation_data=str(tmp_path / "two"))
-    assert len(train) == 9 and len(held) == 31
 
 
 def test_without_data_the_toy_faces_are_drawn_once(tmp_path, monkeypatch):
@@ -395,27 +362,21 @@ def test_a_run_killed_before_or_after_any_write_goes_on_bit_by_bit(tmp_path, mon
             assert same(straight, tiny_run(resumed(again)))
 
 
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path):
-    cfg = Tiny(output=str(tmp_path), steps=6, checkpointing_steps=100)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, workers):
+    """Clusters send it to the loader's processes too: one that died first would raise in the middle of a step."""
+    cfg = Tiny(output=str(tmp_path), steps=6, checkpointing_steps=100, num_workers=workers)
     straight = tiny_run(dataclasses.replace(cfg, output=str(tmp_path / "straight")))
-    for number, step in ((signal.SIGTERM, 1), (signal.SIGINT, 3)):
-        with pytest.raises(UserError, match=f"stopped at step {step + 1} of stage two, saved; go on with --resume_from"):
-            tiny_run(resumed(cfg), lambda *at, step=step, number=number: at[:2] == ("two", step) and os.kill(os.getpid(), number))
-        assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == step + 1
+    for number, wanted in ((signal.SIGTERM, 1), (signal.SIGINT, 3)):
+        def stop(stage, step, model, number=number, wanted=wanted):
+            if (stage, step) == ("two", wanted):
+                for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+                    os.kill(process, number)
+                time.sleep(0.3)
+        with pytest.raises(UserError, match=f"stopped at step {wanted + 1} of stage two, saved; go on with --resume_from"):
+            tiny_run(resumed(cfg), stop)
+        assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == wanted + 1
     assert same(straight, tiny_run(resumed(cfg))) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_a_signal_to_the_whole_group_leaves_the_loaders_processes_until_the_run_has_saved(tmp_path):
-    """Clusters end a job so. A loader's process that dies first would raise in the middle of a step."""
-    def end_of_the_job(stage, step, model):
-        if step == 1:
-            for process in multiprocessing.active_children():
-                os.kill(process.pid, signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.3)
-    with pytest.raises(UserError, match="stopped at step 2 of stage one, saved"):
-        tiny_run(Tiny(output=str(tmp_path), num_workers=2), end_of_the_job)
-    assert (tmp_path / "state.pt").exists() and not multiprocessing.active_children()
 
 
 def test_values_that_are_not_finite_stop_the_run_and_the_checkpoint_is_kept(tmp_path):
@@ -433,15 +394,10 @@ def test_values_that_are_not_finite_stop_the_run_and_the_checkpoint_is_kept(tmp_
     assert not (tmp_path / "end" / "one.safetensors").exists()
 
 
-def test_the_log_has_a_row_for_every_save_and_losses_of_one_stage_alone(tmp_path):
+def test_the_log_has_a_row_for_every_save(tmp_path):
     tiny_run(Tiny(output=str(tmp_path), steps=9, log_steps=5, checkpointing_steps=4))
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["step"]) for row in rows[1:]] == [(s, k) for s in ("one", "two") for k in (4, 5, 8)]
-    run = common.Run(Tiny(output=str(tmp_path / "b"), log_steps=2))
-    for stage, step in (("a", 0), ("b", 0), ("b", 1)):            # stage a ends before its line: its 9 is not of stage b
-        for _ in run.batches(small_batch, stage, step, step + 1) if step == 0 else [0]:
-            run.log(stage, step, loss=torch.tensor(9.0 if stage == "a" else 1.0))
-    assert json.loads((tmp_path / "b" / "log.jsonl").read_text().splitlines()[-1])["loss"] == 1.0
 
 
 def test_another_run_in_the_folder_is_refused_and_replaced_at_the_first_step(tmp_path):
@@ -450,8 +406,6 @@ def test_another_run_in_the_folder_is_refused_and_replaced_at_the_first_step(tmp
     (tmp_path / "photo.png").write_bytes(b"the user's")
     with pytest.raises(UserError, match="holds another run .*--overwrite replaces it"):
         common.Run(cfg)
-    with pytest.raises(UserError, match="--image_size 32: .* was trained with 16"):
-        common.Run(dataclasses.replace(resumed(cfg), image_size=32), ("image_size",))
     assert same(first, tiny_run(resumed(cfg)))                    # all is finished: taken as it is
     other = dataclasses.replace(cfg, seed=1, overwrite=True)
     common.Run(other)                                             # a mistake after this deletes nothing
@@ -510,67 +464,15 @@ def test_ema_has_the_ramp_and_copies_integers():
     ema.decay = 0.5
     ema.update(10**6)
     assert ema["m"]["weight"].item() == pytest.approx(0.95) and ema["m"]["num_batches_tracked"] == 5
-    module.weight.requires_grad_(False)
-    assert "weight" not in common.trained(module) and "running_mean" in common.trained(module)
 
 
 # ---------------------------------------------------------------- optimisers, schedules
-
-def test_muon_equals_torchs_muon_on_matrices_and_adam_on_vectors():
-    """torch.optim.Muon takes matrices only and works in bf16: equal up to that."""
-    torch.manual_seed(0)
-    ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, m * n).sin().view(m, n)) for m, n in ((24, 40), (40, 24))] for _ in range(2))
-    muon = Muon(ours, lr=0.1, weight_decay=0.2)
-    library = torch.optim.Muon(theirs, lr=0.1, momentum=0.95, nesterov=True, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
-    for _ in range(4):
-        for p, q in zip(ours, theirs):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        muon.step(), library.step()
-    for p, q in zip(ours, theirs):
-        torch.testing.assert_close(p, q, rtol=0, atol=4 * 0.1 * 0.2 * 0.05)
-    ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, n)) for n in (5, 3)] for _ in range(2))
-    table = nn.Parameter(torch.ones(3, 2))
-    muon = common.make_optimizer(SimpleNamespace(optimizer="muon"), [*ours, table], 0.1, weight_decay=0.2, tables=[table])
-    adam = torch.optim.AdamW([*theirs, twin := nn.Parameter(torch.ones(3, 2))], lr=0.1, betas=(0.9, 0.95), weight_decay=0.2)
-    for step in range(5):
-        for p, q in zip([*ours, table], [*theirs, twin]):
-            p.grad = torch.randn_like(p) if len(p) == 5 or step > 1 else None   # one joins later: it counts its own steps
-            q.grad = None if p.grad is None else p.grad.clone()
-        muon.step(), adam.step()
-    for p, q in zip([*ours, table], [*theirs, twin]):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
-
-
-def test_muon_orthogonalises_all_matrices_of_a_shape_as_newton_schulz_does_one():
-    """Against the plain iteration in float64: wide, tall, of low rank, zero; kernels too move in every direction alike."""
-    def newton_schulz(x):
-        x = x.double() / x.double().norm()
-        for _ in range(5):
-            gram = x @ x.T
-            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-        return x
-
-    torch.manual_seed(0)
-    for m, n in ((12, 40), (40, 12), (16, 16)):
-        stack = torch.stack([torch.randn(m, n), torch.randn(m, 2) @ torch.randn(2, n) * 1e3, torch.zeros(m, n)])
-        found = orthogonalised(stack)
-        for row in (0, 1):
-            torch.testing.assert_close(found[row].double(), newton_schulz(stack[row]), rtol=0, atol=2e-3)
-        assert torch.equal(found[2], torch.zeros(m, n))
-    p = nn.Parameter(torch.randn(8, 4, 3, 3))
-    before, p.grad = p.detach().clone(), torch.randn(8, 4, 3, 3) * 1e-3
-    Muon([p], lr=0.1, weight_decay=0.0).step()
-    moved = torch.linalg.svdvals((before - p.detach()).flatten(1) / (0.1 * 0.2 * 36 ** 0.5))
-    assert moved.min() > 0.6 and moved.max() < 1.3
-
 
 def test_learning_rate_schedules():
     cfg = SimpleNamespace(lr_scheduler="cosine", lr_warmup_steps=10)
     at = common.lr_schedule(cfg, 100)
     assert at(0) == pytest.approx(1 / 11) and at(10) == pytest.approx(1) and at(55) == pytest.approx(0.51)
     assert at(99) < 0.021 and at(100) == at(500) == pytest.approx(0.02)
-    assert all(b > a for a, b in zip(map(at, range(10)), map(at, range(1, 11))))
     flat = common.lr_schedule(SimpleNamespace(lr_scheduler="constant", lr_warmup_steps=0), 100)
     assert flat(0) == flat(99) == 1
     assert common.warmup_cosine(100, 20, floor=0.1, first=0.1)(10) == pytest.approx(0.55)
@@ -675,7 +577,7 @@ def test_restore_folder_takes_what_it_can_and_names_the_rest(tmp_path, capsys):
     assert "skipped: " in said.out + said.err and "broken.png" in said.out + said.err and "centred square" in said.out + said.err
     names = {p.name for p in (tmp_path / "out" / "restored_faces").iterdir()}
     assert names == {"a.png.png", "a.jpg.png", "a.png.webp.png", "tall.png", "dot.png", "huge.png"}   # none twice
-    assert [len(n) for n in seen] == [2, 2, 2] and json.loads((tmp_path / "out" / "args.json").read_text())["restored"] == 6
+    assert [len(n) for n in seen] == [2, 2, 2]
     with pytest.raises(UserError, match="not finite"):
         common.restore_folder(dataclasses.replace(cfg, overwrite=True), lambda lq, n: {"restored_faces": lq / 0}, 64, CPU)
 
@@ -721,28 +623,11 @@ def test_a_wrong_command_is_one_line_and_a_status(argv, message, capsys):
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_what_files_bring_is_one_line_and_a_fault_of_ours_stays_a_traceback(capsys):
-    with pytest.raises(SystemExit) as stop:
-        call("do", error=FileNotFoundError(2, "No such file", "x.png"))
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.startswith("error: ") and "x.png" in said and said.count("\n") == 1
-    with pytest.raises(RuntimeError, match="sizes differ"):
-        call("do", error=RuntimeError("sizes differ"))
-
-
 def test_help_is_grouped_and_its_texts_are_the_comments_beside_the_fields(capsys):
     texts = common.field_help(common.TrainFlags)
     assert set(texts) == {f.name for f in dataclasses.fields(common.TrainFlags)} and all(texts.values())
     assert common.field_help(Verb)["batch_size"] == "how many at a time"
-    assert set(typing.get_args(typing.get_type_hints(common.TrainFlags)["degradation"])) == set(DEGRADATIONS)
     with pytest.raises(SystemExit):
         call("do", "--help")
     said = capsys.readouterr().out
     assert said.index("everyday:") < said.index("how many at a time [4]") < said.index("of this method:") < said.index("step size")
-
-
-def test_labels_that_name_no_picture_are_refused(tmp_path):
-    common.write_image(tmp_path / "person" / "0.png", torch.zeros(3, 8, 8))
-    (tmp_path / "attributes.csv").write_text("file,Young\n0.png,1\n")
-    with pytest.raises(UserError, match="names no picture.*person/0.png"):
-        common.Faces(tmp_path, 8)
