@@ -279,11 +279,7 @@ def read_image(path, size: int | None = None) -> torch.Tensor:
     try:
         with Image.open(path) as file:
             file.load()                                           # raises where the pixels are damaged
-            try:
-                picture = ImageOps.exif_transpose(file)
-            except Exception:                                     # damaged EXIF of a picture that is whole
-                picture = file
-            image = from_pil(picture)
+            image = from_pil(ImageOps.exif_transpose(file))
     except Exception as error:                                    # Pillow raises many kinds, SyntaxError among them
         raise UserError(f"{path}: not a readable picture ({first_line(error)})") from None
     return image if size is None else centred_square(image, size)
@@ -1084,7 +1080,7 @@ EVERYDAY = ("input", "output", "checkpoint", "data", "stage", "resume_from_check
 
 @functools.lru_cache                                              # finding a class's source parses its whole file
 def field_help(cls) -> dict:
-    """{field: the comment beside it} for a dataclass and its parents: comment and --help text cannot differ."""
+    """{field: the comment beside it} for a dataclass and its parents."""
     return {m[1]: m[2] for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)
             for m in re.finditer(r"^    (\w+): .*?#\s*(.+)$", inspect.getsource(base), re.M)}
 
@@ -1098,9 +1094,7 @@ class OneLine(argparse.ArgumentParser):
 
 def add_flags(parser: argparse.ArgumentParser, cls, values: dict) -> None:
     """One --flag per field, in groups. Literal fields become choices, bool fields --x / --no-x, tuples take several values.
-
-    The help ends with the value that holds without the flag: the one in `values`, or the field's default.
-    """
+    The help ends with the value that holds without the flag: the one in `values`, or the field's default."""
     hints, texts, own = typing.get_type_hints(cls), field_help(cls), set(vars(cls).get("__annotations__", {}))
     groups = {title: parser.add_argument_group(title) for title in ("everyday", "of this method", "of every run")}
     for field in dataclasses.fields(cls):
@@ -1145,10 +1139,11 @@ def parse(doc: str, verbs: dict, argv: list | None) -> tuple:
     for name, (cls, presets, _) in verbs.items():
         about = (cls.__doc__ or "").splitlines()[0]
         sub = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        first = next(iter(presets), None)
         if presets:
-            sub.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="named values; any flag overrides")
-        given = next((name for name in presets if f"--preset {name}" in " ".join(argv)), None)
-        add_flags(sub, cls, presets[given] if given else next(iter(presets.values()), {}))   # help shows this preset's values
+            sub.add_argument("--preset", choices=list(presets), default=first, help="named values; any flag overrides")
+        shown = next((name for name in presets if f"--preset {name}" in " ".join(argv)), first)   # in --help
+        add_flags(sub, cls, presets.get(shown, {}))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     cls, presets, function = verbs[given.pop("verb")]
     return function, cls(**{**presets.get(given.pop("preset", None), {}), **given})

@@ -142,20 +142,14 @@ class SimBlock(nn.Module):
 
     def __init__(self, width: int, out: int, norm: str, kind: str):
         super().__init__()
-        self.kind = kind
-        self.norm = vae_norm(norm, width)
+        self.norm, self.act = vae_norm(norm, width), nn.SiLU() if kind == "sd" else nn.Identity()
         self.conv1 = nn.Conv2d(width, out, 3, padding=1)
-        if kind == "sd":
-            self.norm2 = vae_norm(norm, out)
+        self.norm2 = vae_norm(norm, out) if kind == "sd" else nn.Identity()
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
-        if width != out:  # only with SD-style resizers: channels change in the block
-            self.shortcut = nn.Conv2d(width, out, 1)
+        self.shortcut = nn.Conv2d(width, out, 1) if width != out else nn.Identity()          # only with SD-style resizers
 
     def forward(self, x):
-        h = self.norm(x)
-        h = self.conv1(F.silu(h) if self.kind == "sd" else h)
-        h = F.silu(self.norm2(h) if self.kind == "sd" else h)
-        return self.conv2(h) + (self.shortcut(x) if hasattr(self, "shortcut") else x)
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(self.conv1(self.act(self.norm(x))))))
 
 
 class Down(nn.Module):
@@ -190,11 +184,11 @@ class Blocks(nn.Module):
     def __init__(self, width, out, layers, norm, kind, downsampler=None, upsampler=None):
         super().__init__()
         self.resnets = nn.ModuleList(SimBlock(width if i == 0 else out, out, norm, kind) for i in range(layers))
-        self.downsampler, self.upsampler = downsampler, upsampler
+        self.downsampler, self.upsampler = downsampler or nn.Identity(), upsampler or nn.Identity()
 
     def forward(self, x):
         for layer in (*self.resnets, self.downsampler, self.upsampler):
-            x = layer(x) if layer is not None else x
+            x = layer(x)
         return x
 
 
@@ -434,8 +428,7 @@ def compiled_flex_attention():
 def neighborhood_attention(q, k, v, height: int, width: int, kernel_size: int = 7, scale: float | None = None):
     """Each query attends to the kernel_size x kernel_size keys around it; at a border the window shifts in [NATTEN].
 
-    q, k, v (B, heads, H * W, head_dim), row-major -> the same shape. Raises ValueError if the grid is smaller than the
-    window or the window is even.
+    q, k, v (B, heads, H * W, head_dim), row-major -> the same shape.
     """
     if kernel_size % 2 == 0 or kernel_size > min(height, width):
         raise ValueError(f"neighborhood_attention: window {kernel_size} must be odd and fit the {height}x{width} grid")
@@ -524,8 +517,7 @@ class SelfAttention(nn.Module):
         self.heads, self.kernel = width // head_dim, kernel
         self.norm = AdaRMSNorm(width, cond)
         self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
-        if depthwise:
-            self.dwconv = DepthwiseConv(3 * width)
+        self.dwconv = DepthwiseConv(3 * width) if depthwise else None
         self.scale = nn.Parameter(torch.full((self.heads,), 10.0))
         self.pos_emb = nn.Module()
         angles = head_dim // 8  # half of a head is rotated; a quarter for each of y and x
@@ -535,7 +527,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, c, positions, grid):  # (B, N, D)
         qkv = self.qkv_proj(self.norm(x, c))
-        qkv = self.dwconv(qkv, grid) if hasattr(self, "dwconv") else qkv
+        qkv = self.dwconv(qkv, grid) if self.dwconv else qkv
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, N, D / heads)
         theta = (positions[None, :, :, None] * self.pos_emb.freqs[:, None, None]).flatten(2)  # (heads, N, 2 * angles)
         root = self.scale.float().sqrt()[:, None, None]
@@ -554,13 +546,12 @@ class FeedForward(nn.Module):
     def __init__(self, width, d_ff, cond, depthwise):
         super().__init__()
         self.norm, self.up_proj = AdaRMSNorm(width, cond), nn.Linear(width, 2 * d_ff, bias=False)
-        if depthwise:
-            self.dwconv = DepthwiseConv(2 * d_ff)
+        self.dwconv = DepthwiseConv(2 * d_ff) if depthwise else None
         self.down_proj = zeroed(nn.Linear(d_ff, width, bias=False))
 
     def forward(self, x, c, grid):
         h = self.up_proj(self.norm(x, c))
-        h = self.dwconv(h, grid) if hasattr(self, "dwconv") else h
+        h = self.dwconv(h, grid) if self.dwconv else h
         return x + self.down_proj(geglu(h))
 
 
@@ -785,12 +776,11 @@ def latent_source(vae, estimate, sample: bool, noise):
 
 def flow_source(nets, cfg, lq, noise):
     """z0 before its noise, and the posterior mean (B, 3, S, S) if it comes from one. `noise(like)` draws N(0, 1)."""
-    if cfg.space == "pixel":                                      # PMRF: the flow runs on pixels in [0, 1]
-        estimate = posterior_mean(nets["mmse"], lq)
-        return estimate * 0.5 + 0.5, estimate
     if cfg.source == "latent_mean":  # [Eq. 4, option 1]: E[Z_1 | y] from a network trained on latents
         return nets["mmse"](lq * 0.5 + 0.5), None
     estimate = posterior_mean(nets["mmse"], lq)
+    if cfg.space == "pixel":                                      # PMRF: the flow runs on pixels in [0, 1]
+        return estimate * 0.5 + 0.5, estimate
     return latent_source(nets["vae"], estimate, cfg.source_sample, noise), estimate
 
 
@@ -820,7 +810,7 @@ def train_vae(cfg, run, faces, nets):
         perceptual = functools.partial(metrics.feature_distance, metrics.load_reader("a", cfg.readers).to(run.device))
     optimizer = make_optimizer(cfg, vae.parameters(), cfg.vae_learning_rate, betas=(0.9, 0.99))
     modules, steps = {"vae": vae}, min(cfg.vae_steps, cfg.max_train_steps)
-    warmup = min(500, steps // 20)                                 # DIFFERS: linear, as the authors' file; paper flat at a tenth
+    warmup = min(500, steps // 20)                                 # DIFFERS: linear, authors' file; paper flat at a tenth
     factor = warmup_cosine(steps - warmup, warmup, floor=0.01, first=0.1)
     ema = EMA(modules, cfg.ema_decay)                              # averaged weights, for `sample`
     first = run.load("vae", modules, ema, optimizer)               # 0, or where a stopped run was saved
@@ -1079,7 +1069,8 @@ def report(cfg, run, held, nets) -> None:
     found, reader = restore_held_out(cfg, run, nets, batch), metrics.load_reader("b", cfg.readers)
     shown = [name for name in ("lq", "posterior_mean", "restored_faces") if name in found]
     rows = {name: metrics.toy_scores(found[name], found["hq"], reader) for name in shown}
-    more = dict(faces=len(batch["hq"]), protocol=metrics.toy_protocol(held.folder, cfg.degradation, len(batch["hq"]), cfg.readers))
+    count = len(batch["hq"])
+    more = dict(faces=count, protocol=metrics.toy_protocol(held.folder, cfg.degradation, count, cfg.readers))
     if "vae" in nets:
         rows["reconstruction"] = metrics.toy_scores(found["reconstruction"], found["hq"], reader)
         more["bound_psnr"] = metrics.mean_psnr(found["bound"], found["posterior_mean"])     # of option 2 [Eq. 4]
