@@ -30,6 +30,18 @@ def randomised(module):
     return module.eval()
 
 
+class Noting(dict):
+    """A state dict that notes the names a rewrite reads: they are the released ones, spelt out there."""
+
+    def __init__(self, module):
+        super().__init__(module.state_dict())
+        self.read = set()
+
+    def __getitem__(self, name):
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
 # ---------------------------------------------------------------- equations
 def test_eq1_euler_is_exact_on_constant_fields_and_equals_the_released_reversed_time_loop():
     """N steps of v = c move by c, asked at t = 0, 1/N .. (N-1)/N; the authors run sigma = 1 - t with v' = source - target."""
@@ -224,32 +236,25 @@ def slow_decode(w, z):
 
 @pytest.mark.parametrize("c, encoder, decoder", [(16, 39_982_880, 50_826_499), (24, 40_056_624, 50_863_363),
                                                  (32, 40_130_368, 50_900_227), (48, 40_277_856, 50_973_955)])
-def test_sim_vae_parameter_counts_and_names(c, encoder, decoder):
-    """The paper-size network has the released names and counts (c32: 91,030,595) and no buffers."""
+def test_sim_vae_parameter_counts(c, encoder, decoder):
+    """The paper-size network has the released counts (c32: 91,030,595)."""
     with torch.device("meta"):
         state = lp.SimVAE(latent_channels=c).state_dict()
-    names = []
-    for side, stages, depth, direction in (("encoder", "down_blocks", 2, "down"), ("decoder", "up_blocks", 3, "up")):
-        blocks = [f"{stages}.{i}.resnets.{j}" for i in range(4) for j in range(depth)]
-        blocks += [f"mid_block.resnets.{j}" for j in range(3)]
-        names += [f"{side}.{block}.{part}" for block in blocks for part in ("norm", "conv1", "conv2")]
-        names += [f"{side}.{stages}.{i}.{direction}sampler.conv" for i in range(3)]
-        names += [f"{side}.conv_in", f"{side}.conv_out"]
-    assert set(state) == {f"{name}.{p}" for name in names for p in ("weight", "bias")}
     count = lambda prefix: sum(v.numel() for k, v in state.items() if k.startswith(prefix))
     assert (count("encoder."), count("decoder."), count("")) == (encoder, decoder, encoder + decoder)
     assert state["encoder.down_blocks.2.resnets.0.norm.weight"].shape == (512,)
 
 
 def test_sim_vae_equals_a_functional_reimplementation():
-    """encode and decode equal conv2d / layer_norm calls on the same weights."""
+    """encode and decode equal conv2d / layer_norm calls on the same weights, which have the released names."""
     vae = randomised(lp.SimVAE(latent_channels=3, widths=(8, 12, 16, 20)))
-    w, x, z = vae.state_dict(), torch.rand(2, 3, 24, 40) * 2 - 1, torch.randn(2, 3, 3, 5)
+    w, x, z = Noting(vae), torch.rand(2, 3, 24, 40) * 2 - 1, torch.randn(2, 3, 3, 5)
     with torch.no_grad():
         (mean, logvar), picture = vae.encode(x), vae.decode(z)
         assert mean.shape == logvar.shape == z.shape and picture.shape == x.shape
         for got, want in zip((mean, logvar, picture), (*slow_encode(w, x), slow_decode(w, z))):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert w.read == set(w)
 
 
 # ---------------------------------------------------------------- SwinIR
@@ -320,8 +325,8 @@ def test_neighborhood_attention_equals_a_loop(height, width, kernel, scale):
         torch.testing.assert_close(a, b)
 
 
-def test_hdit_and_the_paper_preset_have_the_released_names_and_printed_sizes():
-    """160,460,210 parameters under k-diffusion's names with --space pixel (PMRF's network); Table 4 prints 106.8 M frozen."""
+def test_hdit_and_the_paper_preset_have_the_released_and_printed_sizes():
+    """160,460,210 parameters with --space pixel (PMRF's network); Table 4 prints 106.8 M frozen."""
     count = lambda module: sum(p.numel() for p in module.parameters())
     latent, pixel = lp.Train(), lp.Train(space="pixel")
     with torch.device("meta"):
@@ -330,17 +335,6 @@ def test_hdit_and_the_paper_preset_have_the_released_names_and_printed_sizes():
         assert count(lp.build(latent, "vae")) + count(lp.build(latent, "mmse")) == 91_030_595 + 15_792_587
     assert (latent.flow_steps, 8 * latent.batch_size, latent.vae_steps) == (400_000, 64, 150_000)
     assert count(model) == count(flow) == 160_460_210
-    blocks = [f"mid_level.{j}." for j in range(8)]
-    blocks += [f"{side}_levels.{i}.{j}." for side in ("down", "up") for i in (0, 1) for j in (0, 1)]
-    names = [block + f"self_attn.{p}" for block in blocks for p in ("scale", "pos_emb.freqs")]
-    names += [b + f"self_attn.{p}.weight" for b in blocks for p in ("norm.linear", "qkv_proj", "out_proj")]
-    names += [block + f"ff.{p}.weight" for block in blocks for p in ("norm.linear", "up_proj", "down_proj")]
-    for i in (0, 1):
-        names += [f"merges.{i}.proj.weight", f"splits.{i}.proj.weight", f"splits.{i}.fac"]
-        names += [f"mapping.blocks.{i}.{p}" for p in ("norm.scale", "up_proj.weight", "down_proj.weight")]
-    names += [f"{p}.weight" for p in ("time_emb", "time_in_proj", "aug_emb", "aug_in_proj", "patch_in.proj")]
-    names += ["patch_out.proj.weight", "out_norm.scale", "mapping.in_norm.scale", "mapping.out_norm.scale"]
-    assert set(model.state_dict()) == set(flow.state_dict()) == set(names)
 
 
 SMALL = dict(lp.HDIT_PMRF, widths=(64, 128, 256), depths=(2, 2, 2), mapping_width=192)
@@ -414,13 +408,14 @@ def slow_hdit(w, x, t):
 
 @pytest.mark.parametrize("depthwise, width", [(False, 64), (True, 96)])
 def test_hdit_equals_a_functional_reimplementation(depthwise, width):
-    """With all parameters random, velocity(x, t) equals matmuls written from k-diffusion's equations."""
+    """With all parameters random, velocity(x, t) equals matmuls written from k-diffusion's equations, under its names."""
     model = lp.HDiT(**dict(SMALL, depthwise=depthwise))
     x, t = torch.randn(2, 3, 64, width), torch.tensor([.1, .8])
     assert torch.equal(model(x, t), torch.zeros_like(x))                              # patch_out starts at zero
-    randomised(model)
+    w = Noting(randomised(model))
     with torch.no_grad():
-        torch.testing.assert_close(model(x, t), slow_hdit(model.state_dict(), x, t), rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(model(x, t), slow_hdit(w, x, t), rtol=2e-4, atol=2e-4)
+        assert w.read == set(w)
         torch.testing.assert_close(model(x[1:], t[1:]), model(x, t)[1:], rtol=1e-4, atol=1e-4)      # batch of one
         assert (model(x, 1 - t) - model(x, t)).abs().max() > 1e-3
 
