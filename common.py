@@ -368,11 +368,10 @@ class Faces:
         self.labels = {}
         names = [name for _, name, *_ in ATTRIBUTES]
         for key, columns in (("attributes", names), ("landmarks", [f"{axis}{i}" for i in range(98) for axis in "xy"])):
-            path = self.folder / f"{key}.csv"
-            if path.exists():
-                table, missing = read_table(path, columns), [math.nan] * len(columns)
-                if not table.keys() & set(self.names):
-                    raise UserError(f"{path}: names no picture of this folder; wants paths such as {self.names[0]}")
+            table, missing = read_table(self.folder / f"{key}.csv", columns), [math.nan] * len(columns)
+            if table and not table.keys() & set(self.names):
+                raise UserError(f"{self.folder}/{key}.csv: names no picture of this folder; wants paths such as {self.names[0]}")
+            if table:
                 self.labels[key] = torch.tensor([table.get(name, missing) for name in self.names])
         if "attributes" in self.labels:                           # CelebA writes -1 and 1
             self.labels["attributes"].clamp_(0, 1)
@@ -446,7 +445,9 @@ class Faces:
 
 
 def read_table(path: Path, columns: list) -> dict:
-    """{file: [numbers]} of a CSV whose first column is the file; NaN for an absent column."""
+    """{file: [numbers]} of a CSV whose first column is the file; NaN for an absent column; {} without the file."""
+    if not path.exists():
+        return {}
     with open(path, newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         try:
