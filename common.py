@@ -370,7 +370,7 @@ class Faces:
         for key, columns in (("attributes", names), ("landmarks", [f"{axis}{i}" for i in range(98) for axis in "xy"])):
             table, missing = read_table(self.folder / f"{key}.csv", columns), [math.nan] * len(columns)
             if table and not table.keys() & set(self.names):
-                raise UserError(f"{self.folder}/{key}.csv: names no picture of this folder; wants paths such as {self.names[0]}")
+                raise UserError(f"{self.folder}/{key}.csv: names no picture here; wants paths such as {self.names[0]}")
             if table:
                 self.labels[key] = torch.tensor([table.get(name, missing) for name in self.names])
         if "attributes" in self.labels:                           # CelebA writes -1 and 1
