@@ -1,17 +1,20 @@
 """toy/faces.py: painted people with exact identity, attributes and landmarks, and the folder they are written to."""
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn as nn
 from diffusers import StableDiffusionPipeline
 
 import a2bfr
-from common import ATTRIBUTES, SIBLINGS, TOY, UserError, read_image, verbalise
+from common import ATTRIBUTES, SIBLINGS, TOY, UserError, make_optimizer, read_image, verbalise
 from toy import backbones
 from toy import faces as toy
 from toy import readers
 from toy.faces import toy_faces
+from toy.muon import Muon
 
 NAMES = [name for _, name, _, _ in ATTRIBUTES]
 
@@ -180,3 +183,29 @@ def test_stand_ins_are_written_as_releases_and_go_on(toy_folder, tmp_path):
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "weights" / "sd", dtype=torch.float32)
     ids = pipeline.tokenizer("A photo of a person, unheard-of", padding="max_length").input_ids
     assert len(ids) == 77 and ids.count(1) == 1 and ids[-1] == 0
+
+
+def test_muon_equals_torchs_muon_on_matrices_and_adam_on_vectors():
+    """torch.optim.Muon takes matrices only and works in bf16: equal up to that."""
+    torch.manual_seed(0)
+    ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, m * n).sin().view(m, n)) for m, n in ((24, 40), (40, 24))] for _ in range(2))
+    muon = Muon(ours, lr=0.1, weight_decay=0.2)
+    library = torch.optim.Muon(theirs, lr=0.1, momentum=0.95, nesterov=True, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        muon.step(), library.step()
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=0, atol=4 * 0.1 * 0.2 * 0.05)
+    ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, n)) for n in (5, 3)] for _ in range(2))
+    table = nn.Parameter(torch.ones(3, 2))
+    muon = make_optimizer(SimpleNamespace(optimizer="muon"), [*ours, table], 0.1, weight_decay=0.2, tables=[table])
+    adam = torch.optim.AdamW([*theirs, twin := nn.Parameter(torch.ones(3, 2))], lr=0.1, betas=(0.9, 0.95), weight_decay=0.2)
+    for step in range(5):
+        for p, q in zip([*ours, table], [*theirs, twin]):
+            p.grad = torch.randn_like(p) if len(p) == 5 or step > 1 else None   # one joins later: it counts its own steps
+            q.grad = None if p.grad is None else p.grad.clone()
+        muon.step(), adam.step()
+    for p, q in zip([*ours, table], [*theirs, twin]):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
