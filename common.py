@@ -483,6 +483,8 @@ def open_faces(cfg, mirror: bool = False) -> tuple:
     first = len(files) - min(200, max(1, len(files) // 10))       # then the nearest picture where a person begins
     people = [k for k in range(1, len(files)) if files[k].parent != files[k - 1].parent]
     first = min(people, key=lambda k: abs(k - first), default=first)
+    if first < 1:
+        raise UserError(f"--data {data}: holds too few pictures to keep one for measuring; give --validation_data")
     return Faces(data, mirror=mirror, files=files[:first], **options), Faces(data, files=files[first:], **options)
 
 
@@ -817,6 +819,8 @@ def read_weights(path) -> dict:
     for key in ("params_ema", "params", "ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise UserError(f"{path}: holds no named tensors")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
@@ -1117,13 +1121,14 @@ def add_flags(parser: argparse.ArgumentParser, cls, values: dict) -> None:
 
 
 def check_config(cfg) -> None:
-    """UserError for a number that is negative, not finite, or 0 where at least 1 is wanted, and for data inside --output."""
+    """UserError for a number out of range (shares and decays are at most 1), and for data inside --output."""
     for field in dataclasses.fields(cfg):
         values = getattr(cfg, field.name)
         least = int(bool(field.default != 0 and re.search("size|steps$|faces$|rank$", field.name)))
+        most = 1 if re.search("share|decay|drop|fraction", field.name) else sys.float_info.max
         for value in values if isinstance(values, tuple) else (values,):
-            if isinstance(value, (int, float)) and not least <= value < math.inf:
-                raise UserError(f"--{field.name} {value}: must be a number of at least {least}")
+            if isinstance(value, (int, float)) and not least <= value <= most:
+                raise UserError(f"--{field.name} {value}: must be a number from {least}" + " to 1" * (most == 1))
     for name in ("data", "validation_data", "input"):
         inside = getattr(cfg, name, "")
         if inside and hasattr(cfg, "output") and Path(inside).resolve().is_relative_to(Path(cfg.output).resolve()):

@@ -918,6 +918,8 @@ def stands_on(cfg, part: str) -> list:
 def train(cfg: Train) -> None:
     """The stages asked for, in order. Each is written when it ends, with pictures of what there is."""
     stages = stages_of(cfg)
+    if cfg.stage not in ["all", *stages] or cfg.space == "pixel" and cfg.source == "latent_mean":
+        raise UserError(f"--space {cfg.space}: has the stages {', '.join(stages)}, and no latents to start from in pixels")
     run = Run(cfg, SETTINGS)
     faces, held = open_faces(cfg, mirror=True)
     nets = {stage: build(cfg, stage) for stage in stages}

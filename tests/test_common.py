@@ -614,13 +614,15 @@ def test_flags_presets_and_overrides():
 
 
 @pytest.mark.parametrize("argv, message", [
-    (("do", "--batch_size", "0"), "--batch_size 0: must be a number of at least 1"), (("do", "--learning_rate", "nan"), "--learning_rate"),
+    (("do", "--batch_size", "0"), "--batch_size 0: must be a number from 1"), (("do", "--learning_rate", "nan"), "--learning_rate"),
     (("do", "--batchsize", "3"), "--batchsize"), (("do", "--data", "out/faces"), "--output out: holds --data out/faces")])
 def test_a_wrong_command_is_one_line_and_a_status(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         call(*argv)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    with pytest.raises(UserError, match="from 0 to 1"):
+        common.check_config(common.TrainFlags(ema_decay=1.5))
 
 
 def test_help_is_grouped_and_its_texts_are_the_comments_beside_the_fields(capsys):
