@@ -1,14 +1,10 @@
 """Pref-Restore: closed forms in the paper's order, gradient routing, released layouts, and the program. No download."""
-import argparse
 import copy
 import dataclasses
 import functools
 import json
 import math
-import pickle
-import shutil
-import subprocess
-import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +15,7 @@ import torch.nn.functional as F
 
 import common
 import pref_restore as pr
-from program import ROOT, ScriptTrap, Trap, caller, same, toy_data, toy_pictures, weights
+from program import caller, same, toy_data, toy_pictures, weights
 from toy import sana
 from toy.faces import toy_faces
 
@@ -105,14 +101,13 @@ def test_simvq_takes_the_nearest_code_and_passes_the_gradient_straight(normalize
     assert quantiser.embedding.weight.grad is None and quantiser.embedding_proj.weight.grad.abs().sum() > 0
 
 
-def test_ta_tok_reads_the_layer_before_the_last_alike_in_every_precision(whole):
+def test_ta_tok_reads_the_layer_before_the_last(whole):
     model, images = copy.deepcopy(whole[1].tatok), whole[3]["hq"]
-    before, plain = model.features(images), model.encode(images)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model.encode(images), plain)
+    before, tokens = model.features(images), model.encode(images)
     for p in [*model.encoder.encoder.layers[-1].parameters(), *model.encoder.post_layernorm.parameters()]:
         p.data.normal_()
-    assert torch.equal(model.features(images), before)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.encode(images), tokens)           # in every precision
     model.encoder.encoder.layers[-2].mlp.fc2.weight.data.normal_()
     assert not torch.equal(model.features(images), before)
 
@@ -152,21 +147,12 @@ def test_training_and_inference_condition_on_the_same_positions(whole):
     assert tokens.shape == (4, 4) and states.shape == (4, 5, 32)
     full = pr.build_sequence(vocab, source, batch["captions"], tokens)
     close(states, pr.answer_states(model.integrator(full), full.start, 4), atol=1e-5, rtol=1e-4)
-    for b in range(4):                                                                       # neighbours do not matter
-        alone = pr.build_sequence(vocab, source[b:b + 1], batch["captions"][b:b + 1])
-        one, state = model.integrator.generate(alone, vocab, 4)
-        assert torch.equal(one[0], tokens[b])
-        close(state[0], states[b], atol=1e-5, rtol=1e-4)
-    model = copy.deepcopy(model)                                                             # alike amid training
-    pr.recompute_activations(model)
-    got = model.train().integrator.generate(prompt, vocab, 4)
-    assert torch.equal(got[0], tokens) and model.integrator.llm.training
-    close(got[1], states)
-    integrator = model.eval().integrator                           # and it cannot end early: exactly N visual tokens
-    last = integrator(prompt)[:, -1].mean(0)
-    integrator.llm.embed_tokens.weight.data[vocab.image_end] = 1000 * last.detach()
-    assert (integrator(prompt)[:, -1] @ integrator.head.T).argmax(-1).eq(vocab.image_end).any()
-    tokens, _ = integrator.generate(prompt, vocab, 9, top_p=0.9, temperature=1.0)
+    alone = pr.build_sequence(vocab, source[1:2], batch["captions"][1:2])                    # neighbours do not matter
+    close(model.integrator.generate(alone, vocab, 4)[1][0], states[1], atol=1e-5, rtol=1e-4)
+    model = copy.deepcopy(model)
+    pr.recompute_activations(model)                                                          # alike amid training
+    close(model.train().integrator.generate(prompt, vocab, 4), (tokens, states))
+    tokens, _ = model.integrator.generate(prompt, vocab, 9, top_p=0.9, temperature=1.0)      # exactly N visual tokens
     assert tokens.shape == (4, 9) and tokens.min() >= 0 and tokens.max() < 16
 
 
@@ -414,15 +400,8 @@ def test_policies_start_as_stage_1_the_base_stays_so_bit_for_bit_and_old_follows
         with pr.acting(sana, still):
             assert torch.equal(call(sana), call(plain))
     assert not torch.allclose(call(sana), call(plain))
-    sana.requires_grad_(False)                                     # old never gets a gradient and follows by its decay
-    for layer in pr.policy_layers(sana).values():
-        layer.lora_A.requires_grad_(), layer.lora_B.requires_grad_(), layer.old_B.normal_()
-    with pr.acting(sana, "old"):
-        assert not call(sana).requires_grad
-    call(sana).sum().backward()
     layer = next(iter(pr.policy_layers(sana).values()))
-    assert layer.lora_B.grad.abs().sum() > 0 and not layer.old_B.requires_grad and layer.base.weight.grad is None
-    layer.lora_A.data.add_(1)
+    assert not layer.old_A.requires_grad and not layer.old_B.requires_grad and not layer.base.weight.requires_grad
     wanted = [(.3 * old + .7 * new).detach() for old, new in ((layer.old_A, layer.lora_A), (layer.old_B, layer.lora_B))]
     pr.update_old(sana, .3)
     close([layer.old_A, layer.old_B], wanted)
@@ -496,35 +475,25 @@ def test_own_answers_are_those_of_inference(whole):
     assert torch.equal(write(0.), answer)
     tokens, _ = model.integrator.generate(pr.build_sequence(vocab, source, batch["captions"]), vocab, 4)
     assert torch.equal(write(1.), tokens) and not torch.equal(tokens, answer)
-    torch.manual_seed(5)
-    own = torch.rand(4) < .5
-    torch.manual_seed(5)
-    some = write(.5)
-    assert own.any() and not own.all() and torch.equal(some[own], tokens[own]) and torch.equal(some[~own], answer[~own])
 
 
 def test_toy_rewards_prefer_the_face_itself_and_read_captions():
     faces = toy_faces(torch.arange(6), torch.arange(6))
-    captions = [common.verbalise(a) for a in faces.attributes.tolist()]
-    reader = pr.metrics.load_reader("a")
+    captions, reader = [common.verbalise(a) for a in faces.attributes.tolist()], pr.metrics.load_reader("a")
     blurred = F.interpolate(F.avg_pool2d(faces.image, 8), scale_factor=8, mode="bilinear").clamp(-1, 1)
-    score = lambda names, x: pr.score(pr.toy_rewards(*map(pr.metrics.load_reader, names)), x, faces.image, captions, size=4)
-    same, worse, other, both = score("a", faces.image), score("a", blurred), score("c", blurred), score("ac", blurred)
+    same, worse = (pr.score(pr.toy_rewards(reader), x, faces.image, captions, size=4) for x in (faces.image, blurred))
     assert set(same) == set(pr.REWARD_FILES) and all((same[name] > worse[name]).float().mean() > .8 for name in same)
     for name, wanted in dict(hps=reader.quality(blurred), lpips=-pr.metrics.reader_lpips(reader, blurred, faces.image) / 2,
                              identity=(reader.embed(blurred) * reader.embed(faces.image)).sum(1),
-                             lmd=pr.landmark_reward(reader)(blurred, faces.image, captions)).items():
+                             lmd=pr.landmark_reward(reader)(blurred, faces.image, captions),
+                             pick=worse["hps"] * worse["clip"]).items():
         close(worse[name], wanted, rtol=1e-4, atol=1e-5)
-    close(worse["pick"], worse["hps"] * worse["clip"])
-    close(both, {name: (worse[name] + other[name]) / 2 for name in worse})                   # several readers: their mean
     found = pr.caption_targets("a photo of an older smiling person with wavy blond hair, wearing a hat")
     assert found.nan_to_num(-1).tolist() == [0, 1, -1, -1, -1, 1, 0, 0, 1, 0, 0, 1]
-    points = torch.rand(2, 98, 2) * 64                             # landmarks: in pixels of a 512 face
-    network = SimpleNamespace(landmarks=lambda x: points + torch.tensor([5 * 64 / 512 * (x.sum() > 0), 0.]))
-    x = torch.ones(2, 3, 64, 64)
-    close(pr.landmark_reward(network)(x, -x, None), torch.full((2,), .8))                    # d = 5: the fact sheet's example
-    lost = SimpleNamespace(landmarks=lambda x: torch.full((1, 98, 2), math.nan))
-    assert pr.landmark_reward(lost)(x[:1], x[:1], None).item() == pytest.approx(.01)
+    x = torch.ones(1, 3, 64, 64)                                   # landmarks: 5 pixels of a 512 px face apart, or none found
+    for far, wanted in ((5 * 64 / 512, .8), (math.nan, .01)):
+        network = SimpleNamespace(landmarks=lambda x: torch.ones(1, 98, 2) * torch.tensor([far * (x.sum() > 0), 0.]))
+        assert pr.landmark_reward(network)(x, -x, None).item() == pytest.approx(wanted)
 
 
 class OpenClip(nn.Module):  # of PyTorch's own transformer, released() under open_clip's names
@@ -583,21 +552,18 @@ def test_open_clip_becomes_a_clip_model_and_rewards_load_from_files_in_the_relea
     rewards = pr.build_rewards(pr.Train(rewards=str(tmp_path)), "cpu")
     x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
     y[1] = x[1]                                                    # the second face is restored perfectly
-    scores, one = pr.score(rewards, x, y, ["a face", ""]), pr.score(rewards, x, y, ["a face", ""], size=1)
+    scores = pr.score(rewards, x, y, ["a face", ""], size=1)
     assert list(scores) == list(pr.REWARD_FILES) and all(v.shape == (2,) for v in scores.values())
     assert all(v.isfinite().all() and v.abs().max() <= 1 for name, v in scores.items() if name != "lpips")
     assert scores["lpips"][0] < 0 and scores["lpips"][1].abs() < 1e-6 and (scores["lmd"] > 0).all()
     close(torch.stack([scores["identity"][1], scores["lmd"][1]]), torch.ones(2))
-    close(one, scores, rtol=1e-4, atol=1e-5)  # picture by picture: the same
     pick = pr.real_reward(tmp_path, "pick", "cpu")
     assert pick.scale == pytest.approx(pick.model.logit_scale.exp().item() / 26)
     # pictures shrink by HPSv2: torchvision's bicubic on tensors; CLIPScore: its default; PickScore: Pillow's on 8 bits
-    x = torch.rand(2, 3, 40, 40) * 2 - 1
-    close(pr.RESIZE["hps"](x, 16), v2.Resize((16, 16), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)(x))
-    close(pr.RESIZE["clip"](x, 16), v2.Resize((16, 16), antialias=True)(x))
-    for p, ours in zip(x, pr.RESIZE["pick"](x, 16)):
-        small = common.Image.fromarray(((p + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).resize((16, 16), 3)
-        close(ours, torch.tensor(list(small.getdata())).mT.view(3, 16, 16) / 127.5 - 1)
+    x, pixels = torch.rand(3, 40, 40) * 2 - 1, lambda name: pr.ClipReward(name, ours, None).pixels(x[None])[0] * 2 - 1
+    close(pixels("hps"), v2.Resize((8, 8), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)(x))
+    close(pixels("clip"), v2.Resize((8, 8), antialias=True)(x))
+    close(pixels("pick"), common.from_pil(common.to_pil(x).resize((8, 8), 3)), rtol=0, atol=1.01 / 127.5)
 
 
 def test_parameter_counts_of_the_full_size_networks():
@@ -646,21 +612,19 @@ def release(folder, finished=True):
 
 def test_releases_load_the_authors_finished_or_before_stage_1_2_and_qwens_own(tmp_path):
     wanted, vocab = release(tmp_path / "release")
-    model, tokens, finished = pr.load_release(str(tmp_path / "release"), sana=str(tmp_path / "sana"))
+    model, tokens, finished = pr.load_release(tmp_path / "release", sana=str(tmp_path / "sana"))
     assert [n for n, t in wanted.state_dict().items() if not torch.equal(t, model.state_dict()[n])] == ["texture.3.weight"]
     assert torch.equal(model.texture[3].weight, wanted.integrator.connector[3].weight)       # the tied RMSNorm
     assert model.latent_scale.item() == pytest.approx(.41407) and finished == ["1.1", "1.2"]
     assert (tokens.first_code, tokens.size) == (vocab.first_code, vocab.size)
     release(tmp_path / "early", finished=False)
-    arguments = {"bottleneck": {"args": {"bottleneck_dim": 8}}, "x": SimpleNamespace(a=argparse.Namespace(b=1))}
-    save = {"sd": wanted.tatok.state_dict() | {"teacher.w": torch.zeros(1).bfloat16()}, "args": arguments}
+    # TA-Tok's own file holds objects, and here a quantiser that compares by Euclid
+    arguments = {"bottleneck": SimpleNamespace(args={"regularizer": {"args": {"l2_normalized": False}}})}
+    save = {"sd": wanted.tatok.state_dict() | {"teacher.w": torch.zeros(1)}, "args": arguments}
     torch.save({"model": save}, tmp_path / "ta_tok.pth")
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(tmp_path / "ta_tok.pth", weights_only=True)                               # why it needs its own reader
-    found, told = pr.read_ta_tok(tmp_path / "ta_tok.pth")
-    assert same(found, wanted.tatok.state_dict()) and told == arguments | {"x": {"a": {"b": 1}}}        # harmless shells
-    model, _, finished = pr.load_release(*(str(tmp_path / name) for name in ("early", "sana", "ta_tok.pth")))
+    model, _, finished = pr.load_release(tmp_path / "early", *(str(tmp_path / name) for name in ("sana", "ta_tok.pth")))
     assert finished == [] and same(model.tatok.state_dict(), wanted.tatok.state_dict())
+    assert not model.tatok.bottleneck["regularizer"].l2_normalized
     assert torch.equal(model.vae.encoder.conv_in.conv.weight, wanted.vae.encoder.conv_in.conv.weight)   # E_0 of --sana
     # Qwen3, SANA, DC-AE and TA-Tok, each as its own project releases it: the new tokens are added
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -668,34 +632,13 @@ def test_releases_load_the_authors_finished_or_before_stage_1_2_and_qwens_own(tm
     qwen = Qwen3ForCausalLM(Qwen3Config(**SIZES["llm"] | dict(vocab_size=count + 7, tie_word_embeddings=False)))    # padded
     qwen.save_pretrained(tmp_path / "qwen")
     vocab.tokenizer.save_pretrained(str(tmp_path / "qwen"))
-    built, tokens, finished = pr.load_release(*(str(tmp_path / name) for name in ("qwen", "sana", "ta_tok.pth")))
-    assert pr.qwen_sizes({"rope_theta": 1000000})["rope_parameters"]["rope_theta"] == 1e6    # as transformers 4 wrote it
+    built, tokens, finished = pr.load_release(tmp_path / "qwen", *(str(tmp_path / name) for name in ("sana", "ta_tok.pth")))
     table, old = built.integrator.llm.embed_tokens.weight, qwen.model.embed_tokens.weight
     assert finished == [] and tokens.image_start == count and table.shape == (count + 5 + 16, 32)
     assert torch.equal(table[:count], old[:count]) and built.integrator.head.shape == table.shape
     close(table[count:], old[:count].mean(0).expand(21, -1))
     close(built.integrator.head[-1], qwen.lm_head.weight[:count].mean(0))
     assert all(same(getattr(built, n).state_dict(), getattr(wanted, n).state_dict()) for n in ("tatok", "sana", "vae"))
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit")
-def test_no_file_of_weights_runs_code(whole, tmp_path):
-    """A TorchScript archive and two pickles that would write a file: each is refused in one line, nothing is written."""
-    sprung, sana_net = tmp_path / "sprung", copy.deepcopy(whole[1].sana)
-    x = torch.zeros(1)
-    torch.save({"model": {"sd": {"w": x}, "args": SimpleNamespace(a=Trap(sprung))}, "w": Trap(sprung)}, tmp_path / "zip")
-    (tmp_path / "pickle").write_bytes(pickle.dumps(Trap(sprung)))
-    torch.jit.script(ScriptTrap(str(sprung))).save(str(tmp_path / "script"))
-    (tmp_path / "adapter_config.json").write_text(json.dumps(dict(r=4, lora_alpha=8)))
-    for name, read in {"ta_tok.pth": lambda: pr.read_ta_tok(tmp_path / "ta_tok.pth"),
-                       "adapter_model.safetensors": lambda: pr.load_peft(sana_net, str(tmp_path)),
-                       "pytorch_model.bin": lambda: pr.read_release(str(tmp_path))}.items():
-        for trap in ("zip", "pickle", "script"):
-            shutil.copy(tmp_path / trap, tmp_path / name)
-            with pytest.raises(common.UserError) as refused:
-                read()
-            assert "\n" not in str(refused.value) and not sprung.exists(), (name, trap)
-        (tmp_path / name).unlink()
 
 
 def test_eq16_the_degradation_is_the_training_scripts():
@@ -748,22 +691,17 @@ def test_stage_by_stage_equals_all_at_once_also_on_another_runs_parts(trained, t
     assert torch.equal(*(restored(trained, tmp_path / f"r_{run}", "--checkpoint", tmp_path / run) for run in ("steps", "two")))
 
 
-KILLED = """
-import os, signal, sys, common, pref_restore
-save = common.Run.save
-def dying(run, stage, step, *rest, **more):
-    save(run, stage, step, *rest, **more)
-    (stage, step + 1) == ("2", 2) and os.kill(os.getpid(), signal.SIGKILL)
-common.Run.save = dying
-common.command_line("x", pref_restore.VERBS, sys.argv[1:])
-"""
+def test_a_stopped_run_goes_on_to_the_same_weights(trained, tmp_path, monkeypatch):
+    flags, save = [*trained[1], trained[0] / "sana", "-o", tmp_path], common.Run.save
 
-
-def test_a_killed_run_goes_on_to_the_same_weights(trained, tmp_path):
-    flags = [*map(str, trained[1]), str(trained[0] / "sana"), "-o", str(tmp_path)]
-    command = [sys.executable, "-c", KILLED, "train", *flags, "--checkpointing_steps", "1"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == -9, ended.stderr[-2000:]
+    def stopping(run, stage, step, *rest, **more):
+        save(run, stage, step, *rest, **more)
+        if (stage, step) == ("2", 1):
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(common.Run, "save", stopping)
+        call("train", *flags, "--checkpointing_steps", "1")
+    assert parts_in(tmp_path) == {"1.1", "1.2"}
     call("train", *flags, "--resume_from_checkpoint", "latest")
     assert same(weights(trained[0] / "out"), weights(tmp_path))
 
@@ -793,7 +731,7 @@ def test_the_authors_layout_trains_and_samples_and_other_arms_run(trained, tmp_p
     assert parts_in(tmp_path / "out") == {"2"}
     ours = restored(trained, tmp_path / "s", "--checkpoint", tmp_path / "out", "--policy", "base", "--solver", "dpm")
     monkeypatch.setattr(pr, "Train", functools.partial(pr.Train, image_size=32, guidance_scale=1.0))
-    monkeypatch.setattr(pr, "open_run", lambda where, cls: (None, None))
+    monkeypatch.setattr(pr, "open_run", lambda where, cls: (Path(where), None))
     theirs = restored(trained, tmp_path / "t", "--checkpoint", tmp_path / "release", "--sana", tmp_path / "sana",
                       "--num_inference_steps", "2", "--solver", "dpm")
     assert torch.equal(ours, theirs)
