@@ -919,9 +919,8 @@ def pair_numbers(net, x, y, estimate=None):
         found["indrmse"] = ind_rmse(a, estimate / 2 + 0.5)
     if min(x.shape[-2:]) >= 176:
         found["ms_ssim"] = ms_ssim(a, b)
-    for name in ("lpips", "lpips-vgg"):
-        if name in net:
-            found[name] = net[name](x, y).flatten()
+    for name in [name for name in net if name.startswith("lpips")]:
+        found[name] = net[name](x, y).flatten()
     if "dists" in net:
         found["dists"] = net["dists"](a, b)
     if "deg" in net:

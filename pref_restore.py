@@ -246,7 +246,8 @@ def build_sequence(vocab, source, captions, answer=None, tasks=None, context=204
         labels.append(label)
 
     side = "left" if answer is None else "right"
-    pad = lambda rows, value: nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value, side).to(device)
+    pad = lambda rows, value: nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True,
+                                                        padding_value=value, padding_side=side).to(device)
     ids, mask, targets = pad(rows, vocab.pad), pad([[True] * len(row) for row in rows], False), pad(labels, -100)
     starts = starts if answer is not None else [ids.shape[1] - 1] * len(rows)                # the left padding moved <S0>
     return Sequence(ids, mask, targets, torch.tensor(starts, device=device))
@@ -1247,7 +1248,7 @@ def load_parts(cfg, files: dict, parts=tuple(PARTS)) -> tuple:
             add_policies(model.sana, cfg.rank, 2.0 * cfg.rank)
         rest = {name: tensor for name, tensor in model.state_dict().items() if not re.match(PARTS[part], name)}
         load_strict(model, rest | read_weights(files[part]), files[part])
-        update_old(model.sana, 0.0)
+    update_old(model.sana, 0.0)                                    # a file holds the trained policy alone
     return model, vocab, finished + own
 
 

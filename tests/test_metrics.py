@@ -2,7 +2,6 @@
 import itertools
 import json
 import math
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -445,18 +444,6 @@ def test_readers_losses_and_scores_equal_loops():
     alike = metrics.identity_similarity(e[:, None], e[None])
     same, other = ([alike[i, j].item() for i in range(12) for j in range(i) if (who[i] == who[j]) == k] for k in (True, False))
     assert readers.verification_auc(e, who) == pytest.approx(np.mean([p > q for p in same for q in other]))
-
-
-def test_sixty_eight_points_and_people_of_one_picture():
-    """A file of 68 points becomes 98; neither a person of one picture nor pictures beside the folders are a class."""
-    where = F.pad(torch.rand(1, 68, 2), (0, 0, 0, 30), value=math.nan)
-    files = [Path("people", name) for name in ("a/1", "a/2", "b/1", "c/1", "c/2", "d/1", "d/2", "1", "2")]
-    folder = mock.Mock(person=torch.tensor([0, 0, 1, 2, 2, 3, 3, 4, 4]), files=files, folder=Path("people"))
-    batch = dict(hq=torch.zeros(1, 3, 32, 32), seeds=torch.tensor([0]), person=torch.tensor([3]), landmarks=where)
-    found = readers.labelled(folder, batch)
-    assert found["identity"].tolist() == [2] and readers.people_of(folder)[0].tolist() == [0, -1, 1, 2, -1]
-    assert found["attributes"].isnan().all() and torch.equal(found["landmarks"][0, 76], where[0, 48])
-    torch.testing.assert_close(found["landmarks"][0, 96], (where[0, 36] + where[0, 39]) / 2)
 
 
 def test_readers_train_on_a_folder(toy_folder, tmp_path, monkeypatch):

@@ -153,16 +153,14 @@ def test_training_and_inference_condition_on_the_same_positions(whole):
     assert tokens.shape == (4, 9) and tokens.min() >= 0 and tokens.max() < 16
 
 
-def test_pick_token_draws_from_the_nucleus_in_proportion():
+def test_pick_token_draws_in_proportion_from_what_transformers_would_leave():
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()[None].expand(4000, -1)
-    assert (pr.pick_token(logits) == 0).all() and (pr.pick_token(logits, top_k=1, temperature=1.) == 0).all()
-    g = torch.Generator().manual_seed(0)
-    share = lambda **kw: torch.bincount(pr.pick_token(logits, generator=g, temperature=1., **kw), minlength=4) / 4000
-    shares = torch.stack([share(), share(top_p=.65), share(top_k=3)])
-    wanted = [[.4, .3, .2, .1], [4 / 7, 3 / 7, 0, 0], [4 / 9, 3 / 9, 2 / 9, 0]]
-    close(shares, torch.tensor(wanted), atol=.03, rtol=0)
-    # top_p is a share of what top_k has left, as in transformers' generate: of .4 and .3 the first is 4/7 > .56 alone
-    assert share(top_k=2, top_p=.56)[0] == 1
+    for top_k, top_p in ((4, .65), (3, .99), (2, .56), (1, .99)):  # top_p is a share of what top_k has left
+        tokens = pr.pick_token(logits, top_k, top_p, temperature=1.)
+        wanted = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, logits)).softmax(-1)[0]
+        close(torch.bincount(tokens, minlength=4) / 4000, wanted, atol=.03, rtol=0)
+    assert (pr.pick_token(logits) == 0).all()
 
 
 def gaussian_velocity(mean, deviation):
@@ -244,10 +242,8 @@ def test_eq11_reward_is_the_weighted_sum_eq12_optimality_against_a_loop_and_by_h
         mine = [x for x, h in zip(rewards.tolist(), group.tolist()) if h == g]
         wanted = .5 + .5 * max(-1, min(1, (reward - sum(mine) / len(mine)) / (5 * (std + 1e-4))))
         assert r == pytest.approx(wanted, abs=1e-12)
-    assert (pr.optimality(torch.full((6,), 3.), torch.tensor([0, 0, 0, 7, 7, 7])) == .5).all()
-    r = pr.optimality(torch.tensor([1., 1., 0., 4.]), torch.tensor([0, 0, 1, 1]))
+    r = pr.optimality(torch.tensor([1., 1., 0., 4.]), torch.tensor([0, 0, 1, 1]))            # equal rewards say nothing
     assert (r[:2] == .5).all() and r[2] < .5 < r[3]
-    assert (pr.optimality(torch.tensor([5., -3.]), torch.tensor([0, 1])) == .5).all()        # a group of one says nothing
     far = pr.optimality(torch.cat([torch.zeros(999), torch.tensor([1000.])]), torch.zeros(1000, dtype=torch.long))
     assert far[-1] == 1 and far.min() >= 0
 
@@ -402,7 +398,7 @@ def test_lora_in_pefts_layout_is_w_plus_scaled_b_a(policies, tmp_path):
     assert config["r"] == 4 and config["lora_alpha"] == 8 and config["peft_type"] == "LORA"
     state = safetensors.torch.load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert "base_model.model.transformer_blocks.1.attn2.to_out.0.lora_B.weight" in state and len(state) == 2 * 16
-    merged, rescaled = copy.deepcopy(plain), copy.deepcopy(plain)
+    merged = copy.deepcopy(plain)
     for name, layer in merged.named_modules():
         key = f"base_model.model.{name}.lora_A.weight"
         if key in state:
@@ -410,9 +406,6 @@ def test_lora_in_pefts_layout_is_w_plus_scaled_b_a(policies, tmp_path):
     close(call(merged), call(sana), atol=1e-4, rtol=1e-4)
     pr.load_peft(plain, str(tmp_path))                                                       # finds its lora/ inside
     close(call(plain), call(sana))
-    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(dict(config, lora_alpha=2)))
-    pr.load_peft(rescaled, str(tmp_path / "lora"))
-    assert {layer.scale.item() for layer in pr.policy_layers(rescaled).values()} == {.5}
 
 
 SEMANTIC = ("integrator.llm.embed_tokens", "integrator.llm.layers.0", "integrator.connector.0")
@@ -424,7 +417,6 @@ diffusion_of = lambda loss: lambda *given: (loss(*given)[1]["diffusion"],)
 @pytest.mark.parametrize("stage, loss, changes, wanted, others", [
     ("1.1", pr.semantic_loss, {}, SEMANTIC + CAPTION, ("integrator.", "sana.caption_")),
     ("1.1", pr.semantic_loss, dict(as_printed=True), SEMANTIC, ("integrator.",)),            # the paper's frozen G
-    ("1.1", diffusion_of(pr.semantic_loss), {}, ("integrator.llm.layers.0.self_attn",), ("integrator.", "sana.caption_")),
     ("1.2", pr.texture_loss, {}, TEXTURE, TEXTURE),                # E_0, the decoder, Qwen3 and projections stay
     ("1.2", diffusion_of(pr.texture_loss), {}, TEXTURE, TEXTURE),  # E_psi learns also without Eq. 10
     ("1.2", pr.texture_loss, dict(semantic=False), TEXTURE, TEXTURE),
@@ -476,34 +468,31 @@ def test_toy_rewards_prefer_the_face_itself_and_read_captions():
         assert pr.landmark_reward(network)(x, -x, None).item() == pytest.approx(wanted)
 
 
-class OpenClip(nn.Module):  # of PyTorch's own transformer, released() under open_clip's names
+class OpenClip(nn.Module):
+    """Under open_clip's names; the text's layers look ahead, which one token alone does not tell."""
+
     def __init__(self):
         super().__init__()
         noise = lambda *shape: nn.Parameter(torch.randn(*shape))
-        tower = lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(
-            16, 2, 32, 0., "gelu", batch_first=True, norm_first=True), 2, enable_nested_tensor=False)
         self.visual, self.logit_scale, self.token_embedding = nn.Module(), nn.Parameter(torch.tensor(2.)), nn.Embedding(40, 16)
         self.visual.conv1 = nn.Conv2d(3, 16, 4, 4, bias=False)
         self.visual.class_embedding, self.visual.proj, self.text_projection = noise(16), noise(16, 12), noise(16, 12)
         self.visual.positional_embedding, self.positional_embedding = noise(1 + 4, 16), noise(7, 16)
         self.visual.ln_pre, self.visual.ln_post, self.ln_final = (nn.LayerNorm(16) for _ in range(3))
-        self.visual.transformer, self.transformer = tower(), tower()
+        for tower in (self, self.visual):
+            tower.transformer = nn.ModuleDict({"resblocks": nn.Sequential(*[pr.metrics.ViTBlock(16, 2) for _ in range(2)])})
 
     def image(self, x):
         x = self.visual.conv1(x).flatten(2).mT
         x = torch.cat([self.visual.class_embedding.expand(len(x), 1, -1), x], 1) + self.visual.positional_embedding
-        return self.visual.ln_post(self.visual.transformer(self.visual.ln_pre(x))[:, 0]) @ self.visual.proj
+        return self.visual.ln_post(self.visual.transformer.resblocks(self.visual.ln_pre(x))[:, 0]) @ self.visual.proj
 
-    def text(self, ids):
-        x = self.transformer(self.token_embedding(ids) + self.positional_embedding, torch.full((7, 7), -math.inf).triu(1))
-        return self.ln_final(x)[torch.arange(len(ids)), ids.argmax(1)] @ self.text_projection
-
-    def released(self):
-        names = dict(layers="resblocks", self_attn="attn", linear1="mlp.c_fc", linear2="mlp.c_proj", norm1="ln_1", norm2="ln_2")
-        return {".".join(names.get(part, part) for part in n.split(".")): t for n, t in self.state_dict().items()}
+    def text(self, token):
+        x = self.token_embedding(token[:, None]) + self.positional_embedding[:1]
+        return self.ln_final(self.transformer.resblocks(x))[:, 0] @ self.text_projection
 
 
-SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, hidden_act="gelu")
+SMALL = dict(hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, hidden_act="quick_gelu")
 CLIP = dict(projection_dim=12, vision_config=dict(SMALL, projection_dim=12, image_size=8, patch_size=4), text_config=dict(
     SMALL, projection_dim=12, vocab_size=40, max_position_embeddings=7, eos_token_id=39, bos_token_id=38, pad_token_id=0))
 
@@ -514,11 +503,11 @@ def test_open_clip_becomes_a_clip_model_and_pictures_shrink_as_in_each_release()
     theirs, ours = OpenClip().eval(), CLIPModel(CLIPConfig(**CLIP)).eval()
     for p in theirs.parameters():
         p.data.normal_(std=.3)
-    common.load_strict(ours, pr.convert_open_clip(theirs.released()), "test")
-    x, ids = torch.randn(3, 3, 8, 8), torch.tensor([[38, 5, 6, 39, 0, 0, 0], [38, 1, 39, 0, 0, 0, 0]])
-    image, text = ours.vision_model(pixel_values=x).pooler_output, ours.text_model(input_ids=ids).pooler_output
+    common.load_strict(ours, pr.convert_open_clip(theirs.state_dict()), "test")
+    x, end = torch.randn(3, 3, 8, 8), torch.tensor([39])
+    image, text = ours.vision_model(pixel_values=x).pooler_output, ours.text_model(input_ids=end[None]).pooler_output
     found = ours.visual_projection(image), ours.text_projection(text)
-    close(found, (theirs.image(x), theirs.text(ids)), atol=1e-5, rtol=1e-4)
+    close(found, (theirs.image(x), theirs.text(end)), atol=1e-5, rtol=1e-4)
     # HPSv2: torchvision's bicubic on tensors; CLIPScore: its default; PickScore: Pillow's on 8 bits
     x, pixels = torch.rand(3, 40, 40) * 2 - 1, lambda name: pr.ClipReward(name, ours, None).pixels(x[None])[0] * 2 - 1
     close(pixels("hps"), v2.Resize((8, 8), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)(x))
@@ -534,7 +523,7 @@ def test_rewards_load_from_files_in_the_released_formats(tmp_path, monkeypatch):
     for name in ("clip", "pick"):
         CLIPModel(CLIPConfig(**CLIP)).save_pretrained(files[name])
     sana.word_tokenizer().save_pretrained(str(files["clip"]))
-    torch.save({"state_dict": OpenClip().released()}, files["hps"])
+    torch.save({"state_dict": OpenClip().state_dict()}, files["hps"])
     torch.save(pr.metrics.ArcFaceGray().state_dict(), files["identity"])
     torch.save(pr.metrics.FAN98().state_dict(), files["lmd"])
     torch.save({"features." + n: t for n, t in vgg.make_layers(vgg.cfgs["D"]).state_dict().items()}, files["lpips"])
@@ -553,21 +542,19 @@ def test_parameter_counts_of_the_full_size_networks():
     from diffusers import AutoencoderDC, SanaTransformer2DModel
     with torch.device("meta"):
         small, large = (pr.SemanticIntegrator(c, 2304) for c in (pr.QWEN3_06B, pr.QWEN3_17B))
-        sana, vae, texture = SanaTransformer2DModel(**pr.SANA15), AutoencoderDC(**pr.DCAE), pr.connector(2240, 2304)
-    count = lambda *modules: sum(p.numel() for module in modules for p in module.parameters())
-    million = lambda *modules, to=2: round(count(*modules) / 1e6, to)
+        sana, vae = SanaTransformer2DModel(**pr.SANA15), AutoencoderDC(**pr.DCAE)
+    million = lambda *modules, to=2: round(sum(p.numel() for module in modules for p in module.parameters()) / 1e6, to)
     caption = (sana.caption_projection, sana.caption_norm)
     sizes = million(large.llm, to=3), million(large.connector, to=3), million(large, *caption, to=3)
     assert sizes == (1854.256, 10.034, 1874.475)
-    assert million(small.llm, large.connector, *caption, to=0) == 683 or million(small, *caption) == 680.75
+    assert million(small, *caption) == 680.75
     assert million(sana) == 1604.64 and million(sana.transformer_blocks) == 1558.59
     assert million(vae) == 312.25 and million(vae.encoder) == 153.03
-    assert count(texture) == 2240 * 2304 + 2304 + 2304 ** 2 + 2 * 2304
     pr.add_policies(sana, 32, 64.)
     assert sum(p.numel() for n, p in sana.named_parameters() if ".lora_" in n) == 22_937_600
 
 
-def release(folder, finished=True):
+def release(folder):
     """Tiny random networks in the authors' layout: two shards, config.json, tokenizer; SANA's folder beside it."""
     torch.manual_seed(3)
     model, vocab = sana.build(SIZES)
@@ -577,12 +564,11 @@ def release(folder, finished=True):
     sana.save(folder.parent / "sana", model, vocab, torch.float32)
     own, tower = model.integrator, "model.vision_tower.vision_tower."
     parts = {"model.": own.llm, "model.diffusion_connector.": own.connector, "model.sana.": model.sana,
-             "model.sana_vae.encoder.": model.lq_encoder, "model.sana_vae.decoder.": model.vae.decoder}
-    if finished:
-        parts |= {"model.vae_connector.": model.texture, "fixed_vae.": model.vae, tower: model.tatok}
+             "model.sana_vae.encoder.": model.lq_encoder, "model.sana_vae.decoder.": model.vae.decoder,
+             "model.vae_connector.": model.texture, "fixed_vae.": model.vae, tower: model.tatok}
     state = {prefix + n: t.clone() for prefix, part in parts.items() for n, t in part.state_dict().items()}
-    state.pop("model.vae_connector.3.weight", None)
-    state |= {tower + "decoder.layers.0.weight": torch.zeros(2)} if finished else {}         # of TA-Tok's own training
+    del state["model.vae_connector.3.weight"]
+    state[tower + "decoder.layers.0.weight"] = torch.zeros(2)      # of TA-Tok's own training
     vocab.tokenizer.save_pretrained(str(folder))
     for i in range(2):
         shard = {n: state[n] for n in sorted(state)[i::2]}
@@ -592,22 +578,17 @@ def release(folder, finished=True):
     return model, vocab
 
 
-def test_releases_load_the_authors_finished_or_before_stage_1_2_and_qwens_own(tmp_path):
+def test_releases_load_the_authors_and_qwens_own(tmp_path):
     wanted, vocab = release(tmp_path / "release")
     model, tokens, finished = pr.load_release(tmp_path / "release", sana=str(tmp_path / "sana"))
     assert [n for n, t in wanted.state_dict().items() if not torch.equal(t, model.state_dict()[n])] == ["texture.3.weight"]
     assert torch.equal(model.texture[3].weight, wanted.integrator.connector[3].weight)       # the tied RMSNorm
     assert model.latent_scale.item() == pytest.approx(.41407) and finished == ["1.1", "1.2"]
     assert (tokens.first_code, tokens.size) == (vocab.first_code, vocab.size)
-    release(tmp_path / "early", finished=False)
     # TA-Tok's own file holds objects, and here a quantiser that compares by Euclid
     arguments = {"bottleneck": SimpleNamespace(args={"regularizer": {"args": {"l2_normalized": False}}})}
     save = {"sd": wanted.tatok.state_dict() | {"teacher.w": torch.zeros(1)}, "args": arguments}
     torch.save({"model": save}, tmp_path / "ta_tok.pth")
-    model, _, finished = pr.load_release(tmp_path / "early", *(str(tmp_path / name) for name in ("sana", "ta_tok.pth")))
-    assert finished == [] and same(model.tatok.state_dict(), wanted.tatok.state_dict())
-    assert not model.tatok.bottleneck["regularizer"].l2_normalized
-    assert torch.equal(model.vae.encoder.conv_in.conv.weight, wanted.vae.encoder.conv_in.conv.weight)   # E_0 of --sana
     # Qwen3, SANA, DC-AE and TA-Tok, each as its own project releases it: the new tokens are added
     from transformers import Qwen3Config, Qwen3ForCausalLM
     count = len(vocab.tokenizer)
@@ -619,6 +600,8 @@ def test_releases_load_the_authors_finished_or_before_stage_1_2_and_qwens_own(tm
     assert finished == [] and tokens.image_start == count and torch.equal(table[:count], old[:count])
     close(table[count:], old[:count].mean(0).expand(5 + 16, -1))
     close(built.integrator.head[-1], qwen.lm_head.weight[:count].mean(0))
+    assert all(same(getattr(built, n).state_dict(), getattr(wanted, n).state_dict()) for n in ("tatok", "sana", "vae"))
+    assert not built.tatok.bottleneck["regularizer"].l2_normalized
 
 
 def test_eq16_the_degradation_is_the_training_scripts():
