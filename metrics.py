@@ -22,7 +22,7 @@ import json
 import math
 import sys
 import warnings
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -66,11 +66,9 @@ def ssim_maps(a, b):
     """SSIM and its contrast-structure factor, (B, C, H - 10, W - 10) each: 11x11 Gaussian of sigma 1.5."""
     x = torch.arange(11, dtype=a.dtype, device=a.device) - 5
     window = torch.exp(-x.square() / (2 * 1.5**2))
-    window = (window / window.sum()).expand(a.shape[1], 1, 1, 11)
-
-    def blur(v):  # separable, each channel by itself, valid windows only
-        return F.conv2d(F.conv2d(v, window, groups=v.shape[1]), window.transpose(2, 3), groups=v.shape[1])
-
+    window, channels = (window / window.sum()).expand(a.shape[1], 1, 1, 11), a.shape[1]
+    # separable, each channel by itself, valid windows only
+    blur = lambda v: F.conv2d(F.conv2d(v, window, groups=channels), window.transpose(2, 3), groups=channels)
     mu_a, mu_b = blur(a), blur(b)
     var_a, var_b, cov = blur(a * a) - mu_a**2, blur(b * b) - mu_b**2, blur(a * b) - mu_a * mu_b
     structure = (2 * cov + 0.03**2) / (var_a + var_b + 0.03**2)
@@ -206,12 +204,11 @@ def mmd_rbf(x, y, sigma=10.0, scale=1000.0):
     """scale (mean k(x, x) + mean k(y, y) - 2 mean k(x, y)): features (N, D), (M, D) -> scalar.
     k(a, b) = exp(-|a - b|^2 / (2 sigma^2)). Biased V-statistic (the diagonals count), float64, 1024 rows at a time. The
     defaults are CMMD's [Jayasumana et al. 2024]; Latent-PMRF applies them to DINOv2 features."""
-    x, y = double(x), double(y)
-
     def kernel(a, b):
         sums = [torch.exp(-torch.cdist(rows, b).square() / (2 * sigma**2)).sum() for rows in a.split(1024)]
         return sum(sums) / (len(a) * len(b))
 
+    x, y = double(x), double(y)
     return scale * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y))
 
 
@@ -328,12 +325,12 @@ class GrayBlock(nn.Module):
         self.bn0, self.conv1 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn1, self.prelu = nn.BatchNorm2d(width), nn.PReLU()
         self.conv2, self.bn2 = nn.Conv2d(width, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
-        if stride != 1 or width != out:
-            self.downsample = nn.Sequential(nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        self.downsample = nn.Identity() if stride == 1 and width == out else nn.Sequential(
+            nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out))
 
     def forward(self, x):
         h = self.bn2(self.conv2(self.prelu(self.bn1(self.conv1(self.bn0(x))))))
-        return self.prelu(h + (self.downsample(x) if hasattr(self, "downsample") else x))
+        return self.prelu(h + self.downsample(x))
 
 
 class ArcFaceGray(nn.Module):
@@ -467,14 +464,14 @@ class FANBlock(nn.Module):
         self.bn1, self.conv1 = nn.BatchNorm2d(width), nn.Conv2d(width, half, 3, padding=1, bias=False)
         self.bn2, self.conv2 = nn.BatchNorm2d(half), nn.Conv2d(half, quarter, 3, padding=1, bias=False)
         self.bn3, self.conv3 = nn.BatchNorm2d(quarter), nn.Conv2d(quarter, quarter, 3, padding=1, bias=False)
-        if width != out:
-            self.downsample = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, out, 1, bias=False))
+        self.downsample = nn.Identity() if width == out else nn.Sequential(
+            nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, out, 1, bias=False))
 
     def forward(self, x):
         a = self.conv1(F.relu(self.bn1(x)))
         b = self.conv2(F.relu(self.bn2(a)))
         c = self.conv3(F.relu(self.bn3(b)))
-        return torch.cat([a, b, c], 1) + (self.downsample(x) if hasattr(self, "downsample") else x)
+        return torch.cat([a, b, c], 1) + self.downsample(x)
 
 
 class Hourglass(nn.Module):
@@ -544,13 +541,13 @@ class ViTBlock(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attn = nn.MultiheadAttention(dim, heads, batch_first=True)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(dim, 4 * dim), c_proj=nn.Linear(4 * dim, dim)))
+        self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(dim, 4 * dim), c_proj=nn.Linear(4 * dim, dim)))
 
     def forward(self, x):                                         # (B, L, dim)
         h = self.ln_1(x)
         x = x + self.attn(h, h, h, need_weights=False)[0]
-        h = self.mlp.c_fc(self.ln_2(x))
-        return x + self.mlp.c_proj(h * torch.sigmoid(1.702 * h))
+        h = self.mlp["c_fc"](self.ln_2(x))
+        return x + self.mlp["c_proj"](h * torch.sigmoid(1.702 * h))
 
 
 class FaRLBackbone(nn.Module):
@@ -604,7 +601,7 @@ class FaRLAttributes(nn.Module):
         """(B, 3, S, S) FFHQ-aligned faces in [-1, 1] -> (B, 3, 224, 224) in [0, 1], differentiable."""
         affine = torch.tensor(self.AFFINE, dtype=torch.float64)
         back = torch.linalg.inv(affine[:, :2])
-        # affine_grid counts both pictures from -1 to 1: canvas pixel 112 c + 112, picture pixel 256 n + 256.
+        # affine_grid counts both pictures from -1 to 1: canvas pixel 112 c + 112, picture pixel 256 n + 256
         shift = (back @ (112 - affine[:, 2:])) / 256 - 1
         theta = torch.cat([back * 112 / 256, shift], 1).to(x).expand(len(x), 2, 3)
         grid = F.affine_grid(theta, (len(x), 3, 224, 224), align_corners=False)
@@ -862,7 +859,6 @@ class Measure:
     weights: str = ""                      # folder of released networks; what it lacks is skipped by name
     real_set: str = ""                     # folder of real faces, such as FFHQ: adds fid_real, fid_dino_real, mmd_dino_real
     posterior_mean: str = ""               # folder of posterior means: adds indrmse
-    toy: bool = False                      # numbers of the toy reader, too (default: only of faces up to 64 px)
     device: str = "auto"                   # auto, cpu, cuda, cuda:1, mps
 
 
@@ -962,7 +958,7 @@ def measure(cfg):
         for kind, image in {"restored": x, "gt": others[0]}.items() if others else [("real", x)]:
             for name in sets:
                 features[name, kind].append(net[name](image / 2 + 0.5).cpu())
-        if others and (cfg.toy or max(x.shape[-2:]) <= FaceReader.SIDE):
+        if others and max(x.shape[-2:]) <= FaceReader.SIDE:
             small.append([bilinear(v, FaceReader.SIDE, antialias=True).cpu() for v in (x, others[0])])
     if not values:
         names, reason = next(reversed(skipped.items())) if pairs else (cfg.reference, "no file has the name of a restored one")
@@ -985,7 +981,7 @@ def measure(cfg):
         rows.append((f"{name}_{kind}", frechet_distance(x, y).item(), len(x), text))
         if name == "fid_dino":
             rows.append((f"mmd_dino_{kind}", mmd_rbf(x, y).item(), len(x), text))
-    if len(small) == len(values["psnr"]):                         # every face is small, or --toy is given
+    if len(small) == len(values["psnr"]):                         # every face is small: the toy reader looks, too
         x, y = [torch.cat(side) for side in zip(*small)]
         scores, texts = toy_scores(x, y, load_reader("b").to(device)), toy_protocol(cfg.reference, "", len(x))
         rows += [(name, value, len(x), texts[name].replace("of the image", "at 64 px"))
