@@ -889,7 +889,7 @@ def open_networks(folder, device, skipped):
         files = [[path for glob in pattern.split("|") for path in sorted(Path(folder).glob(glob))] if folder else []
                  for pattern in patterns]
         if not all(files):
-            skipped[names] = f"--weights {folder} lacks {' and '.join(patterns)}; see docs/weights.md"
+            skipped[names] = f"put {' and '.join(patterns)} into --weights; see docs/weights.md"
             continue
         network = load(*[paths[0] for paths in files]).to(device)
         for name in names.split(", "):
@@ -998,10 +998,11 @@ def measure(cfg):
 
 
 def main(argv=None):
-    """The first word is --input."""
+    """`metrics.py RESTORED ...` is short for `metrics.py measure --input RESTORED ...`."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    first = ["--input"] if argv and argv[0][0] != "-" else []
-    command_line(__doc__, {"measure": (Measure, {}, measure)}, ["measure", *first, *argv])
+    if argv and argv[0][0] != "-" and argv[0] != "measure":
+        argv = ["measure", "--input", *argv]
+    command_line(__doc__, {"measure": (Measure, {}, measure)}, argv)
 
 
 if __name__ == "__main__":
