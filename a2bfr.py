@@ -43,22 +43,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 # common comes first: it sets up OpenMP before torch is imported
-from common import (ATTRIBUTES, DEGRADATIONS, EMA, SIBLINGS, TOY, LoRALinear, Run, SampleFlags, TrainFlags, UserError,
-                    command_line, degrade, first_line, from_folder, list_images, load_lora, lora_layers, lr_schedule,
-                    make_optimizer, mix, open_faces, open_run, read_image, read_weights, restore_folder, verbalise, write_grid,
-                    write_image, write_json)
+from common import (ATTRIBUTES, EMA, SIBLINGS, TOY, Faces, Run, SampleFlags, TrainFlags, UserError, command_line, from_folder,
+                    load_trained, lr_schedule, make_optimizer, mix, open_faces, open_run, read_lora, restore_folder, verbalise)
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 import metrics
 
 TEMPLATE = "A photo of a human face"  # the paper's prompt without attributes [sec. 5.2]
 NAMES = [name for _, name, _, _ in ATTRIBUTES]
-SHOWN = {"template": TEMPLATE, "smiling": "a photo of a smiling person",  # title: prompt, in prompts.png, as Figure 6
+SHOWN = {"template": TEMPLATE, "smiling": "a photo of a smiling person",  # title: prompt, as Figure 6
          "older, serious": "a photo of an older serious person",
          "eyeglasses": "a photo of a person, wearing eyeglasses",
          "blond, bangs": "a photo of a person with blond hair and bangs", "hat": "a photo of a person, wearing a hat"}
@@ -94,7 +93,6 @@ class Train(TrainFlags):
     dual_weight: float = 0.3               # UNSTATED: alpha of Eq. 6
     dual_margin: float = 0.5               # UNSTATED: m of Eq. 5; signed: at most what the two clean faces differ
     dual: typing.Literal["signed", "abs"] = "signed"  # DIFFERS: the target on its own side; abs: Eq. 5 as printed
-    decoded: int = 0                       # decode only so many faces of a batch for the encoder (0: all)
     drop_text: float = 0.01                # share of pairs without prompts; "dropout 0.01", read as OminiControl's two
     drop_condition: float = 0.01           # share of pairs whose degraded image is black
     time_shift: float = 1.0                # s of the law of t; 1 as OminiControl, more draws more noise
@@ -108,7 +106,7 @@ class Train(TrainFlags):
 # The fields that decide what weights mean: `Run` refuses to go on with a run that has others.
 SETTINGS = ("pretrained_model_name_or_path", "image_size", "rank", "lora_alpha")
 TOY_VALUES = dict(
-    TOY, pretrained_model_name_or_path="toy/weights/flux", degradation="noisy", batch_size=16, max_train_steps=350, rank=32,
+    TOY, pretrained_model_name_or_path="toy/weights/flux", batch_size=16, max_train_steps=350, rank=32,
     optimizer="prodigy", prodigy_d0=3e-3, ema_decay=0.99, gradient_checkpointing=False, drop_text=0.1, time_shift=4.0,
     num_inference_steps=4, guidance_scale=1.0, true_cfg_scale=2.0, image_guidance_scale=1.3, validation_faces=128)
 
@@ -134,7 +132,8 @@ class Sample(SampleFlags):
 class BuildPairs:
     """Build pairs of faces that differ in one attribute: FlowEdit, three checks, one JSON line per pair."""
     # Section 3.1 has the method and the thresholds 0.6 and 0.4. UNSTATED: size, steps, guidance: FlowEdit's own for SD3.
-    output: str = "runs/a2bfr_pairs"       # folder for pairs.jsonl, source/, target/ and sheet.png; a rerun goes on
+    # DIFFERS: Qwen3 words the paper's prompts, here the rule `common.verbalise` does.
+    output: str = "runs/a2bfr_pairs"       # folder for pairs.jsonl, source/, target/ and samples.png; a rerun goes on
     data: str = ""                         # folder of aligned faces, sub-folders = people (default: the toy world)
     count: int = 35_000                    # source faces; UNSTATED: how many tries the paper's 35,000 pairs took
     edits: int = 1                         # attributes edited per face, one pair each
@@ -153,7 +152,6 @@ class BuildPairs:
     min_identity: float = 0.4              # UNSTATED: cosine between the faces' embeddings; the data set's mean is 0.64
     min_structure: float = 0.5             # UNSTATED: SSIM between the faces, set at 64 px and not tried at 1024
     max_shift: float = 0.03                # UNSTATED: mean landmark shift, share of the eyes' distance
-    llm: str = ""                          # chat model that words the prompts, folder or hub id; paper Qwen3 (default: a rule)
     readers: str = ""                      # folder of reader_a (default: toy/weights, made for toy faces)
     farl: str = ""                         # face_attribute.farl.celeba.pt, to score attributes
     arcface: str = ""                      # ArcFace weights (IR-50, IR-SE-50, IR-101), to score identity
@@ -174,9 +172,7 @@ TOY_EDITOR = dict(FLUX_EDITOR, pretrained_model_name_or_path="toy/weights/flux",
 
 
 def pack(latents):
-    """(B, C, h, w) -> tokens (B, h w / 4, 4 C): 2 x 2 latents each, inner order (c, dy, dx). ValueError if odd."""
-    if latents.shape[-2] % 2 or latents.shape[-1] % 2:
-        raise ValueError(f"pack wants an even height and width, got {tuple(latents.shape[-2:])}")
+    """(B, C, h, w), h and w even -> tokens (B, h w / 4, 4 C): 2 x 2 latents each, inner order (c, dy, dx)."""
     x = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))                      # (B, C, h/2, 2, w/2, 2)
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
@@ -187,26 +183,20 @@ def unpack(tokens, h: int, w: int):
     return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-def position_ids(height: int, width: int, scale: int = 1, device=None):
-    """(height * width, 3) positions [0, row, column] of tokens; `scale` > 1: of a picture that much smaller.
-
-    The condition lies on the same positions as the image, since the two are aligned pixel by pixel. A token of a smaller
-    picture sits in the middle of the tokens that it covers.
-    """
-    rows, columns = [torch.arange(n, dtype=torch.float32, device=device) * scale + (scale - 1) / 2
-                     for n in (height, width)]
-    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)
-    return F.pad(grid, (1, 0))
+def position_ids(height: int, width: int, device=None):
+    """(height * width, 3) positions [0, row, column] of tokens. Image and condition have the same: their pixels match."""
+    rows, columns = (torch.arange(n, dtype=torch.float32, device=device) for n in (height, width))
+    return F.pad(torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1), (1, 0))
 
 
-class ConditionLinear(LoRALinear):
+class ConditionLinear(nn.Module):
     """y = W x on tokens before `start`, y = W x + (alpha / rank) B A x on the others: a frozen Linear with a LoRA.
 
     Without `start` it is the Linear as it was. A ~ N(0, (1 / rank)^2) and B = 0, so it starts as W.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
-        nn.Module.__init__(self)
+        super().__init__()
         self.base, self.scale = base.requires_grad_(False), alpha / rank
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=base.weight.device)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=base.weight.device)
@@ -689,14 +679,10 @@ def restore(nets, cfg, lq, prompts: list, noise, negative: str = ""):
 def read_pairs(path) -> list:
     """The rows of a pairs.jsonl: {source, target, attribute, sign, source_prompt, target_prompt, accepted, ...}.
 
-    A line that a kill has cut short is left out. UserError where there is no such file.
+    A line that a kill has cut short is left out.
     """
     rows = []
-    try:
-        lines = Path(path).read_text(errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"--pairs {path}: cannot be read ({error.strerror}); make it with python a2bfr.py pairs") from None
-    for line in filter(str.strip, lines):
+    for line in filter(str.strip, Path(path).read_text(errors="replace").splitlines()):
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -709,17 +695,25 @@ class Pairs:
 
     def __init__(self, folder, rows: list, size: int, degradation: str, dual: bool = True):
         """dual: see `training`."""
-        self.folder, self.rows, self.size, self.dual = Path(folder), rows, size, dual
-        self.degradation = DEGRADATIONS[degradation]
+        self.rows, self.dual = rows, dual
+        files = sorted({Path(folder, row[key]) for row in rows for key in ("source", "target")})
+        self.faces, self.place = Faces(folder, size, degradation, files=files), {path: k for k, path in enumerate(files)}
+
+    def read(self, rows: list, key: str, seeds) -> dict:
+        """hq and lq (B, 3, S, S) of the pictures that the rows name. UserError where one is damaged."""
+        places = [self.place[self.faces.folder / row[key]] for row in rows]
+        found = self.faces.batch(places, seeds)
+        if found["place"].tolist() != places:
+            raise UserError(f"{self.faces.folder}: a picture of pairs.jsonl cannot be read; take its line out")
+        return found
 
     def batch(self, rows: list, seeds) -> dict:
         """hq, hq_tar, lq (B, 3, S, S), edited, sign, seeds (B,), source_prompts and target_prompts (lists).
 
         Attribute `edited` differs between hq and hq_tar: with sign +1 the target has it. UNSTATED: lq is made from the source.
         """
-        read = lambda key: torch.stack([read_image(self.folder / row[key], self.size) for row in rows])
-        hq, seeds = read("source"), torch.as_tensor(seeds)
-        return dict(hq=hq, hq_tar=read("target"), lq=degrade(hq, self.degradation, seeds), seeds=seeds,
+        source, target = self.read(rows, "source", seeds), self.read(rows, "target", seeds)
+        return dict(hq=source["hq"], hq_tar=target["hq"], lq=source["lq"], seeds=source["seeds"],
                     edited=torch.tensor([NAMES.index(row["attribute"]) for row in rows]),
                     sign=torch.tensor([float(row["sign"]) for row in rows]),
                     source_prompts=[row["source_prompt"] for row in rows],
@@ -764,11 +758,12 @@ def open_pairs(cfg) -> tuple:
     Without --validation_data the last people are held out, about a tenth of the rows; where a row names no person, its source
     is one.
     """
-    if not (cfg.pairs or cfg.data):
+    where, held_out = cfg.pairs or cfg.data, cfg.validation_data
+    if not where:
         open_faces(cfg)                                            # draws data/toy, once
-    where = cfg.pairs or cfg.data or "data/toy/pairs"
-    held_out = cfg.validation_data or (where if cfg.pairs or cfg.data else "data/toy/pairs_val")
-    path, held_path = (Path(place) / "pairs.jsonl" if Path(place).is_dir() else Path(place) for place in (where, held_out))
+        where, held_out = "data/toy/pairs", held_out or "data/toy/pairs_val"
+    path, held_path = Path(where), Path(held_out or where)
+    path, held_path = (place / "pairs.jsonl" if place.is_dir() else place for place in (path, held_path))
     rows, held = accepted(path), accepted(held_path)
     if held_path == path:
         person = lambda row: str(row.get("person", row["source"]))
@@ -815,8 +810,6 @@ def pair_loss(cfg, run, nets, encoder, batch: dict, backward=None) -> tuple:
     # The rows whose one-step face the encoder reads: those that have a prompt, of times that are not too late
     keep_text = keep_text.to(run.device)
     seen = (keep_text & (t <= READ_UNTIL)).nonzero()[:, 0]
-    if cfg.decoded:
-        seen = seen[:cfg.decoded]
     if not cfg.attribute_weight and not (cfg.dual_training and cfg.dual_weight):
         seen = seen[:0]
 
@@ -855,15 +848,20 @@ def train_lora(cfg, run, pairs, nets, encoder):
         prior.enable_gradient_checkpointing()
         nets["codec"].vae.enable_gradient_checkpointing()
     parameters = [p for p in prior.parameters() if p.requires_grad]
-    optimizer, factor = lora_optimizer(cfg, parameters), lr_schedule(cfg, cfg.max_train_steps)
-    modules = {"lora": prior}
-    ema = EMA(modules, cfg.ema_decay)                                       # averaged weights of the LoRA, for `sample`
+    if cfg.optimizer == "prodigy":                                 # as OminiControl sets it
+        optimizer = Prodigy(parameters, lr=cfg.learning_rate, weight_decay=0.01, use_bias_correction=True,
+                            safeguard_warmup=True, d0=cfg.prodigy_d0)
+    else:
+        optimizer = make_optimizer(cfg, parameters, cfg.learning_rate, weight_decay=0.01)
+    modules, factor = {"lora": prior}, lr_schedule(cfg, cfg.max_train_steps)
+    ema = EMA(modules, cfg.ema_decay)                              # averaged weights of the LoRA, for `sample`
     first, pieces = run.load("lora", modules, ema, optimizer), cfg.gradient_accumulation_steps
     backward = lambda loss: (loss / pieces).backward()             # micro-batches add up their gradients
 
     for step, batch in run.batches(pairs.training, "lora", first, cfg.max_train_steps):
         optimizer.zero_grad()
-        for part in split(batch, pieces):
+        for i in range(0, cfg.batch_size * pieces, cfg.batch_size):
+            part = {key: value[i:i + cfg.batch_size] for key, value in batch.items()}
             loss, values = pair_loss(cfg, run, nets, encoder, part, backward if cfg.gradient_checkpointing else None)
             backward(loss)
         run.average_gradients(modules)
@@ -880,20 +878,6 @@ def train_lora(cfg, run, pairs, nets, encoder):
     prior.load_state_dict(ema["lora"], strict=False)               # the LoRA is all that ema holds
 
 
-def split(batch: dict, pieces: int) -> list:
-    """`pieces` batches of equal size."""
-    size = len(batch["hq"]) // pieces
-    return [{key: value[i * size:(i + 1) * size] for key, value in batch.items()} for i in range(pieces)]
-
-
-def lora_optimizer(cfg, parameters):
-    """Prodigy as OminiControl sets it (one adaptive step size), AdamW or Muon; all with its weight decay of 0.01."""
-    if cfg.optimizer != "prodigy":
-        return make_optimizer(cfg, parameters, cfg.learning_rate, weight_decay=0.01)
-    return Prodigy(parameters, lr=cfg.learning_rate, weight_decay=0.01, use_bias_correction=True, safeguard_warmup=True,
-                   d0=cfg.prodigy_d0)
-
-
 def train(cfg: Train) -> None:
     """Train the LoRA and write it, then restore and measure held-out faces."""
     run = Run(cfg, SETTINGS)
@@ -903,7 +887,7 @@ def train(cfg: Train) -> None:
     add_condition_lora(nets["prior"], cfg.rank, cfg.lora_alpha or cfg.rank)
     if path := run.part("lora"):
         run.say("stage lora: taken as it is")
-        load_lora(nets["prior"], path)
+        load_condition_lora(nets["prior"], path)
     else:
         train_lora(cfg, run, pairs, nets, encoder)
         run.finish("lora", {"lora": lora_tensors(nets["prior"])})
@@ -958,16 +942,22 @@ def read_attributes(encoder, faces):
 
 def lora_tensors(prior) -> dict:
     """{name: tensor} in the layout of diffusers and OminiControl; B carries alpha / rank, so the file's scale is 1."""
-    return {f"transformer.{name}.{key}.weight": tensor for name, layer in lora_layers(prior).items()
+    layers = {name: prior.get_submodule(name) for name in condition_layers(prior)}
+    return {f"transformer.{name}.{key}.weight": tensor for name, layer in layers.items()
             for key, tensor in (("lora_A", layer.lora_A.weight), ("lora_B", layer.scale * layer.lora_B.weight))}
+
+
+def load_condition_lora(prior, path) -> None:
+    """The inverse, into the layers of `add_condition_lora`. UserError on another rank or other layers."""
+    tensors, scale = {}, prior.x_embedder.scale
+    for name, (a, b) in read_lora(path).items():
+        tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b / scale}
+    load_trained(prior, tensors, path)
 
 
 def lora_rank(path) -> int:
     """Rank of a LoRA file. UserError where it holds none."""
-    ranks = [len(t) for name, t in read_weights(path).items() if name.endswith("lora_A.weight") and t.dim() == 2]
-    if not ranks:
-        raise UserError(f"{path}: holds no LoRA (no name ends in lora_A.weight)")
-    return ranks[0]
+    return len(next(iter(read_lora(path).values()))[0])
 
 
 # ------------------------------------------------------------------------------------------------ restore, measure
@@ -1018,7 +1008,7 @@ def report(cfg, run, held, nets) -> None:
     """Restore held-out faces under the prompts of the source, of the target and the template; measure them.
 
     Row `edited` is the baseline of Table 3: restored with the template, then edited by FlowEdit with the same FLUX.
-    prompts.png shows each face under the six prompts of SHOWN, as Figure 6.
+    samples_prompts.png shows each face under the six prompts of SHOWN, as Figure 6.
     """
     batch = held.held_out(cfg.validation_faces)
     hq, lq = batch["hq"], batch["lq"]
@@ -1040,9 +1030,9 @@ def report(cfg, run, held, nets) -> None:
         per_attribute[name] = found.pop("per_attribute")
         rows[name] |= found
     shown = {title: restore_held_out(cfg, run, nets, lq[:6], [prompt] * len(lq[:6])) for title, prompt in SHOWN.items()}
-    write_grid(run.folder / "prompts.png", {"lq": lq[:6]} | shown)
+    run.show("prompts", {"lq": lq[:6]} | shown)
     run.report(rows, dict(images, hq=hq, hq_tar=batch["hq_tar"]), nets, main="target", per_attribute=per_attribute,
-               faces=len(hq), protocol=metrics.toy_protocol(held.folder, cfg.degradation, len(hq), cfg.readers))
+               faces=len(hq), protocol=metrics.toy_protocol(held.faces.folder, cfg.degradation, len(hq), cfg.readers))
 
 
 def sample(cfg: Sample) -> None:
@@ -1059,8 +1049,7 @@ def sample(cfg: Sample) -> None:
     run, rank = Run(dataclasses.replace(cfg, mixed_precision=precision)), lora_rank(lora)
     nets = load_networks(trained, run.device)
     add_condition_lora(nets["prior"], rank, rank)                   # scale 1: the file's B carries alpha / rank
-    load_lora(nets["prior"], lora)
-    nets["prior"].to(run.device)
+    load_condition_lora(nets["prior"], lora)
     for prompt in (cfg.prompt, cfg.negative_prompt):
         if unread := nets["text"].unread(prompt):
             print(f"{prompt!r}: {unread}", flush=True)
@@ -1094,33 +1083,6 @@ def switch(scores, index: int) -> tuple:
     return after, sign
 
 
-class LLMVerbaliser:
-    """A chat model of transformers words the caption (the paper: Qwen3); where it forgets a phrase, `verbalise` does.
-
-    A caption that forgets an attribute would teach that attributes need not be asked for.
-    """
-
-    def __init__(self, where: str, device):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        self.words = from_folder(AutoTokenizer, where, "llm")
-        self.model = from_folder(AutoModelForCausalLM, where, "llm").to(device).eval()
-
-    @torch.no_grad()
-    def __call__(self, scores) -> str:
-        plain = verbalise(scores)
-        said = [phrase for _, _, *phrases in ATTRIBUTES for phrase in phrases if phrase and f" {phrase}" in plain]
-        ask = ("Rewrite as one fluent sentence about the face in a photo; keep the words "
-               f"{', '.join(said)}. Answer with the sentence only: {plain}.")
-        if self.words.chat_template:  # Qwen3 would think aloud first
-            ask = self.words.apply_chat_template([dict(role="user", content=ask)], tokenize=False,
-                                                 add_generation_prompt=True, enable_thinking=False)
-        given = self.words(ask, return_tensors="pt").to(self.model.device)
-        out = self.model.generate(input_ids=given.input_ids, attention_mask=given.attention_mask, max_new_tokens=80,
-                                  do_sample=False, pad_token_id=self.words.eos_token_id or 0)
-        answer = self.words.decode(out[0, given.input_ids.shape[1]:], skip_special_tokens=True).strip().split("\n")[0]
-        return answer if answer and all(phrase in answer.lower() for phrase in said) else plain
-
-
 class Editor(NamedTuple):
     """What FlowEdit needs of a text-to-image model."""
     velocity: typing.Callable              # (x, t, prompt) -> velocity
@@ -1147,13 +1109,10 @@ def flux_editor(nets, steps: int, size: int) -> Editor:
                   flux_sigmas(steps, (size // codec.token) ** 2))
 
 
-def sd3_editor(where: str, size: int, steps: int, device, dtype) -> Editor:
+def sd3_editor(where: str, steps: int, device, dtype) -> Editor:
     """SD3 or SD3.5: three text encoders, latents unpacked, classifier-free guidance against the empty prompt."""
     from diffusers import StableDiffusion3Pipeline
-    try:
-        pipe = StableDiffusion3Pipeline.from_pretrained(where, dtype=dtype).to(device)
-    except Exception as error:  # missing parts, offline, gated: a dozen kinds
-        raise UserError(f"--pretrained_model_name_or_path {where}: cannot be loaded as SD3 ({first_line(error)})") from None
+    pipe = StableDiffusion3Pipeline.from_pretrained(where, dtype=dtype).to(device)
     vae, net = pipe.vae, pipe.transformer
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor
 
@@ -1209,19 +1168,14 @@ class Judge:
         return torch.stack([likeness, metrics.ssim(a / 2 + 0.5, b / 2 + 0.5), shift], 1).tolist()
 
 
-class Check(NamedTuple):
-    accepted: bool
-    scores: dict                           # every number that was looked at
-    reasons: list                          # why not, in words; empty if accepted
-
-
 def quality_check(source, target, edited: int, sign: int, identity: float, structure: float, shift: float, positive=0.6,
-                  negative=0.4, max_leak=0.3, min_identity=0.4, min_structure=0.5, max_shift=0.1) -> Check:
-    """May (source, target) teach one attribute? The three automatic checks of section 3.1: attribute, identity, structure.
+                  negative=0.4, max_leak=0.3, min_identity=0.4, min_structure=0.5, max_shift=0.1) -> tuple:
+    """May (source, target) teach one attribute? ({score: number}, [reason why not]): yes where there is no reason.
 
+    The three automatic checks of section 3.1: attribute, identity, structure.
     source, target: 12 scores each in [0, 1]; edited: the attribute, sign +1 to be on, -1 off in the target; identity:
     cosine of the faces; structure: their SSIM; shift: mean landmark shift over the distance of the eyes. The attribute
-    must cross from one side to the other. NaN fails. The paper's manual review comes after: look at sheet.png and target/.
+    must cross from one side to the other. NaN fails. The paper's manual review comes after: look at target/.
     """
     moved = {NAMES[i]: abs(float(target[i]) - float(source[i])) for i in others_of(edited)}
     worst = max(moved, key=lambda name: math.inf if math.isnan(moved[name]) else moved[name])
@@ -1234,119 +1188,99 @@ def quality_check(source, target, edited: int, sign: int, identity: float, struc
         (identity >= min_identity, f"identity: similarity {identity:.2f}"),
         (structure >= min_structure, f"structure: SSIM {structure:.2f}"),
         (shift <= max_shift, f"structure: landmarks moved by {shift:.3f} of the eyes' distance")]
-    scores = dict(before=before, after=after, leak=moved[worst], identity=identity, structure=structure,
-                  shift=shift)
-    reasons = [reason for passed, reason in tests if not passed]
-    return Check(not reasons, {name: round(value, 4) for name, value in scores.items()}, reasons)
+    scores = dict(before=before, after=after, leak=moved[worst], identity=identity, structure=structure, shift=shift)
+    return {name: round(value, 4) for name, value in scores.items()}, [reason for passed, reason in tests if not passed]
 
 
-class Job(NamedTuple):
-    """One pair to be built."""
-    name: str                              # of the pair, and of its target's file
-    face: str                              # of the source's file
-    person: str
-    image: torch.Tensor                    # (3, S, S) the source
-    scores: list                           # 12, of the source
-    edited: int
-    sign: int
-    source_prompt: str
-    target_prompt: str
+def make_jobs(cfg: BuildPairs, faces: Faces, places: list, judge: Judge, done: set) -> list:
+    """[(row of pairs.jsonl, source (3, S, S), its scores)] of the pairs that some pictures of a folder are to give.
 
-
-def make_jobs(cfg: BuildPairs, folder: Path, files: list, judge: Judge, caption, done: set) -> list:
-    """The pairs to be built from pictures of `folder`: `edits` attributes each, those done before left out."""
+    Every picture gives `edits` pairs, one attribute each. Those done before are left out.
+    """
     images, jobs = {}, []
-    for path in files:
+    for k in places:
         try:
-            images[path] = read_image(path, cfg.image_size)
+            images[k] = faces.load(k)[0] / 127.5 - 1
         except UserError as error:
             tqdm.write(f"skipped: {error}")
     scores_of = judge.attributes(torch.stack(list(images.values()))) if images else []
-    for (path, image), scores in zip(images.items(), scores_of):
-        face = path.relative_to(folder).as_posix().replace("/", "%2F")            # with suffix: a.png is not a.jpg
+    for (k, image), scores in zip(images.items(), scores_of):
+        face, parent = faces.names[k].replace("/", "%2F"), faces.files[k].parent  # with suffix: a.png is not a.jpg
         choice = editable(scores, cfg.positive, cfg.negative)
         order = torch.randperm(len(choice), generator=torch.Generator().manual_seed(mix("edits", cfg.seed, face)))
         for edited in (choice[i] for i in order[:cfg.edits]):
             after, sign = switch(scores, edited)
-            name, person = f"{face}_{NAMES[edited]}", path.parent.name if path.parent != folder else face
-            if name not in done:
-                jobs.append(Job(name, face, person, image, scores, edited, sign, caption(scores), caption(after)))
+            name, person = f"{face}_{NAMES[edited]}", parent.name if parent != faces.folder else face
+            row = dict(id=name, person=person, source=f"source/{face}.png", target=f"target/{name}.png",
+                       attribute=NAMES[edited], sign=sign, source_prompt=verbalise(scores), target_prompt=verbalise(after))
+            jobs += [(row, image, scores)] if name not in done else []
     return jobs
-
-
-def record(folder: Path, job: Job, image, check: Check, blend: float, attempts: int) -> None:
-    """Write the pictures first, then one line: a pair that is listed is whole."""
-    source, target = f"source/{job.face}.png", f"target/{job.name}.png"
-    if check.accepted:
-        write_image(folder / source, job.image)
-        write_image(folder / target, image)
-    row = dict(id=job.name, person=job.person, source=source, target=target if check.accepted else None,
-               attribute=NAMES[job.edited], sign=job.sign, source_prompt=job.source_prompt, target_prompt=job.target_prompt,
-               accepted=check.accepted, scores=check.scores, reasons=check.reasons, blend=blend, attempts=attempts)
-    with open(folder / "pairs.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def pairs(cfg: BuildPairs) -> None:
     """Every pair tries blends, mildest first, until its checks pass. A pair that is listed in pairs.jsonl is done."""
     run, path = Run(cfg), Path(cfg.output) / "pairs.jsonl"
-    run.folder.mkdir(parents=True, exist_ok=True)
+    for name in ("source", "target"):
+        (run.folder / name).mkdir(parents=True, exist_ok=True)
     if cfg.editor == "sd3":
         dtype = torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32
-        editor = sd3_editor(cfg.pretrained_model_name_or_path, cfg.image_size, cfg.num_inference_steps, run.device, dtype)
+        editor = sd3_editor(cfg.pretrained_model_name_or_path, cfg.num_inference_steps, run.device, dtype)
     else:
         editor = flux_editor(load_networks(cfg, run.device), cfg.num_inference_steps, cfg.image_size)
-    judge, caption = Judge(cfg, run.device), LLMVerbaliser(cfg.llm, run.device) if cfg.llm else verbalise
+    judge = Judge(cfg, run.device)
     if not cfg.data:
         open_faces(Train())                                        # draws data/toy, once
-    folder = Path(cfg.data or "data/toy/train")
+    faces = Faces(cfg.data or "data/toy/train", cfg.image_size)
     # By file name: in a folder of people the first picture of everybody comes before the second ones.
-    files = sorted(list_images(folder, recursive=True), key=lambda file: file.name)[:cfg.count]
-    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        with open(path, "a") as file:                              # a kill has cut the last line short: close it
+    places = sorted(range(len(faces)), key=lambda k: faces.files[k].name)[:cfg.count]
+    with open(path, "a") as file:
+        if path.read_bytes()[-1:] not in (b"", b"\n"):             # a kill has cut the last line short: end it
             file.write("\n")
-    done = {row["id"] for row in read_pairs(path)} if path.exists() else set()
+    done = {row["id"] for row in read_pairs(path)}
     limits = ("positive", "negative", "max_leak", "min_identity", "min_structure", "max_shift")
     limits = {name: getattr(cfg, name) for name in limits}
     attempts = [blend for blend in cfg.blends for _ in range(cfg.tries)]
-    for start in tqdm(range(0, len(files), cfg.batch_size), "editing", disable=None):
-        left = make_jobs(cfg, folder, files[start:start + cfg.batch_size], judge, caption, done)
+    for start in tqdm(range(0, len(places), cfg.batch_size), "editing", disable=None):
+        jobs = make_jobs(cfg, faces, places[start:start + cfg.batch_size], judge, done)
         for number, blend in enumerate(attempts, 1):
-            if not left:
+            if not jobs:
                 break
-            images = torch.stack([job.image for job in left])
-            seeds = [mix("edit", cfg.seed, job.name, number) for job in left]
+            rows, images, _ = zip(*jobs)
+            images, seeds = torch.stack(images), [mix("edit", cfg.seed, row["id"], number) for row in rows]
+            prompts = ([row[key] for row in rows] for key in ("source_prompt", "target_prompt"))
             with run.autocast():
-                edited = edit_faces(editor, cfg, blend, run.device, images, [job.source_prompt for job in left],
-                                    [job.target_prompt for job in left], seeds).cpu()
-            again = []
-            for job, image, scores, numbers in zip(left, edited, judge.attributes(edited), judge.compare(images, edited)):
-                check = quality_check(job.scores, scores, job.edited, job.sign, *numbers, **limits)
-                if check.accepted or number == len(attempts):
-                    record(run.folder, job, image, check, blend, number)
-                else:
-                    again.append(job)
-            left = again
+                edited = edit_faces(editor, cfg, blend, run.device, images, *prompts, seeds).cpu()
+            left, found = [], zip(jobs, edited, judge.attributes(edited), judge.compare(images, edited))
+            for (row, image, before), target, after, numbers in found:
+                scores, reasons = quality_check(before, after, NAMES.index(row["attribute"]), row["sign"], *numbers, **limits)
+                if reasons and number < len(attempts):
+                    left.append((row, image, before))
+                    continue
+                if not reasons:                                    # first the pictures: a pair that is listed is whole
+                    save_image(image / 2 + 0.5, run.folder / row["source"])
+                    save_image(target / 2 + 0.5, run.folder / row["target"])
+                row |= dict(accepted=not reasons, scores=scores, reasons=reasons, blend=blend, attempts=number)
+                with open(path, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            jobs = left
     pairs_report(cfg, run, path)
 
 
 def pairs_report(cfg: BuildPairs, run, path: Path) -> None:
-    """metrics.json and sheet.png of the accepted pairs, at most a thousand of them, read again from the files."""
-    rows, good = read_pairs(path) if path.exists() else [], accepted(path) if path.exists() else []
-    if not good:
-        raise UserError(f"no pair was accepted out of {len(rows)}: see the reasons in {path}; raise --target_guidance or "
-                        "--n_max, or loosen a check")
-    some, side = good[::-(-len(good) // 1000)], min(cfg.image_size, 256)
-    source, target = (torch.stack([read_image(path.parent / row[key], side) for row in some]) for key in ("source", "target"))
-    edited, sign = [NAMES.index(row["attribute"]) for row in some], [row["sign"] for row in some]
-    numbers = prompt_scores(source, target, source, edited, sign, metrics.load_reader("b", cfg.readers))
-    # ArcFace's where --arcface is given; the paper's data have 0.6387
-    numbers["identity_toy"] = statistics.mean(row["scores"]["identity"] for row in good)
-    write_json(path.parent / "metrics.json", dict(numbers, accepted=len(good), tried=len(rows), config=dataclasses.asdict(cfg)))
-    write_grid(path.parent / "sheet.png", {"source": source, "target": target}, rows=16, cell=96)
+    """metrics.json and samples.png of the accepted pairs, at most a thousand of them, read again from the files."""
+    rows, good = read_pairs(path), accepted(path)
     failed = Counter(reason.split(":")[0] for row in rows if not row["accepted"] for reason in row["reasons"])
-    run.say(f"{len(good)} of {len(rows)} pairs accepted (failed: {dict(failed)}); identity {numbers['identity_toy']:.3f}; "
-            f"asked attribute right by reader_b {numbers['attribute_accuracy_toy']:.3f}; {path}")
+    if not good:
+        raise UserError(f"no pair was accepted out of {len(rows)} (failed: {dict(failed)}): see the reasons in {path}; raise "
+                        "--target_guidance or --n_max, or loosen a check")
+    batch = Pairs(path.parent, good[::-(-len(good) // 1000)], min(cfg.image_size, 256), "codeformer").held_out(1000)
+    source, target, edited, sign = batch["hq"], batch["hq_tar"], batch["edited"].tolist(), batch["sign"].tolist()
+    numbers = prompt_scores(source, target, source, edited, sign, metrics.load_reader("b", cfg.readers))
+    # identity is ArcFace's where --arcface is given; the paper's data have 0.6387
+    identity, per_attribute = statistics.mean(row["scores"]["identity"] for row in good), numbers.pop("per_attribute")
+    numbers |= dict(identity_toy=identity, accepted=len(good), tried=len(rows))
+    run.report({"pairs": numbers}, {"source": source, "target": target}, {}, per_attribute=per_attribute, failed=failed,
+               config=dataclasses.asdict(cfg))
 
 
 VERBS = {"train": (Train, {"toy": TOY_VALUES, "paper": {}}, train), "sample": (Sample, {}, sample),

@@ -7,7 +7,7 @@
     run           Run                                              device, precision, processes, checkpoints, log
     updates       make_optimizer, lr_schedule, EMA                 what a training loop is made of
     weights       read_weights, load_strict, save_part, load_part, from_folder
-    LoRA          LoRALinear, add_lora, merge_lora, save_lora, load_lora
+    LoRA          LoRALinear, add_lora, merge_lora, load_lora
     restoring     restore_folder                                   `sample` of every method, without its network
     command line  TrainFlags, SampleFlags, command_line            flags from the fields of a dataclass
 
@@ -18,16 +18,18 @@ import argparse
 import collections
 import csv
 import dataclasses
-import difflib
 import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
 import typing
@@ -82,7 +84,7 @@ def verbalise(scores) -> str:
     """Caption from 12 attribute scores in [0, 1], in the order of ATTRIBUTES.
 
     An attribute above 0.6 is named, below 0.4 its negative phrase is, if it has one; between, it is left out. Of the
-    hair colours, and of wavy and straight, only the highest score counts. ValueError unless there are 12 scores.
+    hair colours, and of wavy and straight, only the highest score counts.
     """
     scores = [float(s) for s in (scores.tolist() if torch.is_tensor(scores) else scores)]
     if len(scores) != len(ATTRIBUTES):
@@ -139,10 +141,8 @@ DEGRADATIONS = {
     "a2bfr": Degradation("A2BFR release, condition helper", (3, 15), (16, 16), (0, 25.5), (35, 90), isotropic=1.0,
                          kinds=("gaussian", "average", "median", "motion"),
                          blur_share=0.5, noise_share=0.2, jpeg_share=0.7),
-    "thumbnail": Degradation("toy preset of honestface.py: 16 to 32 pixels, noise", (1, 15), (16, 32), (30, 60),
-                             (40, 90)),
-    "noisy": Degradation("toy preset of a2bfr.py and pref_restore.py: 32 to 64 pixels, strong noise", (1, 15), (8, 16),
-                         (50, 90), (40, 90)),
+    "toy": Degradation("toy presets: a face of 64 px loses who it is, with no more noise than the papers add", (1, 15), (12, 28),
+                       (0, 20), (30, 90)),
 }
 
 
@@ -170,7 +170,8 @@ def jpeg(image: torch.Tensor, quality: int) -> torch.Tensor:
 def degrade_one(hq: torch.Tensor, spec: Degradation, seed: int) -> tuple:
     """One image (3, S, S) in [-1, 1] -> (lq, hq); hq differs from the input only where the pair turns grey."""
     rng = torch.Generator().manual_seed(int(seed))                # always on the CPU: the same draws on any device
-    uniform = lambda low, high: low + (high - low) * torch.rand((), generator=rng).item()
+    draws = iter(torch.rand(16, generator=rng).tolist())
+    uniform = lambda low, high: low + (high - low) * next(draws)
     size, unit, device = hq.shape[-1], hq.shape[-1] / 512, hq.device
     kind = spec.kinds[int(uniform(0, len(spec.kinds)))]
     sigma_x, sigma_y, angle = uniform(*spec.blur), uniform(*spec.blur), uniform(-math.pi, math.pi)
@@ -178,7 +179,7 @@ def degrade_one(hq: torch.Tensor, spec: Degradation, seed: int) -> tuple:
     thumbnail = int(512 / uniform(*spec.down))
     delta = uniform(*spec.noise) / 255 * (uniform(0, 1) < spec.noise_share)
     quality, compressed = int(uniform(spec.jpeg[0], spec.jpeg[1] + 1)), uniform(0, 1) < spec.jpeg_share
-    shift = (2 * torch.rand(3, 1, 1, generator=rng) - 1) * 20 / 255 * (uniform(0, 1) < spec.jitter)
+    shift = torch.tensor([uniform(-1, 1) for _ in range(3)]).view(3, 1, 1) * 20 / 255 * (uniform(0, 1) < spec.jitter)
     grey = uniform(0, 1) < spec.grey
 
     x = hq * 0.5 + 0.5
@@ -190,8 +191,8 @@ def degrade_one(hq: torch.Tensor, spec: Degradation, seed: int) -> tuple:
             x = from_pil(to_pil(x * 2 - 1).filter(ImageFilter.MedianFilter(side))).to(device) / 2 + 0.5
         else:
             weights = blur_kernel(kind, side, sigma_x * unit, (sigma_x if round_kernel else sigma_y) * unit, angle)
-            padded = F.pad(x[:, None], [side // 2] * 4, mode="reflect")      # the border rule of cv2.filter2D
-            x = F.conv2d(padded, weights.to(device)[None, None])[:, 0]
+            padded = F.pad(x[None], [side // 2] * 4, mode="reflect")         # the border rule of cv2.filter2D
+            x = F.conv2d(padded, weights.to(device).expand(3, 1, side, side), groups=3)[0]
     x = F.interpolate(x[None], (thumbnail, thumbnail), mode="bilinear", align_corners=False)[0]  # no antialias, as cv2
     x = (x + delta * torch.randn(x.shape, generator=rng).to(device)).clamp(0, 1)
     if compressed:
@@ -205,9 +206,10 @@ def degrade_one(hq: torch.Tensor, spec: Degradation, seed: int) -> tuple:
 
 def degrade_pair(hq: torch.Tensor, spec: Degradation, seeds) -> tuple:
     """(B, 3, S, S) in [-1, 1] -> (lq, hq), both (B, 3, S, S); a share of the pairs may be grey. See `degrade`."""
-    if hq.dim() != 4 or hq.shape[1] != 3 or hq.shape[2] != hq.shape[3] or len(seeds) != len(hq):
-        raise ValueError(f"degrade wants square images (B, 3, S, S) and B seeds, got {tuple(hq.shape)}, {len(seeds)}")
-    pairs = [degrade_one(image, spec, seed) for image, seed in zip(hq, seeds)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if hq.shape[-1] <= 128 else threads)  # on a small image threads wait longer than they work
+    pairs = [degrade_one(image, spec, seed) for image, seed in zip(hq, seeds, strict=True)]
+    torch.set_num_threads(threads)
     return torch.stack([lq for lq, _ in pairs]), torch.stack([clean for _, clean in pairs])
 
 
@@ -255,20 +257,15 @@ def list_images(path, recursive: bool = False) -> list:
     path, known = Path(path), Image.registered_extensions().keys() - {".pdf", ".mpg", ".mpeg", ".eps", ".h5", ".hdf"}
     if path.is_file():
         return [path]
-    found, passed, seen = [], [], set()
-    for folder, inside, names in os.walk(path, followlinks=True):
-        if os.path.realpath(folder) in seen or seen and not recursive:                      # a loop of links ends here
-            passed += [folder] if not recursive else []
-            inside.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        files = [Path(folder, name) for name in names if name[0] != "."]
-        found += [file for file in files if file.suffix.lower() in known and file.is_file()]
-        passed += [file for file in files if file.suffix.lower() not in known | {".csv", ".json", ".jsonl"}]
+    inside = path.glob("*")
+    if recursive:                                                 # behind links too
+        inside = [Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names]
+    inside = [file for file in inside if file.name[0] != "."]
+    found = [file for file in inside if file.suffix.lower() in known and file.is_file()]
     if not found:
-        raise UserError(f"{path}: {'no pictures in this folder' if path.is_dir() else 'no such file or folder'}")
-    if passed:
-        print(f"{path}: {len(passed)} files or folders passed over, such as {Path(passed[0]).name}", flush=True)
+        raise UserError(f"{path}: no pictures there")
+    if passed := [file.name for file in inside if file.suffix.lower() not in known | {".csv", ".json", ".jsonl"}]:
+        print(f"{path}: {len(passed)} files or folders passed over, such as {passed[0]}", flush=True)
     return sorted(found)
 
 
@@ -280,26 +277,18 @@ def read_image(path, size: int | None = None) -> torch.Tensor:
     try:
         with Image.open(path) as file:
             file.load()                                           # raises where the pixels are damaged
-            try:
-                picture = ImageOps.exif_transpose(file)
-            except Exception:                                     # damaged EXIF of a picture that is whole
-                picture = file
-            image = from_pil(picture)
+            image = from_pil(ImageOps.exif_transpose(file))
     except Exception as error:                                    # Pillow raises many kinds, SyntaxError among them
         raise UserError(f"{path}: not a readable picture ({first_line(error)})") from None
-    return image if size is None else resize(centred_square(image), size)
+    return image if size is None else centred_square(image, size)
 
 
-def centred_square(image: torch.Tensor) -> torch.Tensor:
-    """(3, H, W) -> (3, s, s) with s = min(H, W), the middle of the picture."""
+def centred_square(image: torch.Tensor, size: int) -> torch.Tensor:
+    """(3, H, W) -> (3, size, size), the middle; bicubic, antialiased when it shrinks (FFHQ's own way from 1024 to 512)."""
     side = min(image.shape[-2:])
     top, left = ((n - side) // 2 for n in image.shape[-2:])
-    return image[:, top:top + side, left:left + side]
-
-
-def resize(image: torch.Tensor, size: int) -> torch.Tensor:
-    """(3, H, W) -> (3, size, size), bicubic, antialiased when it shrinks (FFHQ's own way from 1024 to 512)."""
-    if image.shape[-2:] == (size, size):
+    image = image[:, top:top + side, left:left + side]
+    if side == size:
         return image
     return F.interpolate(image[None], (size, size), mode="bicubic", antialias=True, align_corners=False)[0].clamp(-1, 1)
 
@@ -369,8 +358,7 @@ class Faces:
 
     def __init__(self, folder, size: int, degradation: str = "codeformer", mirror: bool = False, files=None):
         self.folder, self.size, self.mirror = Path(folder), size, mirror
-        self.cache, self.damaged, self.told = {}, set(), False
-        self.degradation = DEGRADATIONS[degradation]
+        self.cache, self.told, self.degradation = {}, False, DEGRADATIONS[degradation]
         self.files = list(files) if files is not None else list_images(folder, recursive=True)
         self.names = [path.relative_to(self.folder).as_posix() for path in self.files]
         people = {name: k for k, name in enumerate(sorted({path.parent for path in self.files}))}
@@ -378,44 +366,38 @@ class Faces:
         self.labels = {}
         names = [name for _, name, *_ in ATTRIBUTES]
         for key, columns in (("attributes", names), ("landmarks", [f"{axis}{i}" for i in range(98) for axis in "xy"])):
-            table = read_table(self.folder / f"{key}.csv", columns)
+            table, missing = read_table(self.folder / f"{key}.csv", columns), [math.nan] * len(columns)
             if table and not table.keys() & set(self.names):
-                raise UserError(f"{self.folder}/{key}.csv: names no picture of this folder; wants paths such as {self.names[0]}")
+                raise UserError(f"{self.folder}/{key}.csv: names no picture here; wants paths such as {self.names[0]}")
             if table:
-                missing = [math.nan] * len(columns)
                 self.labels[key] = torch.tensor([table.get(name, missing) for name in self.names])
         if "attributes" in self.labels:                           # CelebA writes -1 and 1
-            known = self.labels["attributes"]
-            self.labels["attributes"] = torch.where(known.isnan(), known, (known > 0.5).float())
+            self.labels["attributes"].clamp_(0, 1)
         self.captions = read_json(self.folder / "captions.json") if (self.folder / "captions.json").exists() else {}
 
     def __len__(self) -> int:
         return len(self.files)
 
     def load(self, k: int) -> tuple:
-        """Picture k as bytes (3, S, S), and its (W, H); kept in memory, since small training sets are read many times."""
-        if k not in self.cache:
-            image = read_image(self.files[k])
-            square = resize(centred_square(image), self.size)
-            found = ((square + 1) * 127.5).round().byte(), tuple(image.shape[:0:-1])
-            if image.shape[1] != image.shape[2] and not self.told:
-                print(f"{self.files[k]}: not square, its centred square is used; so is that of others", flush=True)
-                self.told = True
-            if len(self.cache) * square.numel() > 2 ** 31:
-                return found
-            self.cache[k] = found
-        return self.cache[k]
-
-    def readable(self, k: int) -> int:
-        """k, or the next picture that can be read; the damaged ones are named once."""
-        for place in [*range(k, len(self)), *range(k)]:
-            try:
-                if place not in self.damaged:
-                    self.load(place)
-                    return place
-            except UserError as error:
-                self.damaged.add(place)
-                print(f"skipped: {error}", flush=True)
+        """(k, picture k as bytes (3, S, S), its (W, H)). In place of a damaged one, which is named once, the next."""
+        for k in itertools.chain(range(k, len(self)), range(k)):
+            if k not in self.cache:
+                try:
+                    image = read_image(self.files[k])
+                except UserError as error:
+                    print(f"skipped: {error}", flush=True)
+                    self.cache[k] = None
+                    continue
+                square = ((centred_square(image, self.size) + 1) * 127.5).round().byte()
+                found = k, square, tuple(image.shape[:0:-1])
+                if image.shape[1] != image.shape[2] and not self.told:
+                    print(f"{self.files[k]}: not square, its centred square is used; so is that of others", flush=True)
+                    self.told = True
+                if len(self.cache) * square.numel() > 2 ** 31:    # small sets are read many times: they stay in memory
+                    return found
+                self.cache[k] = found
+            if self.cache[k]:
+                return self.cache[k]
         raise UserError(f"{self.folder}: no picture can be read")
 
     def batch(self, places, seeds, degraded: bool = True) -> dict:
@@ -423,8 +405,7 @@ class Faces:
 
         No landmarks where faces are mirrored, which exchanges left and right.
         """
-        places = [self.readable(int(k)) for k in places]
-        images, sizes = zip(*map(self.load, places))
+        places, images, sizes = map(list, zip(*(self.load(int(k)) for k in places)))
         found = dict(hq=torch.stack(images) / 127.5 - 1, person=self.person[places], place=torch.tensor(places),
                      seeds=torch.as_tensor(seeds))
         if self.mirror:
@@ -467,13 +448,10 @@ def read_table(path: Path, columns: list) -> dict:
         return {}
     with open(path, newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
-        key, found = rows.fieldnames[0], {}
-        for row in rows:
-            try:
-                found[row[key]] = [float(row.get(name, "nan")) for name in columns]
-            except (TypeError, ValueError):
-                raise UserError(f"{path}, line {rows.line_num}: wants a number in every column") from None
-    return found
+        try:
+            return {row[rows.fieldnames[0]]: [float(row.get(name, "nan")) for name in columns] for row in rows}
+        except (TypeError, ValueError):
+            raise UserError(f"{path}, line {rows.line_num}: wants a number in every column") from None
 
 
 def read_json(path):
@@ -502,11 +480,9 @@ def open_faces(cfg, mirror: bool = False) -> tuple:
     if validation:
         return Faces(data, mirror=mirror, **options), Faces(validation, **options)
     files = list_images(data, recursive=True)
-    held = min(200, max(1, len(files) // 10))
-    starts = [k for k in range(1, len(files)) if files[k].parent != files[k - 1].parent]    # of the people but the first
-    first = max((k for k in starts if k <= len(files) - held), default=min(starts, default=len(files) - held))
-    if first < 1:
-        raise UserError(f"--data {data}: holds too few pictures to keep one for measuring; give --validation_data")
+    first = len(files) - min(200, max(1, len(files) // 10))       # then the nearest picture where a person begins
+    people = [k for k in range(1, len(files)) if files[k].parent != files[k - 1].parent]
+    first = min(people, key=lambda k: abs(k - first), default=first)
     return Faces(data, mirror=mirror, files=files[:first], **options), Faces(data, files=files[first:], **options)
 
 
@@ -532,22 +508,21 @@ class Run:
         torch.manual_seed(cfg.seed)                               # the same initial weights in every process
         torch.set_float32_matmul_precision("high")                # TF32 on GPUs that have it
         torch.backends.cuda.enable_cudnn_sdp(False)               # its bf16 gradients were NaN for A2BFR's toy (torch 2.11)
-        self.sums, self.count = collections.defaultdict(float), 0
-        self.former, self.entered = [], False
+        self.logged, self.former, self.entered = collections.defaultdict(list), [], False
         if hasattr(cfg, "resume_from_checkpoint"):
             self.check_folder(settings)
 
     def check_folder(self, settings: tuple) -> None:
         """UserError where --output holds another run, unless this one goes on with it or overwrites it."""
         cfg, config = self.cfg, self.folder / "config.json"
-        self.going_on = bool(cfg.resume_from_checkpoint or cfg.stage != "all")
-        holds = [p for p in sorted(self.folder.glob("*")) if p.name in RUN_FILES or p.suffix == ".safetensors"]
-        stage = self.folder / f"{cfg.stage}.safetensors"
-        here = stage if stage.exists() else holds[0] if holds and not self.going_on else None
-        if here and not (cfg.resume_from_checkpoint or cfg.overwrite):
-            raise UserError(f"--output {self.folder}: holds another run ({here.name} is there); --resume_from_checkpoint latest "
-                            "goes on with it, --overwrite replaces it")
-        if config.exists() and self.going_on:
+        replaced = ["config.json", "state.pt", "log.jsonl", "metrics.json", "*.safetensors"]
+        if cfg.stage != "all":
+            replaced = [f"{cfg.stage}.safetensors", "state.pt"]
+        self.former = [path for name in replaced for path in self.folder.glob(name) if not cfg.resume_from_checkpoint]
+        if self.former and not cfg.overwrite:
+            raise UserError(f"--output {self.folder}: holds another run ({self.former[0].name} is there); "
+                            "--resume_from_checkpoint latest goes on with it, --overwrite replaces it")
+        if config.exists() and (cfg.resume_from_checkpoint or cfg.stage != "all"):
             before = read_json(config)["train"]
             for name in settings:
                 if before.get(name) != json.loads(json.dumps(getattr(cfg, name))):
@@ -555,24 +530,28 @@ class Run:
                                     "repeat that, or choose another --output")
         elif cfg.resume_from_checkpoint:
             self.say(f"{self.folder} holds no run yet: starting anew")
-        self.former = [] if self.going_on else holds
-        if self.going_on and cfg.overwrite and not cfg.resume_from_checkpoint:               # --stage X --overwrite
-            self.former = [self.folder / f"{cfg.stage}.safetensors", self.folder / "state.pt"]
 
     def enter_folder(self) -> None:
         """Before the first step, when all that a run needs has been opened: what --overwrite replaces goes."""
         self.entered = True
-        if self.world > 1:                                        # all have looked before rank 0 writes
-            dist.barrier()
+        self.wait()                                               # all have looked before rank 0 writes
         if self.main:
             for path in self.former:
                 path.unlink(missing_ok=True)
             write_json(self.folder / "config.json", dict(method=Path(inspect.getfile(type(self.cfg))).stem,
                                                          train=dataclasses.asdict(self.cfg)))
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(dict(argv=sys.argv, world=self.world, **versions(self.device))) + "\n")
+            self.write_log(dict(argv=sys.argv, world=self.world, **versions(self.device)))
+        self.wait()
+
+    def wait(self) -> None:
+        """Until all processes are here."""
         if self.world > 1:
             dist.barrier()
+
+    def write_log(self, row: dict) -> None:
+        """Append a line to log.jsonl."""
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def part(self, name: str) -> Path | None:
         """The file of a part that this run, or the one it goes on with, has finished."""
@@ -594,14 +573,14 @@ class Run:
         Torch is reseeded with (seed, stage, step, rank) before each step: a resumed run draws what an uninterrupted one
         does. Ctrl-C and SIGTERM end the loop after the step in progress, when `save` has been called.
         """
+        count = self.cfg.batch_size * self.cfg.gradient_accumulation_steps
         loader = torch.utils.data.DataLoader(
-            Steps(batch_at, self.cfg, self.rank, self.world), batch_size=None, sampler=range(first, last),
+            Steps(batch_at, count, self.cfg.seed, self.rank, self.world), batch_size=None, sampler=range(first, last),
             num_workers=self.cfg.num_workers, worker_init_fn=ignore_signals)
         if not self.entered:
             self.enter_folder()
         self.begun, self.waited = time.time(), 0.0                # waited: for faces, reading and degrading them
-        self.sums.clear()                                         # of a stage that ended between two lines of the log
-        self.count = 0
+        self.logged.clear()                                       # of a stage that ended between two lines of the log
         before = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             source = iter(loader)
@@ -609,13 +588,10 @@ class Run:
                 asked = time.time()
                 batch = next(source)
                 self.waited += time.time() - asked
-                if isinstance(batch, UserError):
-                    raise batch
                 torch.manual_seed(mix(self.cfg.seed, stage, step, self.rank))
                 yield step, {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
                 if self.stop == "saved":
-                    if self.world > 1:                            # torchrun ends all when one ends: rank 0 saves first
-                        dist.barrier()
+                    self.wait()                                   # torchrun ends all when one ends: rank 0 saves first
                     raise UserError(f"stopped at step {step + 1} of stage {stage}, saved; go on with "
                                     "--resume_from_checkpoint latest")
         finally:
@@ -632,21 +608,16 @@ class Run:
     def log(self, stage: str, step: int, every: int = 0, **values) -> None:
         """Mean of each value over `every` (0: --log_steps) steps, as a line of log.jsonl. UserError where one is not finite."""
         for name, value in values.items():
-            self.sums[name] = self.sums[name] + value.detach()    # stays on the device: no wait for a GPU
-        self.count += 1
+            self.logged[name].append(value.detach())              # stays on the device: no wait for a GPU
         if (step + 1) % (every or self.cfg.log_steps) and (step + 1) % self.cfg.checkpointing_steps:
             return
-        row = {name: round((total / self.count).item(), 6) for name, total in self.sums.items()}
-        self.sums.clear()
-        self.count = 0
-        bad = [name for name, value in row.items() if not math.isfinite(value)]
-        if bad:
-            raise UserError(f"stage {stage}, step {step + 1}: {bad[0]} is not finite; the last checkpoint is kept. Try a "
-                            "smaller --learning_rate, or --mixed_precision no")
+        means = {name: torch.stack(found).mean() for name, found in self.logged.items()}
+        self.logged.clear()
+        check_finite({"log": means}, f"stage {stage}, step {step + 1}")
         if self.main:
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(dict(stage=stage, step=step + 1, **row, seconds=round(time.time() - self.started, 2),
-                                           data_share=round(self.waited / (time.time() - self.begun), 4))) + "\n")
+            row = {name: round(value.item(), 6) for name, value in means.items()}
+            self.write_log(dict(stage=stage, step=step + 1, **row, seconds=round(time.time() - self.started, 2),
+                                data_share=round(self.waited / (time.time() - self.begun), 4)))
             if not sys.stderr.isatty() and time.time() - self.told > 15:                # where no progress bar is drawn
                 self.say(f"{stage}, step {step + 1}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
                 self.told = time.time()
@@ -662,10 +633,7 @@ class Run:
 
     def save(self, stage: str, step: int, modules: dict, ema: dict, *optimizers, every: int = 0) -> None:
         """state.pt: all that a resumed run needs, at every `every`-th step (0: --checkpointing_steps) and where a stop was
-        asked for.
-
-        modules {name: module}, ema {name: {tensor name: tensor}}. UserError where weights are not finite.
-        """
+        asked for. modules {name: module}, ema {name: {tensor name: tensor}}. UserError where weights are not finite."""
         stop = self.stop == "asked"
         if self.world > 1:                                        # all processes stop at the same step
             asked, stop = torch.tensor(float(stop), device=self.device), False
@@ -675,7 +643,7 @@ class Run:
         if not stop and (step + 1) % (every or self.cfg.checkpointing_steps):
             return
         weights = {name: trained(module) for name, module in modules.items()}
-        check_finite(weights, stage)
+        check_finite(weights, f"stage {stage}, step {step + 1}")
         if self.main:
             state = dict(stage=stage, step=step + 1, modules=weights, ema=dict(ema), seconds=time.time() - self.started,
                          optimizers=[optimizer.state_dict() for optimizer in optimizers])
@@ -703,7 +671,7 @@ class Run:
 
     def finish(self, stage: str, weights: dict, later: tuple = ()) -> None:
         """Write NAME.safetensors for each {NAME: {tensor name: tensor}}; parts of `later` stages stood on an older one."""
-        check_finite(weights, stage)
+        check_finite(weights, f"stage {stage}")
         if self.main:
             for name in later:
                 if (self.folder / f"{name}.safetensors").exists():
@@ -713,8 +681,7 @@ class Run:
                 save_part(self.folder / f"{name}.safetensors", tensors)
             for name in ("state.pt", "metrics.json"):              # the numbers were those of former parts
                 (self.folder / name).unlink(missing_ok=True)
-        if self.world > 1:                                        # the next stage looks for state.pt
-            dist.barrier()
+        self.wait()                                               # the next stage looks for state.pt
 
     def show(self, stage: str, pictures: dict) -> None:
         """samples_STAGE.png of {title: (N, 3, S, S)}, at the end of every stage."""
@@ -726,28 +693,22 @@ class Run:
         memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else \
             1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         write_json(self.folder / "metrics.json", dict(
-            rows=rows, **more, argv=sys.argv, seconds=round(time.time() - self.started, 1), peak_memory_gb=round(memory / 2 ** 30, 2),
-            parameters={name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}, **versions(self.device)))
+            rows=rows, **more, argv=sys.argv, seconds=round(time.time() - self.started, 1),
+            peak_memory_gb=round(memory / 2 ** 30, 2), **versions(self.device),
+            parameters={name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}))
         write_grid(self.folder / "samples.png", pictures)
         print_table(rows)
         self.say(f"pictures and numbers in {self.folder}")
 
 
-RUN_FILES = ("config.json", "state.pt", "log.jsonl", "metrics.json")
-
-
 class Steps(torch.utils.data.Dataset):
     """Item k is the whole batch of step k, so that DataLoader's workers can run ahead."""
 
-    def __init__(self, batch_at, cfg, rank: int, world: int):
-        self.batch_at, self.rank, self.world = batch_at, rank, world
-        self.count, self.seed = cfg.batch_size * cfg.gradient_accumulation_steps, cfg.seed
+    def __init__(self, batch_at, count, seed, rank, world):
+        self.batch_at, self.count, self.seed, self.rank, self.world = batch_at, count, seed, rank, world
 
-    def __getitem__(self, step: int):
-        try:
-            return self.batch_at(self.count, self.seed, step, self.rank, self.world)
-        except UserError as error:                                # a worker would wrap it into its traceback
-            return error
+    def __getitem__(self, step: int) -> dict:
+        return self.batch_at(self.count, self.seed, step, self.rank, self.world)
 
 
 def ignore_signals(worker: int) -> None:
@@ -769,9 +730,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def versions(device) -> dict:
-    """What a number was measured with: torch, python, device, and the commit of this file ("" outside a clone or without git)."""
-    import shutil
-    import subprocess
+    """What a number was measured with: torch, python, device, and the commit of this file where git knows it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
@@ -784,10 +743,12 @@ def trained(module: nn.Module) -> dict:
     return {name: tensor.detach() for name, tensor in module.state_dict().items() if name not in frozen}
 
 
-def check_finite(weights: dict, stage: str) -> None:
-    if not all(t.isfinite().all() for tensors in weights.values() for t in tensors.values()):
-        raise UserError(f"stage {stage}: its weights are not finite, nothing of them is saved; try a smaller learning rate, or "
-                        "--mixed_precision no")
+def check_finite(values: dict, where: str) -> None:
+    """UserError if one of {group: {name: tensor}} is not finite."""
+    for name, tensor in ((name, tensor) for group in values.values() for name, tensor in group.items()):
+        if not tensor.isfinite().all():
+            raise UserError(f"{where}: {name} is not finite; the last checkpoint is kept. Try a smaller --learning_rate, or "
+                            "--mixed_precision no")
 
 
 class EMA(dict):
@@ -840,8 +801,10 @@ def lr_schedule(cfg, steps: int):
 # ------------------------------------------------------------------------------------------------ weights
 
 def read_torch(path):
-    """torch.load that runs no code. UserError for a missing, damaged or executable file."""
+    """What a .safetensors file or one of torch.save holds; no code runs. UserError for a missing or damaged file, or code."""
     try:
+        if Path(path).suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                    # a damaged file fails in a dozen ways
         raise UserError(f"{path}: refused: missing, damaged, or it holds more than tensors, which could run code "
@@ -850,32 +813,20 @@ def read_torch(path):
 
 def read_weights(path) -> dict:
     """{name: tensor} from .safetensors, .pth, .pt or .ckpt, without the usual wrappings and the `module.` of DDP."""
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path}: missing, or no whole safetensors file ({first_line(error)[:80]})") from None
     state = read_torch(path)
     for key in ("params_ema", "params", "ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(n, str) and torch.is_tensor(t) for n, t in state.items()):
-        raise UserError(f"{path}: holds no dictionary of weights")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
 def load_strict(module: nn.Module, state: dict, where) -> None:
-    """load_state_dict(strict=True) whose complaint is one line that says what is wrong."""
-    own = module.state_dict()
-    missing, extra = [n for n in own if n not in state], [n for n in state if n not in own]
-    shapes = [f"{n} is {tuple(state[n].shape)}, wanted {tuple(own[n].shape)}"
-              for n in own if n in state and state[n].shape != own[n].shape]
-    if missing or extra or shapes:
-        example = (shapes or [f"no {n}" for n in missing] or [f"unknown {n}" for n in extra])[0]
-        raise UserError(f"{where}: does not fit {type(module).__name__}: {len(missing)} names missing, {len(extra)} unknown, "
-                        f"{len(shapes)} of another shape (e.g. {example}); is it of another method, preset or size?")
-    module.load_state_dict(state, strict=True)
+    """load_state_dict(strict=True) whose complaint is one line."""
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        wrong = " ".join(str(error).split())[:300]                # names that are missing, unknown, or of another shape
+        raise UserError(f"{where}: is it of another method, preset or size? {wrong}") from None
 
 
 def load_trained(module: nn.Module, state: dict, where) -> None:
@@ -894,16 +845,14 @@ def save_part(path, tensors: dict, about: dict | None = None) -> None:
 def open_run(where: str, cls) -> tuple:
     """(folder, its `cls` configuration) of a run's folder or hub id; the configuration is None where it is a release's.
 
-    cls: the `Train` of the method. UserError where nothing is there, or the run is of another method.
+    cls: the `Train` of the method.
     """
-    folder, method = find_checkpoint(where), Path(inspect.getfile(cls)).stem
+    folder = find_checkpoint(where)
     if not folder.exists():
-        raise UserError(f"--checkpoint {where}: no such folder; train first: python {method}.py train -o {where}")
+        raise UserError(f"--checkpoint {where}: no such folder; `train -o {where}` makes one")
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     if "method" not in config:
         return folder, None
-    if config["method"] != method:
-        raise UserError(f"--checkpoint {where}: belongs to {config['method']}, not to {method}")
     known = {field.name for field in dataclasses.fields(cls)}     # fields that are gone are left out
     return folder, cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in config["train"].items() if n in known})
 
@@ -941,8 +890,7 @@ def from_folder(cls, where: str, flag: str, subfolder: str = "", **options):
 class LoRALinear(nn.Module):
     """y = W x + (alpha / rank) B A x with W frozen, A ~ N(0, (1 / rank)^2), B = 0: it starts as W [LoRA, Eq. 3].
 
-    Of a convolution A keeps kernel, stride and padding, and B is 1x1 [layout of diffusers and peft]; ValueError for a
-    grouped one.
+    Of a convolution A keeps kernel, stride and padding, and B is 1x1 [layout of diffusers and peft].
     """
 
     def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float):
@@ -952,8 +900,6 @@ class LoRALinear(nn.Module):
         if isinstance(base, nn.Linear):
             self.lora_A = nn.Linear(base.in_features, rank, **own)
             self.lora_B = nn.Linear(rank, base.out_features, **own)
-        elif base.groups > 1:
-            raise ValueError("LoRA of a grouped convolution is not a product of two convolutions")
         else:
             self.lora_A = nn.Conv2d(base.in_channels, rank, base.kernel_size, base.stride, base.padding, base.dilation,
                                     padding_mode=base.padding_mode, **own)
@@ -968,10 +914,7 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(module: nn.Module, names: tuple, rank: int, alpha: float) -> list:
-    """Wrap every Linear or Conv2d whose dotted name ends with one of `names`; freeze all else. Returns new parameters.
-
-    Raises ValueError if no layer has such a name.
-    """
+    """Wrap every Linear or Conv2d whose dotted name ends with one of `names`; freeze all else. Returns new parameters."""
     module.requires_grad_(False)
     targets = [n for n, m in module.named_modules()
                if type(m) in (nn.Linear, nn.Conv2d) and any(("." + n).endswith("." + end) for end in names)]
@@ -994,15 +937,6 @@ def merge_lora(module: nn.Module) -> None:
         module.set_submodule(name, layer.base)
 
 
-def save_lora(module: nn.Module, path, prefix: str = "transformer.") -> None:
-    """`{prefix}{layer}.lora_A.weight` and `lora_B.weight`, the layout of diffusers and peft; B carries alpha / rank."""
-    state = {}
-    for name, layer in lora_layers(module).items():
-        state[f"{prefix}{name}.lora_A.weight"] = layer.lora_A.weight
-        state[f"{prefix}{name}.lora_B.weight"] = layer.scale * layer.lora_B.weight
-    save_part(path, state)
-
-
 def read_lora(path, prefix: str = "transformer.") -> dict:
     """{layer: (A, B)} of a LoRA file in the layout of diffusers and peft, its own scale multiplied into B.
 
@@ -1018,36 +952,28 @@ def read_lora(path, prefix: str = "transformer.") -> dict:
         (value for end, value in (settings.get(pattern) or {}).items() if re.fullmatch(rf"(.*\.)?({end})", name)), default)
     found = {}
     for name in [n.removesuffix(".lora_A.weight") for n in state if n.endswith(".lora_A.weight")]:
-        a, b, scale = state.pop(f"{name}.lora_A.weight"), state.pop(f"{name}.lora_B.weight", None), 1.0
-        layer = name.removeprefix(prefix)
-        if b is None or not name.startswith(prefix):
-            state[name] = a
-            break
+        a, b = state.pop(f"{name}.lora_A.weight"), state.pop(f"{name}.lora_B.weight")
+        layer, scale = name.removeprefix(prefix), 1.0
         if f"{name}.alpha" in state:
             scale = state.pop(f"{name}.alpha").item() / len(a)
         elif "lora_alpha" in settings:
             rank = match("rank_pattern", layer, settings.get("r", len(a)))
-            scale = match("alpha_pattern", layer, settings["lora_alpha"]) / (rank ** 0.5 if settings.get("use_rslora") else rank)
+            rank = rank ** 0.5 if settings.get("use_rslora") else rank
+            scale = match("alpha_pattern", layer, settings["lora_alpha"]) / rank
         found[layer] = (a, scale * b)
-    if state or not found or settings.get("use_dora") or settings.get("lora_bias"):
-        raise UserError(f"{path}: holds {min(state, default='no LoRA, or DoRA, or biases')}; wants pairs {prefix}LAYER.lora_A.weight and "
+    if state or settings.get("use_dora") or settings.get("lora_bias"):
+        raise UserError(f"{path}: holds {min(state, default='DoRA, or biases')}; wants pairs {prefix}LAYER.lora_A.weight and "
                         "lora_B.weight alone")
     return found
 
 
 def load_lora(module: nn.Module, path, prefix: str = "transformer.") -> None:
-    """The inverse of `save_lora`, into the LoRA layers of `module`. UserError on another rank or other layers."""
-    found, layers = read_lora(path, prefix), lora_layers(module)
-    given = {name: (tuple(a.shape), tuple(b.shape)) for name, (a, b) in found.items()}
-    wanted = {name: (tuple(layer.lora_A.weight.shape), tuple(layer.lora_B.weight.shape)) for name, layer in layers.items()}
-    if wrong := [name for name in sorted({**given, **wanted}) if given.get(name) != wanted.get(name)]:
-        raise UserError(f"{path}: LoRA of another rank or other layers: {wrong[0]} has {given.get(wrong[0])}, wanted "
-                        f"{wanted.get(wrong[0])}")
-    for name, layer in layers.items():
-        a, b = found[name]
-        with torch.no_grad():
-            layer.lora_A.weight.copy_(a)
-            layer.lora_B.weight.copy_(b / layer.scale)
+    """Read a LoRA file into the LoRA layers of `module`. UserError on another rank or other layers."""
+    state, layers = {n: t for n, t in module.state_dict().items() if ".lora_" not in n}, lora_layers(module)
+    for name, (a, b) in read_lora(path, prefix).items():
+        scale = layers[name].scale if name in layers else 1
+        state |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b / scale}
+    load_strict(module, state, path)
 
 
 # ------------------------------------------------------------------------------------------------ restoring
@@ -1073,7 +999,7 @@ def restore_folder(cfg, restore, size: int, device) -> None:
                 tqdm.write(f"{path.name}: {image.shape[2]}x{image.shape[1]}, its centred square is restored at {size}x{size}; "
                            "so are others of other sizes")
                 told = True
-            batch.append((path.stem if taken[path.stem] == 1 else path.name, resize(centred_square(image), size)))
+            batch.append((path.stem if taken[path.stem] == 1 else path.name, centred_square(image, size)))
         if batch and (len(batch) == cfg.batch_size or number == len(files) - 1):
             names, lq = zip(*batch)
             results = restore(torch.stack(lq).to(device), list(names))
@@ -1082,7 +1008,8 @@ def restore_folder(cfg, restore, size: int, device) -> None:
             for i, name in enumerate(names):
                 for folder, images in results.items():
                     write_image(out / folder / f"{name}.png", images[i])
-                write_grid(out / "cmp" / f"{name}.png", {"input": lq[i][None], **{k: v[i:i + 1] for k, v in results.items()}}, cell=256)
+                beside = {"input": lq[i][None], **{folder: images[i:i + 1] for folder, images in results.items()}}
+                write_grid(out / "cmp" / f"{name}.png", beside, cell=256)
             done, batch = done + len(names), []
     if not done:
         raise UserError(f"nothing was restored from {cfg.input}")
@@ -1144,34 +1071,29 @@ class SampleFlags:
     mixed_precision: typing.Literal["no", "bf16"] = "no"  # autocast type
 
 
-TOY = dict(image_size=64, mixed_precision="auto", optimizer="muon", lr_scheduler="cosine", lr_warmup_steps=50, ema_decay=0.999,
-           num_workers=0, log_steps=10, checkpointing_steps=500)
+TOY = dict(degradation="toy", image_size=64, mixed_precision="auto", optimizer="muon", lr_scheduler="cosine", lr_warmup_steps=50,
+           ema_decay=0.999, num_workers=0, log_steps=10, checkpointing_steps=500)
 EVERYDAY = ("input", "output", "checkpoint", "data", "stage", "resume_from_checkpoint", "num_inference_steps", "batch_size",
             "max_train_steps", "device", "seed")
 
 
 @functools.lru_cache                                              # finding a class's source parses its whole file
 def field_help(cls) -> dict:
-    """{field: the comment beside it} for a dataclass and its parents: comment and --help text cannot differ."""
+    """{field: the comment beside it} for a dataclass and its parents."""
     return {m[1]: m[2] for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)
             for m in re.finditer(r"^    (\w+): .*?#\s*(.+)$", inspect.getsource(base), re.M)}
 
 
 class OneLine(argparse.ArgumentParser):
-    """argparse whose complaint is one line, with the nearest flag for a misspelt one."""
+    """argparse whose complaint is one line."""
 
     def error(self, message):
-        unknown = re.search(r"unrecognized arguments: (--\w+)", message)
-        flags = [f for a in self._actions for f in a.option_strings]
-        near = difflib.get_close_matches(unknown[1], flags, 1, 0.65) if unknown else []
-        self.exit(2, f"error: {message}{f'; did you mean {near[0]}?' if near else f'; see {self.prog} --help'}\n")
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def add_flags(parser: argparse.ArgumentParser, cls, values: dict) -> None:
     """One --flag per field, in groups. Literal fields become choices, bool fields --x / --no-x, tuples take several values.
-
-    The help ends with the value that holds without the flag: the one in `values`, or the field's default.
-    """
+    The help ends with the value that holds without the flag: the one in `values`, or the field's default."""
     hints, texts, own = typing.get_type_hints(cls), field_help(cls), set(vars(cls).get("__annotations__", {}))
     groups = {title: parser.add_argument_group(title) for title in ("everyday", "of this method", "of every run")}
     for field in dataclasses.fields(cls):
@@ -1195,21 +1117,17 @@ def add_flags(parser: argparse.ArgumentParser, cls, values: dict) -> None:
 
 
 def check_config(cfg) -> None:
-    """UserError, naming the flag: numbers are finite and not negative, counts at least 1, shares and decays at most 1; and
-    the data never lies in --output."""
+    """UserError for a number that is negative, not finite, or 0 where at least 1 is wanted, and for data inside --output."""
     for field in dataclasses.fields(cfg):
         values = getattr(cfg, field.name)
+        least = int(bool(field.default != 0 and re.search("size|steps$|faces$|rank$", field.name)))
         for value in values if isinstance(values, tuple) else (values,):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                continue
-            least = re.search("size|steps$|faces$|rank$", field.name) and "warmup" not in field.name and field.default != 0
-            most = 1 if re.search("share|ratio|dropout|decay", field.name) and type(value) is float else 2 ** 63
-            if not math.isfinite(value) or value < bool(least) or value > most:
-                raise UserError(f"--{field.name} {value}: must be a number of at least {int(bool(least))} and at most {most}")
-    out = Path(getattr(cfg, "output", "") or ".").resolve()
-    for name in ("data", "validation_data", "input") if hasattr(cfg, "output") else ():
-        if getattr(cfg, name, "") and Path(getattr(cfg, name)).resolve().is_relative_to(out):
-            raise UserError(f"--output {cfg.output}: holds --{name} {getattr(cfg, name)}; choose another folder")
+            if isinstance(value, (int, float)) and not least <= value < math.inf:
+                raise UserError(f"--{field.name} {value}: must be a number of at least {least}")
+    for name in ("data", "validation_data", "input"):
+        inside = getattr(cfg, name, "")
+        if inside and hasattr(cfg, "output") and Path(inside).resolve().is_relative_to(Path(cfg.output).resolve()):
+            raise UserError(f"--output {cfg.output}: holds --{name} {inside}; choose another folder")
 
 
 def parse(doc: str, verbs: dict, argv: list | None) -> tuple:
@@ -1220,14 +1138,12 @@ def parse(doc: str, verbs: dict, argv: list | None) -> tuple:
     for name, (cls, presets, _) in verbs.items():
         about = (cls.__doc__ or "").splitlines()[0]
         sub = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        first = next(iter(presets), None)
         if presets:
-            sub.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="named values; any flag overrides")
-        given = next((name for name in presets if f"--preset {name}" in " ".join(argv)), None)
-        add_flags(sub, cls, presets[given] if given else next(iter(presets.values()), {}))   # help shows this preset's values
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        commands.choices[arguments.verb].error(f"unrecognized arguments: {' '.join(unknown)}")
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(arguments).items()}
+            sub.add_argument("--preset", choices=list(presets), default=first, help="named values; any flag overrides")
+        shown = next((name for name in presets if f"--preset {name}" in " ".join(argv)), first)   # in --help
+        add_flags(sub, cls, presets.get(shown, {}))
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     cls, presets, function = verbs[given.pop("verb")]
     return function, cls(**{**presets.get(given.pop("preset", None), {}), **given})
 

@@ -58,6 +58,8 @@ import metrics
 ALL_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
               "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "conv_in", "conv_out")
 
+MAX_REFERENCES = 4  # photographs of the person per face in training, drawn from 1 to this; UNSTATED: ours
+
 # Sizes of the networks beside Stable Diffusion. paper: OSDFace's release. eye_crop: pixels an eye is resampled to (UNSTATED).
 SIZES = {
     "toy": dict(vre=dict(width=16, multiples=(1, 2, 4), dim=64, codes=256), eye_crop=16),
@@ -86,7 +88,6 @@ class Train(TrainFlags):
     ide: typing.Literal["both", "ffe", "fie", "none"] = "both"  # Table 3c: parts of the identity embedder
     fie_network: typing.Literal["arcface", "adaface"] = "arcface"  # Table 3c: recogniser of the FIE
     mfa: typing.Literal["lpips", "dists", "mse", "none"] = "lpips"  # Table 3b: distance under the landmark mask
-    max_references: int = 4                # photographs of the person per face, drawn from 1 to this; UNSTATED: ours
     mse_weight: float = 1.0                # of the squared error; UNSTATED: all five weights, see docs/honestface.md
     perceptual_weight: float = 1.0         # of EA-DISTS
     identity_weight: float = 0.1           # of the identity loss
@@ -100,7 +101,7 @@ class Train(TrainFlags):
 # The fields that decide what weights mean: `Run` refuses to go on with a run that has others.
 SETTINGS = ("size", "timestep", "rank", "ide", "fie_network")
 TOY_VALUES = dict(
-    TOY, size="toy", degradation="thumbnail", batch_size=8, gradient_checkpointing=False, face_networks="",
+    TOY, size="toy", batch_size=8, gradient_checkpointing=False, face_networks="",
     pretrained_model_name_or_path="toy/weights/sd", vre_steps=200, vre_learning_rate=1e-3, rank=32, mse_weight=4.0,
     identity_weight=0.3, mfa_weight=10.0, gan_weight=0.12, onestep_steps=550, learning_rate=8e-3,
     discriminator_learning_rate=1e-3)
@@ -248,9 +249,8 @@ class VQEncoder(nn.Module):
         super().__init__()
         widths, last = [width * m for m in multiples], len(multiples) - 1
         self.conv_in = nn.Conv2d(3, width, 3, padding=1)
-        self.down = nn.ModuleList(
-            Level(widths[max(0, i - 1)] if i else width, widths[i], 2, i == last, "downsample" if i < last else "")
-            for i in range(len(widths)))
+        self.down = nn.ModuleList(Level(before, after, 2, i == last, "downsample" if i < last else "")
+                                  for i, (before, after) in enumerate(zip([width, *widths], widths)))
         self.mid, self.norm_out = Middle(widths[-1]), norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], dim, 3, padding=1)
 
@@ -295,8 +295,7 @@ class VREncoder(nn.Module):
         nn.init.uniform_(self.quantize.embedding.weight, -1 / codes, 1 / codes)
 
     @property
-    def codebook(self):
-        """(codes, dim)"""
+    def codebook(self):  # (codes, dim)
         return self.quantize.embedding.weight
 
     def forward(self, x):
@@ -404,8 +403,7 @@ def eye_boxes(landmarks, size: int):
     boxes = []
     for points in (landmarks[:, metrics.LEFT_EYE], landmarks[:, metrics.RIGHT_EYE]):                        # (B, 8, 2)
         centre = points.mean(1)
-        half = (points.amax(1) - points.amin(1)).amax(1, keepdim=True) / 2
-        half = 1.4 * half.clamp(min=16 * size / 512)
+        half = 1.4 * ((points.amax(1) - points.amin(1)).amax(1, keepdim=True) / 2).clamp(min=16 * size / 512)
         boxes.append(torch.cat([centre - half, centre + half], 1))
     return torch.stack(boxes, 1)
 
@@ -441,15 +439,10 @@ class FacialFeatureExtractor(nn.Module):
 
     def __init__(self, backbone=None, dim: int = 1024, crop: int = 80):
         super().__init__()
-        self.backbone, self.crop = (backbone or VGGEyes()).requires_grad_(False).eval(), crop
+        self.backbone, self.crop = (backbone or VGGEyes()).requires_grad_(False), crop
         early, middle = self.backbone.channels
         self.colour, self.structure = nn.Linear(2 * early, dim // 4), nn.Linear(16 * middle, dim // 4)
         self.norm, self.project = nn.LayerNorm(dim // 4), nn.Linear(dim, 4 * dim)
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.backbone.eval()
-        return self
 
     def forward(self, reference, landmarks):
         from torchvision.ops import roi_align
@@ -520,6 +513,7 @@ class PromptBuilder(nn.Module):
         super().__init__()
         width, eye_crop = SIZES[cfg.size]["vre"]["dim"], SIZES[cfg.size]["eye_crop"]
         self.adapter = PromptAdapter(width, width // 2, dim)      # UNSTATED: whether it is trained; here it is
+        self.ffe = self.fie = self.fusion = None                  # Table 3c; OSDFace has none of them
         if cfg.ide in ("both", "ffe"):
             self.ffe, self.no_eyes = FacialFeatureExtractor(eyes, dim, eye_crop), nn.Parameter(torch.zeros(4, dim))
         if cfg.ide in ("both", "fie"):
@@ -530,13 +524,13 @@ class PromptBuilder(nn.Module):
     def forward(self, codes, photographs):
         """codes (B, 77, width of a codeword), photographs a `Reference` -> (B, 77, dim)."""
         p_l = self.adapter(codes)
-        if not hasattr(self, "fusion"):                           # OSDFace
+        if self.fusion is None:
             return p_l
         p_f = p_i = p_l[:, :0]
-        if hasattr(self, "ffe"):
+        if self.ffe is not None:
             eyes = self.ffe(photographs.chosen, photographs.landmarks)
             p_f = torch.where(photographs.present.any(1)[:, None, None], eyes, self.no_eyes)
-        if hasattr(self, "fie"):
+        if self.fie is not None:
             p_i = self.fie(photographs.embeddings, photographs.present)
         return self.fusion(p_l, p_f, p_i)
 
@@ -573,14 +567,12 @@ def read_references(face_nets, lq_landmarks, references, present) -> Reference:
     if lq_landmarks is None:
         return Reference(embeddings, present, None, None)
     landmarks = face_nets.detector.landmarks(flat).float().unflatten(0, (batch, count))
-    points, target = landmarks.cpu(), lq_landmarks.cpu()           # the fit is in float64, which not every device has
-    chosen = torch.zeros(batch, dtype=torch.long)
-    frame = list(metrics.EYES_AND_BROWS)                          # UNSTATED: which points; only the eyes are used here
-    for i, row in enumerate(present.cpu()):
+    rows, frame = torch.arange(batch), list(metrics.EYES_AND_BROWS)  # UNSTATED: which points; only the eyes are used here
+    chosen = torch.zeros_like(rows)
+    for i, row in enumerate(present):
         places = row.nonzero().flatten()
         if len(places):
-            chosen[i] = places[select_reference(points[i, places][:, frame], target[i, frame])]          # [Eq. 6]
-    rows, chosen = torch.arange(batch, device=flat.device), chosen.to(flat.device)
+            chosen[i] = places[select_reference(landmarks[i, places][:, frame], lq_landmarks[i, frame])]  # [Eq. 6]
     return Reference(embeddings, present, references[rows, chosen], landmarks[rows, chosen])
 
 
@@ -592,15 +584,13 @@ def make_prompt(nets, face_nets, lq, references, present):
     with torch.no_grad():
         codes = vre_tokens(nets["vre"](lq), nets["vre"].codebook)                            # [Eq. 7]
         photographs = None
-        if hasattr(nets["prompt"], "fusion"):
-            points = face_nets.detector.landmarks(lq) if hasattr(nets["prompt"], "ffe") else None
+        if nets["prompt"].fusion is not None:
+            points = None if nets["prompt"].ffe is None else face_nets.detector.landmarks(lq)
             photographs = read_references(face_nets, points, references, present)
     return nets["prompt"](codes, photographs)
 
 
 # ------------------------------------------------------------------------------------------------ model: discriminator
-
-HALF_UNET = ("time_proj", "time_embedding", "conv_in", "down_blocks", "mid_block")
 
 
 class LatentDiscriminator(nn.Module):
@@ -612,11 +602,10 @@ class LatentDiscriminator(nn.Module):
 
     def __init__(self, unet, layers: tuple, rank: int, alpha: float):
         super().__init__()
-        for name in HALF_UNET:
+        for name in ("time_proj", "time_embedding", "conv_in", "down_blocks", "mid_block"):
             self.add_module(name, copy.deepcopy(getattr(unet, name)))     # before the UNet gets its own LoRA
         add_lora(self, layers, rank, alpha)
-        width = unet.config.block_out_channels[-1]
-        inner = min(512, width // 2)
+        width, inner = unet.config.block_out_channels[-1], min(512, unet.config.block_out_channels[-1] // 2)
         self.head = nn.Sequential(nn.Linear(width, inner), nn.LeakyReLU(0.2), nn.Linear(inner, 1))
 
     def forward(self, z_t, t, prompt):
@@ -746,7 +735,7 @@ def restore(nets, cfg, face_nets, lq, references, present, noise=torch.randn_lik
 # ------------------------------------------------------------------------------------------------ training
 
 
-def references(faces, batch, count: int) -> tuple:
+def other_photographs(faces, batch, count: int) -> tuple:
     """Other photographs of each person of a batch: images (B, count, 3, S, S), present (B, count). Never the face itself."""
     images = torch.zeros(len(batch["hq"]), count, *batch["hq"].shape[1:])
     present = torch.zeros(images.shape[:2], dtype=torch.bool)
@@ -762,9 +751,9 @@ def references(faces, batch, count: int) -> tuple:
 
 
 def with_references(faces, cfg, *which) -> dict:
-    """A training batch of `faces` with up to --max_references other photographs of each person. which: see `Faces.training`."""
+    """A training batch of `faces` with up to MAX_REFERENCES other photographs of each person. which: see `Faces.training`."""
     batch = faces.training(*which)
-    batch["references"], batch["present"] = references(faces, batch, cfg.max_references if cfg.ide != "none" else 0)
+    batch["references"], batch["present"] = other_photographs(faces, batch, MAX_REFERENCES if cfg.ide != "none" else 0)
     return batch
 
 
@@ -823,12 +812,14 @@ def train_onestep(cfg, run, faces, nets, face_nets):
     VAE, VRE and all face networks are frozen.
     """
     torch.manual_seed(cfg.seed)
-    unet, prompt, vae = nets["unet"], nets["prompt"].train(), nets["vae"]
+    unet, prompt, vae = nets["unet"], nets["prompt"], nets["vae"]
     discriminator = LatentDiscriminator(unet, ALL_LAYERS, cfg.rank, cfg.rank).to(run.device)
     parameters = [*add_lora(unet, ALL_LAYERS, cfg.rank, cfg.rank), *[p for p in prompt.parameters() if p.requires_grad]]
     parameters_d = [p for p in discriminator.parameters() if p.requires_grad]
-    if cfg.osdface:                                               # [sec. 4.1]
-        start_lora(unet, osdface_files(cfg.osdface, "osdface")["lora"])
+    if cfg.osdface:                                               # training starts there [sec. 4.1]
+        release = osdface_files(cfg.osdface, "osdface")
+        load_adapter(prompt.adapter, release["adapter"])
+        load_unet_lora(unet, release["lora"])
     optimizer = make_optimizer(cfg, parameters, cfg.learning_rate, (0.9, 0.999))
     optimizer_d = make_optimizer(cfg, parameters_d, cfg.discriminator_learning_rate, (0.9, 0.999))
     modules, steps = dict(unet=unet, prompt=prompt, discriminator=discriminator), min(cfg.onestep_steps, cfg.max_train_steps)
@@ -843,7 +834,7 @@ def train_onestep(cfg, run, faces, nets, face_nets):
                 mfa_mask(face_nets.detector.heatmaps(batch["lq"]), cfg.image_size)                   # [Eq. 10-11]
         t = torch.randint(len(bars), (len(z_h),), device=run.device)      # UNSTATED: all steps alike
         noise = torch.randn(3, *z_h.shape, device=run.device)
-        count = torch.randint(1, cfg.max_references + 1, (len(z_h), 1), device=run.device)
+        count = torch.randint(1, MAX_REFERENCES + 1, (len(z_h), 1), device=run.device)
         count *= torch.rand(len(z_h), 1, device=run.device) >= 0.1        # UNSTATED: a tenth of the faces gets no photograph
         present = batch["present"] & (torch.arange(batch["present"].shape[1], device=run.device) < count)
 
@@ -866,13 +857,12 @@ def train_onestep(cfg, run, faces, nets, face_nets):
                 (loss / pieces).backward()
 
             # The discriminator's turn
-            d_loss = torch.zeros(())
             if cfg.gan_weight:
                 with run.autocast():
                     real = discriminator(forward_diffuse(z_h[i], eps[1], alpha_bar), t_i, p.detach())
                     fake = discriminator(forward_diffuse(z_hat.detach(), eps[2], alpha_bar), t_i, p.detach())
-                d_loss = discriminator_loss(real.float(), fake.float())   # [Eq. 5]
-                (d_loss / pieces).backward()
+                losses["discriminator"] = discriminator_loss(real.float(), fake.float())               # [Eq. 5]
+                (losses["discriminator"] / pieces).backward()
         run.average_gradients(modules)
         grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
         nn.utils.clip_grad_norm_(parameters_d, cfg.max_grad_norm)
@@ -881,12 +871,11 @@ def train_onestep(cfg, run, faces, nets, face_nets):
                 group["lr"] = rate * factor(step)
             one.step()
         ema.update(step)
-        run.log("onestep", step, **losses, discriminator=d_loss, grad_norm=grad_norm)
+        run.log("onestep", step, **losses, grad_norm=grad_norm)
         run.save("onestep", step, modules, ema, optimizer, optimizer_d)
 
     load_trained(unet, ema["unet"], "unet")
     load_trained(prompt, ema["prompt"], "prompt")
-    prompt.eval()
     lora = {f"unet.{name}": tensor for name, tensor in ema["unet"].items()}                  # diffusers' layout
     run.finish("onestep", {"vre": nets["vre"].state_dict(), "prompt": ema["prompt"], "onestep": lora})
     merge_lora(unet)
@@ -896,19 +885,26 @@ def train(cfg: Train) -> None:
     """The stages asked for, in order. Each is written when it ends; then held-out faces are restored and measured."""
     run = Run(cfg, SETTINGS)
     faces, held = open_faces(cfg, mirror=True)
-    flat = [part.folder for part in (faces, held) if any(path.parent == part.folder for path in part.files)]
-    if flat and cfg.ide != "none":                                # all faces would pass for one person
-        raise UserError(f"{flat[0]}: sort its pictures into a sub-folder per person, or give --ide none")
+    if cfg.ide != "none" and any(path.parent == part.folder for part in (faces, held) for path in part.files):
+        raise UserError(f"--data {cfg.data}: pictures of a person belong into a sub-folder of their own; or give --ide none")
     face_nets = face_networks(cfg, run.device)
     nets = build(cfg, face_nets, run.device)
-    done = take_finished(cfg, run, nets)
-    for stage in ("vre", "onestep") if cfg.stage == "all" else [cfg.stage]:
-        if stage in done:
-            run.say(f"stage {stage}: taken as it is")
-            continue
-        {"vre": train_vre, "onestep": train_onestep}[stage](cfg, run, faces, nets, face_nets)
-        done.append(stage)
-    if run.main and "onestep" in done:
+    released = osdface_files(cfg.osdface, "osdface")["vre"] if cfg.osdface else ""
+    if vre := cfg.vre or released or run.part("vre"):
+        run.say(f"stage vre: {vre} is taken as it is")
+        load_vre(nets["vre"], vre)
+    elif cfg.stage == "onestep":
+        raise UserError("--stage onestep needs vre: train it first (--stage vre), or give --vre")
+    else:
+        train_vre(cfg, run, faces, nets, face_nets)
+    if run.part("onestep"):
+        run.say("stage onestep: taken as it is")
+        load_onestep(nets, run.folder, cfg.rank)
+    elif cfg.stage != "vre":
+        train_onestep(cfg, run, faces, nets, face_nets)
+    else:
+        return
+    if run.main:
         report(cfg, run, held, nets, face_nets)
 
 
@@ -993,52 +989,17 @@ def build(cfg, face_nets, device) -> dict:
         net.requires_grad_(False).float()                         # released files may be in half precision
     eyes, id_dim = (face_nets.eyes, face_nets.id_dim) if face_nets else (None, 0)
     nets["prompt"] = PromptBuilder(cfg, eyes, id_dim, nets["unet"].config.cross_attention_dim)
-    if cfg.gradient_checkpointing:
-        nets["unet"].enable_gradient_checkpointing()
-        nets["vae"].enable_gradient_checkpointing()
+    for name in ("unet", "vae") if cfg.gradient_checkpointing else ():
+        nets[name].enable_gradient_checkpointing()
     return {name: net.to(device).eval() for name, net in nets.items()}
 
 
-def take_finished(cfg, run, nets) -> list:
-    """Fill `nets` with what --vre, --osdface and --output hold already; returns the stages that are not to be trained."""
-    done, release = [], osdface_files(cfg.osdface, "osdface") if cfg.osdface else {}
-    if release:
-        load_adapter(nets["prompt"].adapter, release["adapter"])
-    for stage in ("vre", "onestep"):
-        path = run.part(stage)
-        if stage == "vre" and (cfg.vre or release):
-            load_vre(nets["vre"], cfg.vre or release["vre"])
-        elif path and (stage == "vre" or "vre" in done):
-            load_stage(nets, stage, path, cfg.rank)
-        elif stage == "vre" and cfg.stage == "onestep":
-            raise UserError("--stage onestep needs vre: train it first (--stage vre), or give --vre")
-        else:
-            continue
-        done.append(stage)
-    return done
-
-
-def load_stage(nets, stage: str, path: Path, rank: int) -> None:
-    """What a stage of a training run wrote, into nets; LoRA is merged into the UNet."""
-    if stage == "vre":
-        load_strict(nets["vre"], read_weights(path), path)
-    else:
-        load_unet_lora(nets["unet"], path, rank)
-        load_trained(nets["prompt"], read_weights(path.with_name("prompt.safetensors")), path.with_name("prompt.safetensors"))
-
-
 def load_vre(vre: VREncoder, path: str) -> None:
-    """A run's folder; or OSDFace's associate_2.ckpt, whose degraded branch is `vqvae_LQ.*`; or a file of VREncoder's own names.
-
-    Attention blocks may have one norm, `norm`, as in VQGAN, or `norm1` and an unused `norm2`, as in RestoreFormer.
-    """
+    """A run's folder; a file of VREncoder's names; or OSDFace's associate_2.ckpt, whose degraded branch is `vqvae_LQ.*`."""
     path = Path(path) / "vre.safetensors" if Path(path).is_dir() else path
     state = read_weights(path)
     branch = {n.split("vqvae_LQ.", 1)[1]: t for n, t in state.items() if "vqvae_LQ." in n} or state
-    branch = {n.replace(".norm.", ".norm1."): t for n, t in branch.items()
-              if n.startswith(("encoder.", "quant_conv.", "quantize."))}
-    unused = {n: t for n, t in vre.state_dict().items() if ".norm2." in n and "attn" in n}
-    load_strict(vre, unused | branch, path)
+    load_strict(vre, {n: t for n, t in branch.items() if n.startswith(("encoder.", "quant_conv.", "quantize."))}, path)
 
 
 def load_adapter(adapter: PromptAdapter, path: str) -> None:
@@ -1048,45 +1009,32 @@ def load_adapter(adapter: PromptAdapter, path: str) -> None:
     load_strict(adapter, state, path)
 
 
-LORA_NAME = re.compile(
-    r"(?:base_model\.model\.)?(?:unet\.)?(?P<layer>.+?)\.(?:lora_|lora\.)(?P<kind>A|B|down|up)(?:\.\w+)?\.weight")
+def load_onestep(nets, folder, rank: int) -> None:
+    """What stage `onestep` wrote into a folder: the prompt, and the LoRA, which is merged into the UNet."""
+    lora, prompt = Path(folder) / "onestep.safetensors", Path(folder) / "prompt.safetensors"
+    load_trained(nets["prompt"], read_weights(prompt), prompt)
+    add_lora(nets["unet"], ALL_LAYERS, rank, rank)
+    load_trained(nets["unet"], {name.removeprefix("unet."): tensor for name, tensor in read_weights(lora).items()}, lora)
+    merge_lora(nets["unet"])
 
 
 def read_unet_lora(path: str) -> dict:
-    """{layer: {"A", "B"}} of a file in peft's names (lora_A, lora_B) or diffusers' older ones (lora.down, lora.up)."""
-    pairs: dict = {}
-    for name, tensor in read_weights(path).items():
-        match = LORA_NAME.fullmatch(name)
-        if not match:
-            raise UserError(f"{path}: {name} is no LoRA weight of a UNet")
-        kind = {"down": "A", "up": "B"}.get(match["kind"], match["kind"])
-        pairs.setdefault(match["layer"], {})[kind] = tensor.float()
-    return pairs
+    """{name of a parameter of `add_lora`: tensor} of a file in peft's names (lora_A, lora_B) or diffusers' older (down, up)."""
+    pattern = r"(?:base_model\.model\.)?(?:unet\.)?(.+?)\.lora[_.](A|B|down|up)(?:\.\w+)?\.weight"
+    new = lambda match: f"{match[1]}.lora_{dict(down='A', up='B').get(match[2], match[2])}.weight"
+    return {re.sub(pattern, new, name): tensor for name, tensor in read_weights(path).items()}
 
 
-def load_unet_lora(unet, path: str, alpha: float) -> None:
-    """W <- W + (alpha / rank) B A for the layers in a file, in place."""
-    modules = dict(unet.named_modules())
-    for layer, pair in read_unet_lora(path).items():
-        change = pair["B"].flatten(1) @ pair["A"].flatten(1) if set(pair) == {"A", "B"} else torch.zeros(0)
-        if layer not in modules or change.numel() != modules[layer].weight.numel():
-            raise UserError(f"{path}: {layer} is no layer of this UNet, has another size, or lacks one of its two matrices")
-        weight = modules[layer].weight
-        weight.data += alpha / pair["A"].shape[0] * change.view_as(weight).to(weight)
+def load_unet_lora(unet, path: str) -> None:
+    """OSDFace's LoRA into the LoRA layers of unet (`add_lora`); a layer that the file lacks stays as it is.
 
-
-def start_lora(unet, path: str) -> None:
-    """OSDFace's LoRA into the LoRA layers of unet, where HonestFace's training starts   [sec. 4.1]
-
-    UNSTATED: whether the authors go on with OSDFace's LoRA, as here, or merge it and add a new one.
+    UNSTATED: whether the authors go on with OSDFace's LoRA [sec. 4.1], as here, or merge it and add a new one.
     """
     own = dict(unet.named_parameters())
-    for layer, pair in read_unet_lora(path).items():
-        for kind, tensor in pair.items():
-            weight = own.get(f"{layer}.lora_{kind}.weight")
-            if weight is None or weight.numel() != tensor.numel():
-                raise UserError(f"{path}: {layer} has no LoRA of this size here; see --rank")
-            weight.data.copy_(tensor.view_as(weight))
+    for name, tensor in read_unet_lora(path).items():
+        if name not in own or own[name].numel() != tensor.numel():
+            raise UserError(f"{path}: {name} is no LoRA weight of this UNet, or of another rank (see --rank)")
+        own[name].data.copy_(tensor.view_as(own[name]))
 
 
 def osdface_files(folder: str, flag: str) -> dict:
@@ -1095,34 +1043,35 @@ def osdface_files(folder: str, flag: str) -> dict:
     for path in sorted(p for p in Path(folder).glob("*") if p.suffix in (".ckpt", ".pth", ".pt", ".safetensors")):
         names = " ".join(read_weights(path))
         files["lora" if "lora" in names else "vre" if "quant_conv" in names else "adapter"] = str(path)
-    missing = [kind for kind in ("vre", "adapter", "lora") if kind not in files]
-    if missing:
-        raise UserError(f"--{flag} {folder}: neither a training run nor OSDFace's release: no weights of {', '.join(missing)}")
+    if len(files) < 3:
+        raise UserError(f"--{flag} {folder}: neither a training run nor the three files of OSDFace's release")
     return files
 
 
-def load_osdface(folder: str, base: str) -> tuple:
-    """(nets, Train configuration) of OSDFace's release: `base` with its LoRA merged, VRE, adapter; no references."""
-    files, cfg = osdface_files(folder, "checkpoint"), Train(ide="none")
-    cfg = dataclasses.replace(cfg, pretrained_model_name_or_path=base or cfg.pretrained_model_name_or_path)
-    nets = build(cfg, None, "cpu")
-    load_vre(nets["vre"], files["vre"])
-    load_adapter(nets["prompt"].adapter, files["adapter"])
-    load_unet_lora(nets["unet"], files["lora"], cfg.rank)
-    return nets, cfg
+def load_networks(cfg: Sample, device) -> tuple:
+    """(nets, Train configuration, face networks) for `sample`: a training run, or OSDFace's release.
+
+    A model that reads no references (--ide none, OSDFace) needs no face networks: they are None.
+    """
+    folder, trained = open_run(cfg.checkpoint, Train)
+    release = osdface_files(folder, "checkpoint") if trained is None else {}
+    own = {name: getattr(cfg, name) for name in ("pretrained_model_name_or_path", "readers", "face_networks")}
+    trained = dataclasses.replace(trained or Train(ide="none"), **{name: value for name, value in own.items() if value})
+    face_nets = face_networks(trained, device, losses=False) if trained.ide != "none" else None
+    nets = build(trained, face_nets, device)
+    if release:
+        load_vre(nets["vre"], release["vre"])
+        load_adapter(nets["prompt"].adapter, release["adapter"])
+        add_lora(nets["unet"], ALL_LAYERS, trained.rank, trained.rank)
+        load_unet_lora(nets["unet"], release["lora"])
+        merge_lora(nets["unet"])
+    else:
+        load_vre(nets["vre"], folder)
+        load_onestep(nets, folder, trained.rank)
+    return nets, trained, face_nets
 
 
 # ------------------------------------------------------------------------------------------------ restore, measure
-
-
-@torch.no_grad()
-def restore_held_out(cfg, run, nets, face_nets, lq, references, present):
-    """`restore` a few faces at a time, each with its own noise: -> (B, 3, S, S) on the CPU."""
-    rng = torch.Generator().manual_seed(cfg.seed)
-    noise = lambda like: torch.randn(like.shape, generator=rng).to(like)
-    groups = list(zip(*(x.split(cfg.batch_size) for x in (lq, references, present))))
-    return torch.cat([restore(nets, cfg, face_nets, *(x.to(run.device) for x in group), noise).cpu()
-                      for group in tqdm(groups, "restoring", disable=None)])
 
 
 def strangers(identity):
@@ -1135,12 +1084,19 @@ def report(cfg, run, held, nets, face_nets) -> None:
     """Restore faces of people the networks never saw, with and without references, and measure them."""
     batch, reader = held.held_out(cfg.validation_faces), metrics.load_reader("b", cfg.readers)
     lq, hq = batch["lq"], batch["hq"]
-    album, present = references(held, batch, cfg.max_references if cfg.ide != "none" else 0)
-    restored = functools.partial(restore_held_out, cfg, run, nets, face_nets, lq)
+    album, present = other_photographs(held, batch, MAX_REFERENCES if cfg.ide != "none" else 0)
+
+    def restored(*given):  # references and present -> (B, 3, S, S), each face with its own noise, the same in every row
+        rng = torch.Generator().manual_seed(cfg.seed)
+        noise = lambda like: torch.randn(like.shape, generator=rng).to(like)
+        groups = list(zip(*(x.split(cfg.batch_size) for x in (lq, *given))))
+        return torch.cat([restore(nets, cfg, face_nets, *(x.to(run.device) for x in group), noise).cpu()
+                          for group in tqdm(groups, "restoring", disable=None)])
+
     images = {"lq": lq, "restored_faces": restored(album, present)}
     if cfg.ide != "none":
         wrong = strangers(batch["person"])
-        images["one reference"] = restored(album, present & (torch.arange(cfg.max_references) < 1))
+        images["one reference"] = restored(album, present & (torch.arange(MAX_REFERENCES) < 1))
         images["no reference"] = restored(album, present & False)
         if wrong is not None:
             images["wrong person"] = restored(album[wrong], present[wrong])
@@ -1154,24 +1110,6 @@ def report(cfg, run, held, nets, face_nets) -> None:
     columns |= {"reference": album[:, 0], "hq": hq} if cfg.ide != "none" else {"hq": hq}
     protocol = metrics.toy_protocol(held.folder, cfg.degradation, len(hq), cfg.readers)
     run.report(rows, columns, nets, faces=len(hq), protocol=protocol)
-
-
-def load_networks(cfg: Sample, device) -> tuple:
-    """(nets, Train configuration, face networks) for `sample`: a training run, or OSDFace's release.
-
-    A model that reads no references (--ide none, OSDFace) needs no face networks: they are None.
-    """
-    folder, trained = open_run(cfg.checkpoint, Train)
-    if trained is None:
-        nets, trained = load_osdface(folder, cfg.pretrained_model_name_or_path)
-        return {name: net.to(device) for name, net in nets.items()}, trained, None
-    own = {name: getattr(cfg, name) for name in ("pretrained_model_name_or_path", "readers", "face_networks")}
-    trained = dataclasses.replace(trained, **{name: value for name, value in own.items() if value})
-    face_nets = face_networks(trained, device, losses=False) if trained.ide != "none" else None
-    nets = build(trained, face_nets, device)
-    for stage in ("vre", "onestep"):
-        load_stage(nets, stage, folder / f"{stage}.safetensors", trained.rank)
-    return nets, trained, face_nets
 
 
 @functools.lru_cache(maxsize=8)                                   # inputs may share one album

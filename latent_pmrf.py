@@ -61,7 +61,8 @@ SIZES = {
         pixel_flow=dict(widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64, mapping_width=768))}
 HDIT_PMRF = dict(in_channels=3, **SIZES["paper"]["pixel_flow"])
 # Changes of the paper to SD-VAE, undone one by one. sd: all of them (DIFFERS: without SD's attention and last norm).
-# UNSTATED: pixel_shuffle is our reading of Table 2's "- interpolate", sd_resizers (Figure 5a) the other one.
+# UNSTATED: pixel_shuffle, the authors' switch `upsample_method`, is our reading of Table 2's "- interpolate"; sd_resizers
+# (Figure 5a) is the other one.
 VAE_STYLES = {"sim": {}, "group_norm": dict(norm="group"), "pixel_shuffle": dict(resizer="pixel_shuffle"),
               "sd_resizers": dict(resizer="sd"), "sd_block": dict(block="sd"), "sd": dict(norm="group", resizer="sd", block="sd")}
 
@@ -81,18 +82,16 @@ class Train(TrainFlags):
     mmse: str = ""                         # SwinIR to use: folder of a run, or swinir_restoration512_L1.pth of DifFace
     latent_channels: int = 32              # c of the latent; Table 3: 16, 24, 32, 48
     vae_style: typing.Literal[tuple(VAE_STYLES)] = "sim"  # Table 2: the paper's VAE with one change undone, or all
-    perceptual: typing.Literal["vgg19", "reader", "none"] = "vgg19"  # network of the perceptual loss
+    perceptual: typing.Literal["vgg19", "reader"] = "vgg19"  # network of the perceptual loss
     vgg: str = ""                          # file of torchvision's vgg19 weights (default: torchvision fetches them)
     perceptual_weight: float = 0.05        # DIFFERS: authors' file; sec. 4.2: as Real-ESRGAN, whose is 1.0
     kl_weight: float = 1e-6                # of the KL summed over a latent
     vae_steps: int = 150_000               # of Sim-VAE
     vae_learning_rate: float = 1e-4        # peak of a cosine that ends at a hundredth of it
-    vae_crop: int = 256                    # side of the random crop the VAE sees
     mmse_steps: int = 270_000              # paper trains none (DifFace's weights); this is PMRF's 1000 epochs of FFHQ
     mmse_learning_rate: float = 5e-4       # PMRF, constant
     flow_steps: int = 400_000              # of the flow
     learning_rate: float = 5e-4            # of the flow, constant
-    flow_weight_decay: float = 0.0         # of the flow; UNSTATED: none in the paper, 0.01 in PMRF
     source_noise: float = 0.1              # sigma_s: noise on the source; UNSTATED: authors' file
     source_sample: bool = True             # source is a sample of the posterior q(z | x_hat), not its mean
     num_inference_steps: int = 25          # Euler steps of the faces restored at the end [sec. 3.3]
@@ -101,12 +100,11 @@ class Train(TrainFlags):
 # The fields that decide what weights mean: `Run` refuses to go on with a run that has others.
 SETTINGS = ("size", "space", "source", "latent_channels", "vae_style")
 TOY_VALUES = dict(
-    TOY, size="toy", degradation="codeformer", latent_channels=16, perceptual="reader", vae_steps=1150, vae_learning_rate=2e-3,
-    vae_crop=32, mmse_steps=3700, mmse_learning_rate=2e-3,
-    flow_steps=600, learning_rate=2e-3, num_inference_steps=4)
+    TOY, size="toy", latent_channels=16, perceptual="reader", vae_steps=1150, vae_learning_rate=2e-3,
+    mmse_steps=3700, mmse_learning_rate=2e-3, flow_steps=600, learning_rate=2e-3, num_inference_steps=4)
 SMALL = dict(
-    size="small", image_size=128, batch_size=64, latent_channels=16, vae_steps=20_000, vae_crop=128,
-    mmse_steps=20_000, flow_steps=50_000, checkpointing_steps=2000)
+    size="small", image_size=128, batch_size=64, latent_channels=16, vae_steps=20_000, mmse_steps=20_000, flow_steps=50_000,
+    checkpointing_steps=2000)
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,6 @@ class Sample(SampleFlags):
 
 
 # ------------------------------------------------------------------------------------------------ model: Sim-VAE
-
 
 class PixelLayerNorm(nn.LayerNorm):
     """LayerNorm over the channels of each pixel: no statistic crosses pixels, so the network stays a convolution."""
@@ -145,20 +142,14 @@ class SimBlock(nn.Module):
 
     def __init__(self, width: int, out: int, norm: str, kind: str):
         super().__init__()
-        self.kind = kind
-        self.norm = vae_norm(norm, width)
+        self.norm, self.act = vae_norm(norm, width), nn.SiLU() if kind == "sd" else nn.Identity()
         self.conv1 = nn.Conv2d(width, out, 3, padding=1)
-        if kind == "sd":
-            self.norm2 = vae_norm(norm, out)
+        self.norm2 = vae_norm(norm, out) if kind == "sd" else nn.Identity()
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
-        if width != out:  # only with SD-style resizers: channels change in the block
-            self.shortcut = nn.Conv2d(width, out, 1)
+        self.shortcut = nn.Conv2d(width, out, 1) if width != out else nn.Identity()          # only with SD-style resizers
 
     def forward(self, x):
-        h = self.norm(x)
-        h = self.conv1(F.silu(h) if self.kind == "sd" else h)
-        h = F.silu(self.norm2(h) if self.kind == "sd" else h)
-        return self.conv2(h) + (self.shortcut(x) if hasattr(self, "shortcut") else x)
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(self.conv1(self.act(self.norm(x))))))
 
 
 class Down(nn.Module):
@@ -174,10 +165,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Double the resolution: nearest neighbour, then a 3x3 convolution; or four times the channels, then pixel shuffle.
-
-    UNSTATED: pixel shuffle is our reading of Table 2's "- interpolate": the authors' switch `upsample_method`.
-    """
+    """Double the resolution: nearest neighbour, then a 3x3 convolution; or four times the channels, then pixel shuffle."""
 
     def __init__(self, width: int, out: int, style: str):
         super().__init__()
@@ -196,16 +184,11 @@ class Blocks(nn.Module):
     def __init__(self, width, out, layers, norm, kind, downsampler=None, upsampler=None):
         super().__init__()
         self.resnets = nn.ModuleList(SimBlock(width if i == 0 else out, out, norm, kind) for i in range(layers))
-        if downsampler is not None:
-            self.downsampler = downsampler
-        if upsampler is not None:
-            self.upsampler = upsampler
+        self.downsampler, self.upsampler = downsampler or nn.Identity(), upsampler or nn.Identity()
 
     def forward(self, x):
-        for block in self.resnets:
-            x = block(x)
-        for resizer in ("downsampler", "upsampler"):
-            x = getattr(self, resizer)(x) if hasattr(self, resizer) else x
+        for layer in (*self.resnets, self.downsampler, self.upsampler):
+            x = layer(x)
         return x
 
 
@@ -268,7 +251,6 @@ class SimVAE(nn.Module):
         sizes = (latent_channels, tuple(widths), layers, mid_layers, norm, resizer, block)
         self.encoder, self.decoder = Encoder(*sizes), Decoder(*sizes)
         self.factor, self.widths = 2 ** (len(widths) - 1), tuple(widths)
-        self.layers, self.mid_layers = layers, mid_layers
 
     def encode(self, x):
         """-> mean, logvar (B, c, h, w) of q(z | x); logvar within [-30, 20]."""
@@ -281,7 +263,6 @@ class SimVAE(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------ model: SwinIR
-
 
 def shifted_window_mask(height: int, width: int, window: int, shift: int) -> torch.Tensor:
     """(windows, window^2, window^2): -100 where a rolled window joins two sides of the picture, else 0 [Swin]."""
@@ -330,10 +311,7 @@ class SwinLayer(nn.Module):
 
     def residual(self, x):
         """Stochastic depth: in training a sample skips the branch with probability `drop`."""
-        if not self.training or self.drop == 0:
-            return x
-        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop
-        return x * keep / (1 - self.drop)
+        return x * F.dropout(x.new_ones(len(x), 1, 1), self.drop, self.training)
 
     def forward(self, x, height, width):  # (B, H W, C)
         w, mask = self.window, None
@@ -371,8 +349,6 @@ class SwinGroup(nn.Module):
 
 class SwinIR(nn.Module):
     """The posterior-mean predictor: (B, 3, H, W) in [0, 1] -> the same, not clipped.
-
-    Any size that is more than half of a window (8 x unshuffle pixels).
 
     Default: DifFace's SwinIR-L (15,792,587 parameters, its names). PMRF's "swinir_M": dim=120, depths=(6,) * 5.
     `latent_channels` > 0 predicts latents at 1 / unshuffle of the resolution instead (option 1 of sec. 3.2). `residual`
@@ -427,32 +403,20 @@ class SwinIR(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ model: HDiT
 
-
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)  # one call inside inference mode must not spoil a training that follows
-def neighborhood_mask(height: int, width: int, kernel: int, device) -> torch.Tensor:
-    """(H W, H W) bool: True where a key lies in the kernel x kernel window of a query; at a border the window shifts in."""
-    axes = []
-    for length in (height, width):
-        keys = torch.arange(length, device=device)
-        start = (keys - kernel // 2).clamp(0, length - kernel)[:, None]
-        axes.append((keys >= start) & (keys < start + kernel))                               # (queries, keys)
-    return (axes[0][:, None, :, None] & axes[1][None, :, None, :]).reshape(height * width, height * width)
+def neighborhood_mask(height: int, width: int, kernel: int, device):
+    """Which keys lie in the window of a query: (1, 1, H W, H W) bool, or on a GPU the blocks that `flex_attention` visits."""
+    from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
-
-@functools.lru_cache(maxsize=32)
-@torch.inference_mode(False)
-def neighborhood_blocks(height: int, width: int, kernel: int, device):
-    """The same window for `flex_attention`, which skips the blocks of keys that no query of a block attends to."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def window(b, h, query, key):
+    def window(batch, head, query, key):  # at a border the window shifts in
         row = (query // width - kernel // 2).clamp(0, height - kernel)
         column = (query % width - kernel // 2).clamp(0, width - kernel)
         return ((key // width - row >= 0) & (key // width - row < kernel)
                 & (key % width - column >= 0) & (key % width - column < kernel))
 
-    return create_block_mask(window, None, None, height * width, height * width, device=device)
+    make = create_block_mask if device.type == "cuda" else create_mask
+    return make(window, None, None, height * width, height * width, device=device)
 
 
 @functools.lru_cache
@@ -464,16 +428,13 @@ def compiled_flex_attention():
 def neighborhood_attention(q, k, v, height: int, width: int, kernel_size: int = 7, scale: float | None = None):
     """Each query attends to the kernel_size x kernel_size keys around it; at a border the window shifts in [NATTEN].
 
-    q, k, v (B, heads, H * W, head_dim), row-major -> the same shape. Raises ValueError if the grid is smaller than the
-    window or the window is even.
+    q, k, v (B, heads, H * W, head_dim), row-major -> the same shape.
     """
-    if kernel_size % 2 == 0 or kernel_size > min(height, width) or q.shape[-2] != height * width:
-        raise ValueError(f"neighborhood_attention: window {kernel_size} must be odd and fit the {height}x{width} grid "
-                         f"of {q.shape[-2]} tokens")
-    if q.is_cuda:
-        blocks = neighborhood_blocks(height, width, kernel_size, q.device)
-        return compiled_flex_attention()(q, k, v, block_mask=blocks, scale=scale)
+    if kernel_size % 2 == 0 or kernel_size > min(height, width):
+        raise ValueError(f"neighborhood_attention: window {kernel_size} must be odd and fit the {height}x{width} grid")
     mask = neighborhood_mask(height, width, kernel_size, q.device)
+    if q.is_cuda:
+        return compiled_flex_attention()(q, k, v, block_mask=mask, scale=scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
@@ -524,14 +485,6 @@ class AdaRMSNorm(nn.Module):
         return rms_norm(x, self.linear(c)[:, None] + 1)
 
 
-class GEGLU(nn.Linear):
-    def __init__(self, width: int, out: int):
-        super().__init__(width, 2 * out, bias=False)
-
-    def forward(self, x):
-        return geglu(super().forward(x))
-
-
 class FourierFeatures(nn.Module):
     """[cos 2 pi W x, sin 2 pi W x] with a fixed random W, which is part of the weights."""
 
@@ -545,10 +498,7 @@ class FourierFeatures(nn.Module):
 
 
 class DepthwiseConv(nn.Conv2d):
-    """3x3 depth-wise convolution over tokens (B, H W, C) [sec. 6.1]; starts as the identity.
-
-    DIFFERS: the authors start it at random; from the identity the switch changes nothing at the first step.
-    """
+    """3x3 depth-wise convolution over tokens (B, H W, C) [sec. 6.1]. DIFFERS: starts as the identity, theirs at random."""
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3, padding=1, groups=channels)
@@ -567,8 +517,7 @@ class SelfAttention(nn.Module):
         self.heads, self.kernel = width // head_dim, kernel
         self.norm = AdaRMSNorm(width, cond)
         self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
-        if depthwise:
-            self.dwconv = DepthwiseConv(3 * width)
+        self.dwconv = DepthwiseConv(3 * width) if depthwise else None
         self.scale = nn.Parameter(torch.full((self.heads,), 10.0))
         self.pos_emb = nn.Module()
         angles = head_dim // 8  # half of a head is rotated; a quarter for each of y and x
@@ -576,14 +525,12 @@ class SelfAttention(nn.Module):
         self.pos_emb.register_buffer("freqs", freqs.view(angles, self.heads).T.contiguous())
         self.out_proj = zeroed(nn.Linear(width, width, bias=False))
 
-    def angles(self, positions):  # (N, 2) -> (heads, N, 2 * angles)
-        return (positions[None, :, :, None] * self.pos_emb.freqs[:, None, None]).flatten(2)
-
     def forward(self, x, c, positions, grid):  # (B, N, D)
         qkv = self.qkv_proj(self.norm(x, c))
-        qkv = self.dwconv(qkv, grid) if hasattr(self, "dwconv") else qkv
+        qkv = self.dwconv(qkv, grid) if self.dwconv else qkv
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, N, D / heads)
-        theta, root = self.angles(positions), self.scale.float().sqrt()[:, None, None]
+        theta = (positions[None, :, :, None] * self.pos_emb.freqs[:, None, None]).flatten(2)  # (heads, N, 2 * angles)
+        root = self.scale.float().sqrt()[:, None, None]
         unit = lambda u: u * (root * torch.rsqrt(u.float().square().sum(-1, keepdim=True) + 1e-6)).to(u.dtype)
         q, k = apply_rope(unit(q), theta), apply_rope(unit(k), theta)
         if self.kernel:
@@ -598,16 +545,14 @@ class FeedForward(nn.Module):
 
     def __init__(self, width, d_ff, cond, depthwise):
         super().__init__()
-        self.norm, self.up_proj = AdaRMSNorm(width, cond), GEGLU(width, d_ff)
-        if depthwise:
-            self.dwconv = DepthwiseConv(2 * d_ff)
+        self.norm, self.up_proj = AdaRMSNorm(width, cond), nn.Linear(width, 2 * d_ff, bias=False)
+        self.dwconv = DepthwiseConv(2 * d_ff) if depthwise else None
         self.down_proj = zeroed(nn.Linear(d_ff, width, bias=False))
 
     def forward(self, x, c, grid):
-        h = self.norm(x, c)
-        if hasattr(self, "dwconv"):
-            return x + self.down_proj(geglu(self.dwconv(F.linear(h, self.up_proj.weight), grid)))
-        return x + self.down_proj(self.up_proj(h))
+        h = self.up_proj(self.norm(x, c))
+        h = self.dwconv(h, grid) if self.dwconv else h
+        return x + self.down_proj(geglu(h))
 
 
 class HDiTLayer(nn.Module):
@@ -623,11 +568,11 @@ class HDiTLayer(nn.Module):
 class MappingBlock(nn.Module):
     def __init__(self, width: int, d_ff: int):
         super().__init__()
-        self.norm, self.up_proj = RMSNorm(width), GEGLU(width, d_ff)
+        self.norm, self.up_proj = RMSNorm(width), nn.Linear(width, 2 * d_ff, bias=False)
         self.down_proj = zeroed(nn.Linear(d_ff, width, bias=False))
 
     def forward(self, x):
-        return x + self.down_proj(self.up_proj(self.norm(x)))
+        return x + self.down_proj(geglu(self.up_proj(self.norm(x))))
 
 
 class Mapping(nn.Module):
@@ -685,9 +630,8 @@ class HDiT(nn.Module):
 
     Level i works on tokens of 2^i x 2^i patches; all levels but the last attend to `kernel` x `kernel` neighbourhoods,
     the last to everything. Names are k-diffusion's, as PMRF releases them: HDiT(**HDIT_PMRF) has 160,460,210
-    parameters. DIFFERS: this is the HDiT that the paper cites, with depth-wise convolutions as a switch: 147.83 M at
-    the paper's sizes, 151.2 M are printed. The authors' latent network (LooUFormer, published without weights) has dot
-    products, biases, no zero-initialised output, GELU on the first half and convolutions that resize: 153.98 M.
+    parameters. DIFFERS: the HDiT that the paper cites, with depth-wise convolutions as a switch, has 147.83 M at the
+    paper's sizes; 151.2 M are printed. docs/latent_pmrf.md says how the authors' own network differs.
     """
 
     def __init__(self, in_channels=3, widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64,
@@ -717,9 +661,6 @@ class HDiT(nn.Module):
         return self.mapping(self.time_in_proj(self.time_emb(t[:, None])) + constant)
 
     def forward(self, x, t):
-        side = self.patch * 2 ** len(self.merges)
-        if x.shape[-2] % side or x.shape[-1] % side:
-            raise ValueError(f"HDiT wants sides that are multiples of {side}, got {tuple(x.shape[-2:])}")
         shape, grid, c = x.shape, tuple(x.shape[-2:]), self.condition(t)
         x = self.patch_in(x.flatten(2).transpose(1, 2), grid)                                # (B, N, widths[0])
         grid = (grid[0] // self.patch, grid[1] // self.patch)
@@ -746,7 +687,6 @@ class HDiT(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ losses
 
-
 def kl_divergence(mean, logvar):
     """KL(N(mean, exp(logvar)) || N(0, 1)), summed over a latent (C, H, W), averaged over the batch."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
@@ -766,11 +706,7 @@ class VGGLoss(nn.Module):
     def __init__(self, weights: str = "", pretrained: bool = True):
         super().__init__()
         from torchvision.models import VGG19_Weights, vgg19
-        try:
-            network = vgg19(weights=VGG19_Weights.IMAGENET1K_V1 if pretrained and not weights else None)
-        except Exception as error:  # no network: urllib, ssl and timeouts each have their own
-            raise UserError(f"torchvision cannot fetch vgg19 ({type(error).__name__}); give the file with --vgg, or "
-                            "--perceptual reader") from None
+        network = vgg19(weights=VGG19_Weights.IMAGENET1K_V1 if pretrained and not weights else None)
         if weights:
             load_strict(network, read_weights(weights), f"--vgg {weights}")
         self.features = network.features[:35].eval().requires_grad_(False)
@@ -803,10 +739,7 @@ def interpolate(z0, z1, t):
 
 
 def cfm_loss(velocity, z0, z1, t):
-    """E || v(z_t, t) - (z1 - z0) ||^2 [Eq. 3; Eq. 5 in latents]: z1 - z0 is the velocity of the line [Eq. 2].
-
-    A mean over all elements. velocity(z, t) is any callable.
-    """
+    """E || v(z_t, t) - (z1 - z0) ||^2 [Eq. 3; Eq. 5 in latents], a mean over elements. z1 - z0: the line's velocity [Eq. 2]."""
     return (velocity(interpolate(z0, z1, t), t) - (z1 - z0)).square().mean()
 
 
@@ -817,7 +750,6 @@ def stratified_time(batch: int, rank: int = 0, world: int = 1, generator=None):
 
 
 # ------------------------------------------------------------------------------------------------ sampler
-
 
 @torch.no_grad()
 def euler_sample(velocity, z0, steps: int = 25):
@@ -843,30 +775,18 @@ def latent_source(vae, estimate, sample: bool, noise):
 
 
 def flow_source(nets, cfg, lq, noise):
-    """z0 before its noise, and the estimate (B, 3, S, S) it comes from, None where there is none in pixels.
-
-    `noise(like)` draws N(0, 1).
-    """
-    if cfg.space == "pixel":                                      # PMRF: the flow runs on pixels in [0, 1]
-        estimate = posterior_mean(nets["mmse"], lq)
-        return estimate * 0.5 + 0.5, estimate
+    """z0 before its noise, and the posterior mean (B, 3, S, S) if it comes from one. `noise(like)` draws N(0, 1)."""
     if cfg.source == "latent_mean":  # [Eq. 4, option 1]: E[Z_1 | y] from a network trained on latents
         return nets["mmse"](lq * 0.5 + 0.5), None
     estimate = posterior_mean(nets["mmse"], lq)
+    if cfg.space == "pixel":                                      # PMRF: the flow runs on pixels in [0, 1]
+        return estimate * 0.5 + 0.5, estimate
     return latent_source(nets["vae"], estimate, cfg.source_sample, noise), estimate
-
-
-def flow_target(nets, cfg, hq, noise):
-    """z_1: a draw of q(z | x) [UNSTATED: the authors' code; the paper says E(x)], or for PMRF the pixels in [0, 1]."""
-    return hq * 0.5 + 0.5 if cfg.space == "pixel" else latent_source(nets["vae"], hq, True, noise)
 
 
 @torch.no_grad()
 def restore(nets, cfg, lq, noise, steps: int):
-    """lq (B, 3, S, S) in [-1, 1] -> {"restored_faces", "posterior_mean"}, the same shape, clipped [sec. 3.3].
-
-    `noise(like)` draws N(0, 1).
-    """
+    """lq (B, 3, S, S) in [-1, 1] -> {"restored_faces", "posterior_mean"}, the same shape, clipped [sec. 3.3]."""
     z0, estimate = flow_source(nets, cfg, lq, noise)
     estimate = nets["vae"].decode(z0) if estimate is None else estimate
     z0 = z0.float()                                                # the state stays float32 under autocast
@@ -877,34 +797,28 @@ def restore(nets, cfg, lq, noise, steps: int):
 
 # ------------------------------------------------------------------------------------------------ training
 
-
-def perceptual_network(cfg, device):
-    """Callable (a, b) -> scalar. vgg19 is the paper's; the toy faces have a network of their own."""
-    if cfg.perceptual == "none":
-        return lambda a, b: a.new_zeros(())
-    if cfg.perceptual == "vgg19":
-        return VGGLoss(cfg.vgg).to(device)
-    return functools.partial(metrics.feature_distance, metrics.load_reader("a", cfg.readers).to(device))
-
-
 def train_vae(cfg, run, faces, nets):
     """Stage 1: Sim-VAE on clean crops, without autocast. A sample of the posterior is decoded, not its mean [Eq. 6].
 
     DIFFERS: AdamW (0.9, 0.99) with weight decay 0.01 and gradients clipped at 1, as the authors' code; the paper says
     Adam with its defaults. On a GPU TF32 multiplies, which they turn off.
     """
-    vae, perceptual = nets["vae"].train().requires_grad_(True), perceptual_network(cfg, run.device)
+    vae = nets["vae"].train().requires_grad_(True)
+    if cfg.perceptual == "vgg19":
+        perceptual = VGGLoss(cfg.vgg).to(run.device)
+    else:                                                          # the toy faces have a network of their own
+        perceptual = functools.partial(metrics.feature_distance, metrics.load_reader("a", cfg.readers).to(run.device))
     optimizer = make_optimizer(cfg, vae.parameters(), cfg.vae_learning_rate, betas=(0.9, 0.99))
     modules, steps = {"vae": vae}, min(cfg.vae_steps, cfg.max_train_steps)
-    warmup = min(500, steps // 20)                                 # DIFFERS: linear, as the authors' file; paper flat at a tenth
+    warmup = min(500, steps // 20)                                 # DIFFERS: linear, authors' file; paper flat at a tenth
     factor = warmup_cosine(steps - warmup, warmup, floor=0.01, first=0.1)
-    ema = EMA(modules, cfg.ema_decay)                                       # averaged weights, for `sample`
+    ema = EMA(modules, cfg.ema_decay)                              # averaged weights, for `sample`
     first = run.load("vae", modules, ema, optimizer)               # 0, or where a stopped run was saved
     clean = functools.partial(faces.training, degraded=False)
 
     for step, batch in run.batches(clean, "vae", first, steps):    # seeds torch by (seed, stage, step): resuming is bit-exact
         optimizer.zero_grad()
-        for hq in random_crop(batch["hq"], cfg.vae_crop).chunk(cfg.gradient_accumulation_steps):
+        for hq in random_crop(batch["hq"], cfg.image_size // 2).chunk(cfg.gradient_accumulation_steps):      # 256 of 512 px
             mean, logvar = vae.encode(hq)
             z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
             loss, parts = vae_loss(vae.decode(z), hq, mean, logvar, perceptual, cfg.perceptual_weight, cfg.kl_weight)
@@ -957,8 +871,8 @@ def train_flow(cfg, run, faces, nets):
     flow = nets["flow"].train().requires_grad_(True)
     flow.gradient_checkpointing = cfg.gradient_checkpointing
     steps = min(cfg.flow_steps, cfg.max_train_steps)
-    # Adam (0.9, 0.95) [sec. 6.1]: AdamW without decay. DIFFERS: gradients are clipped, the paper does not say so
-    optimizer = make_optimizer(cfg, flow.parameters(), cfg.learning_rate, weight_decay=cfg.flow_weight_decay)
+    # Adam (0.9, 0.95) [sec. 6.1]: AdamW without decay (PMRF: 0.01). DIFFERS: gradients are clipped, the paper does not say so
+    optimizer = make_optimizer(cfg, flow.parameters(), cfg.learning_rate, weight_decay=0.0)
     modules, factor = {"flow": flow}, lr_schedule(cfg, steps)
     ema = EMA(modules, cfg.ema_decay)
     first, pieces = run.load("flow", modules, ema, optimizer), cfg.gradient_accumulation_steps
@@ -967,7 +881,9 @@ def train_flow(cfg, run, faces, nets):
         # The two ends of the path: t = 0 a noisy latent of the posterior mean, t = 1 a latent of the clean face
         with torch.no_grad(), run.autocast():
             z0, _ = flow_source(nets, cfg, batch["lq"], torch.randn_like)
-            z1 = flow_target(nets, cfg, batch["hq"], torch.randn_like)
+            # UNSTATED: a draw of q(z | x), as the authors' code; the paper says E(x)
+            hq = batch["hq"]
+            z1 = hq * 0.5 + 0.5 if cfg.space == "pixel" else latent_source(nets["vae"], hq, True, torch.randn_like)
         z0 = z0.float() + cfg.source_noise * torch.randn_like(z0, dtype=torch.float32)
         t = stratified_time(len(z0), run.rank, run.world).to(run.device)
 
@@ -1002,10 +918,6 @@ def stands_on(cfg, part: str) -> list:
 def train(cfg: Train) -> None:
     """The stages asked for, in order. Each is written when it ends, with pictures of what there is."""
     stages = stages_of(cfg)
-    if cfg.stage not in ["all", *stages] or cfg.stage != "all" and getattr(cfg, cfg.stage, ""):
-        raise UserError(f"--stage {cfg.stage}: nothing to train; it is given by a flag, or --space {cfg.space} has none")
-    if cfg.space == "pixel" and cfg.source == "latent_mean":
-        raise UserError("--source latent_mean: the flow on pixels has no latents")
     run = Run(cfg, SETTINGS)
     faces, held = open_faces(cfg, mirror=True)
     nets = {stage: build(cfg, stage) for stage in stages}
@@ -1029,17 +941,16 @@ def train(cfg: Train) -> None:
 
 # ------------------------------------------------------------------------------------------------ networks, weights
 
-
 def build(cfg, part: str) -> nn.Module:
     """The network of one part, in the sizes of a `Train` configuration."""
     sizes = SIZES[cfg.size]
     if part == "vae":
         return SimVAE(cfg.latent_channels, **sizes["vae"], **VAE_STYLES[cfg.vae_style])
     if part == "mmse":
-        tokens = cfg.image_size // sizes["mmse"]["unshuffle"]
+        sizes = dict(sizes["mmse"], tokens=cfg.image_size // sizes["mmse"]["unshuffle"])
         if cfg.source == "latent_mean":
-            return SwinIR(**{**sizes["mmse"], "residual": False}, tokens=tokens, latent_channels=cfg.latent_channels)
-        return SwinIR(**sizes["mmse"], tokens=tokens)
+            sizes |= dict(residual=False, latent_channels=cfg.latent_channels)
+        return SwinIR(**sizes)
     if cfg.space == "pixel":                                      # PMRF's network
         return HDiT(3, **sizes["pixel_flow"])
     return HDiT(cfg.latent_channels, **sizes["flow"])
@@ -1068,9 +979,8 @@ def load_part(cfg, part: str, where: str) -> nn.Module:
     path = Path(where) / f"{part}.safetensors"
     if path.exists():
         _, before = open_run(where, Train)
-        for name in [name for name in SETTINGS if name.startswith(part) or name == "source" and part == "mmse"]:
-            if before and getattr(before, name) != getattr(cfg, name):
-                raise UserError(f"--{part} {where}: was trained with --{name} {getattr(before, name)}, not {getattr(cfg, name)}")
+        if part == "vae" and before and before.vae_style != cfg.vae_style:                   # some styles have the same names
+            raise UserError(f"--vae {where}: was trained with --vae_style {before.vae_style}, not {cfg.vae_style}")
         net = build(cfg, part)
         load_strict(net, read_weights(path), f"--{part} {where}")
         return net
@@ -1082,6 +992,15 @@ def load_part(cfg, part: str, where: str) -> nn.Module:
     return vae
 
 
+def weights_file(where: Path) -> Path:
+    """The file itself, or the first one with weights in a folder."""
+    kinds = ("*.safetensors", "*.bin", "*.ckpt")
+    files = [where] if where.is_file() else [file for kind in kinds for file in sorted(where.glob(kind))]
+    if not files:
+        raise UserError(f"{where}: no weights there ({', '.join(kinds)})")
+    return files[0]
+
+
 def load_swinir(mmse: SwinIR, where: str) -> SwinIR:
     """DifFace's weights into `mmse`. The masks of shifted windows belong to the picture's size: ours are kept."""
     state = {name.removeprefix("model."): tensor for name, tensor in read_weights(where).items()}
@@ -1091,20 +1010,11 @@ def load_swinir(mmse: SwinIR, where: str) -> SwinIR:
 
 
 def load_sim_vae(where: str) -> SimVAE:
-    """The released Sim-VAE: a diffusers folder, its safetensors file, or a hub id. Sizes are read off the weights."""
-    path = find_checkpoint(where, "vae")
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
-        path = files[0] if files else path / "diffusion_pytorch_model.safetensors"
-    # Some files store norms as (1, C, 1, 1).
-    state = {n: t.flatten() if ".norm." in n else t for n, t in read_weights(path).items()}
-    if "decoder.conv_in.weight" not in state:
-        raise UserError(f"--vae {where}: not a Sim-VAE (no decoder.conv_in.weight in it)")
-    count = lambda pattern: len([n for n in state if n.startswith(pattern) and n.endswith("conv1.weight")])
+    """The released Sim-VAE: a diffusers folder, its file, or a hub id. Widths and channels are read off the weights."""
+    state = read_weights(weights_file(find_checkpoint(where, "vae")))
+    state = {n: t.flatten() if ".norm." in n else t for n, t in state.items()}               # some files: (1, C, 1, 1)
     first = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(16)]
-    widths = [state[name].shape[1] for name in first if name in state]
-    channels = state["decoder.conv_in.weight"].shape[1]
-    vae = SimVAE(channels, widths, count("encoder.down_blocks.0."), count("encoder.mid_block."))
+    vae = SimVAE(len(state["encoder.conv_out.bias"]) // 2, [state[name].shape[1] for name in first if name in state])
     load_strict(vae, state, f"--vae {where}")
     return vae
 
@@ -1114,17 +1024,12 @@ def load_pmrf(where: Path) -> dict:
 
     A Lightning file also holds the averaged weights of the flow, a list in the order of its parameters: they are used.
     """
-    kinds = ("*.safetensors", "*.bin", "*.ckpt")
-    files = [where] if where.is_file() else [file for kind in kinds for file in sorted(where.glob(kind))]
-    if not files:
-        raise UserError(f"--checkpoint {where}: no weights in this folder")
-    raw = read_torch(files[0]) if files[0].suffix == ".ckpt" else {}
-    state = raw["state_dict"] if "state_dict" in raw else read_weights(files[0])
+    raw = read_torch(weights_file(where))
+    state, average = raw.get("state_dict", raw), raw.get("ema")
     nets = {"flow": HDiT(**HDIT_PMRF), "mmse": SwinIR()}
     for part, prefix in (("flow", "model."), ("mmse", "mmse_model.")):
         own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
         load_strict(nets[part], own, f"--checkpoint {where}, {prefix}*")
-    average = raw.get("ema")
     average = average.get("shadow_params") if isinstance(average, dict) else average
     own = list(nets["flow"].parameters())
     for parameter, shadow in zip(own, average or own, strict=True):
@@ -1134,13 +1039,11 @@ def load_pmrf(where: Path) -> dict:
 
 # ------------------------------------------------------------------------------------------------ restore, measure
 
-
 @torch.no_grad()
 def restore_held_out(cfg, run, nets, batch) -> dict:
     """What the finished networks make of held-out faces: {name: (N, 3, S, S) on the CPU}, in batches.
 
-    `reconstruction` of the autoencoder, its `latents` of the clean faces; `posterior_mean`, and `bound`, the posterior mean
-    coded and decoded [Eq. 4, option 2]; `restored_faces`.
+    `latents` and `reconstruction` are of the clean faces, `bound` is the posterior mean coded and decoded [Eq. 4, option 2].
     """
     rng, found = torch.Generator().manual_seed(cfg.seed), {"lq": [batch["lq"]]}
     noise = lambda like: torch.randn(like.shape, generator=rng).to(like)
@@ -1166,7 +1069,8 @@ def report(cfg, run, held, nets) -> None:
     found, reader = restore_held_out(cfg, run, nets, batch), metrics.load_reader("b", cfg.readers)
     shown = [name for name in ("lq", "posterior_mean", "restored_faces") if name in found]
     rows = {name: metrics.toy_scores(found[name], found["hq"], reader) for name in shown}
-    more = dict(faces=len(batch["hq"]), protocol=metrics.toy_protocol(held.folder, cfg.degradation, len(batch["hq"]), cfg.readers))
+    count = len(batch["hq"])
+    more = dict(faces=count, protocol=metrics.toy_protocol(held.folder, cfg.degradation, count, cfg.readers))
     if "vae" in nets:
         rows["reconstruction"] = metrics.toy_scores(found["reconstruction"], found["hq"], reader)
         more["bound_psnr"] = metrics.mean_psnr(found["bound"], found["posterior_mean"])     # of option 2 [Eq. 4]

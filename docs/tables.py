@@ -8,6 +8,7 @@ A block looks like this; the script replaces what stands between the marks, and 
     <!-- end -->
     <!-- claims NAME -->
     <!-- end -->
+    <!-- piece FILE NAME -->                     one cell: what else of FILE `NAME` needs
 
 NAME.json is the metrics.json of a training run (its rows) or the rows.json of an ablation (mean and standard deviation
 over seeds). Columns are scores; `seconds`, `steps` and `paper` can be columns of an ablation. `NAME@group` picks one
@@ -152,9 +153,34 @@ def line_of(file: str, name: str) -> int:
     return lines[name]
 
 
+def piece(file: str, name: str) -> str:
+    """What to copy with the function or class `name`: lines in all, and the definitions of the project that it uses."""
+    tree, definitions, imported = ast.parse((DOCS.parent / file).read_text()).body, {}, {}
+    for node in tree:
+        targets = getattr(node, "targets", [])
+        names = [node.name] if hasattr(node, "name") else [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+        definitions |= dict.fromkeys(names, node)
+        if isinstance(node, ast.ImportFrom) and node.module in ("common", "metrics"):
+            imported |= {alias.name: node.module for alias in node.names}
+    needed, others, left = {}, set(), [name]
+    while left:
+        here = left.pop()
+        needed[here] = definitions[here]
+        for node in ast.walk(needed[here]):
+            word = getattr(node, "id", "")
+            left += [word] * (word in definitions and word not in needed and word not in left)
+            others |= {f"{imported[word]}.{word}"} if word in imported else set()
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "metrics":
+                others.add(f"metrics.{node.attr}")
+    lines = sum(node.end_lineno - node.lineno + 1 for node in needed.values())
+    words = ", ".join(f"`{word}`" for word in [*list(needed)[1:], *sorted(others)])
+    return f" {lines} | {words or 'nothing'} "
+
+
 def filled(text: str) -> str:
     """The text with every table, every line link and every length of a file renewed."""
     text = LINK.sub(lambda m: f"[`{m[1]}`]({m[2]}{m[3]}#L{line_of(m[3], m[1])})", text)
+    text = re.sub(r"(<!-- piece (\S+) (\S+) -->).*", lambda m: m[1] + piece(m[2], m[3]) + "|", text)
     text = CLAIMS.sub(lambda m: m[1] + claims(m[2]) + m[3], text)
     text = LENGTH.sub(lambda m: m[1] + str(len((DOCS.parent / m[2]).read_text().splitlines())), text)
     return BLOCK.sub(lambda m: m[1] + table(m[2], m[3].split()) + m[4], text)

@@ -1,5 +1,4 @@
 """A2BFR: closed forms in the paper's order, rewrites, parity with diffusers, prodigyopt and peft; then the program."""
-import copy
 import dataclasses
 import functools
 import json
@@ -81,10 +80,10 @@ def tiny_vae():
         scaling_factor=0.3611, shift_factor=0.1159)
 
 
-def inputs(side=4):
+def inputs():
     """noisy, condition, text, pooled, t, guidance, image_ids, condition_ids."""
-    return (torch.randn(2, 16, 16), torch.randn(2, side ** 2, 16), torch.randn(2, 5, 32), torch.randn(2, 32), torch.rand(2),
-            torch.full((2,), 3.5), ab.position_ids(4, 4), ab.position_ids(side, side, 4 // side))
+    return (torch.randn(2, 16, 16), torch.randn(2, 16, 16), torch.randn(2, 5, 32), torch.randn(2, 32), torch.rand(2),
+            torch.full((2,), 3.5), ab.position_ids(4, 4), ab.position_ids(4, 4))
 
 
 def with_lora(net):
@@ -96,12 +95,10 @@ def with_lora(net):
 # ---------------------------------------------------------------- sections 4.2 and 4.3: losses
 def test_eq1_clean_latents_are_exact_for_the_true_velocity():
     """z_t = (1 - t) z0 + t eps, V = eps - z0; an error e in V costs -t e."""
-    t = torch.tensor([0., .3, .9, 1.], dtype=f64)
-    for shape in ((4, 5, 6), (4, 3, 2, 2)):
-        (z0, noise, error), t_ = torch.randn(3, *shape, dtype=f64), t.view(-1, *[1] * (len(shape) - 1))
-        z_t = (1 - t_) * z0 + t_ * noise
-        torch.testing.assert_close(ab.predict_clean(z_t, noise - z0, t), z0)
-        torch.testing.assert_close(ab.predict_clean(z_t, noise - z0 + error, t), z0 - t_ * error)
+    (z0, noise, error), t = torch.randn(3, 4, 5, 6, dtype=f64), torch.tensor([0., .3, .9, 1.], dtype=f64)
+    z_t = (1 - t.view(4, 1, 1)) * z0 + t.view(4, 1, 1) * noise
+    torch.testing.assert_close(ab.predict_clean(z_t, noise - z0 + error, t), z0 - t.view(4, 1, 1) * error)
+    torch.testing.assert_close(ab.predict_clean(z_t[..., None], (noise - z0)[..., None], t), z0[..., None])
 
 
 def test_eq2_attribute_loss_is_the_mean_bce_and_its_floor_the_entropy():
@@ -161,33 +158,31 @@ def test_eq5_reversed_scores_are_turned_round_by_the_signed_form_only():
 
 def test_eq6_total_is_the_sum_and_two_passes_have_its_gradient():
     w, rows = torch.randn(5, dtype=f64), torch.randn(2, 5, dtype=f64)
-    def run(two_pass, weight=.7):
+    def run(backward, weight=.7):
         x, graphs = w.clone().requires_grad_(True), []
         def side(i):
             value = (rows[i] * x).tanh()
             graphs.append(value.requires_grad)
             return value.square().sum(), value.sum().sigmoid()[None]
-        dual, backward = lambda a, b: ab.dual_margin_loss(a, b, .9, torch.ones(1)), lambda share: share.backward()
-        loss, gap = ab.dual_training_loss(lambda: side(0), lambda: side(1), dual, weight, backward if two_pass else None)
+        dual = lambda a, b: ab.dual_margin_loss(a, b, .9, torch.ones(1))
+        loss, gap = ab.dual_training_loss(lambda: side(0), lambda: side(1), dual, weight, backward)
         loss.backward()
         return x.grad, loss.item(), gap.item(), graphs
 
-    (joint, total, gap, _), (split, _, gap2, graphs) = run(False), run(True)
-    torch.testing.assert_close(joint, split)
-    assert gap == pytest.approx(gap2) and gap > 0 and graphs == [False, True, True]
-    assert run(True, 0.0)[3] == [True, True]                       # nothing is compared: no third pass
-    torch.testing.assert_close(run(True, 0.0)[0], run(False, 0.0)[0])
-    assert total == pytest.approx(sum((row * w).tanh().square().sum().item() for row in rows) + .7 * gap)
+    for weight, passes in ((.7, [False, True, True]), (0.0, [True, True])):        # nothing is compared: no third pass
+        (joint, total, gap, _), (split, _, gap2, graphs) = run(None, weight), run(torch.Tensor.backward, weight)
+        torch.testing.assert_close(joint, split)
+        assert gap == pytest.approx(gap2) and gap > 0 and graphs == passes
+        assert total == pytest.approx(sum((row * w).tanh().square().sum().item() for row in rows) + weight * gap)
 
 
 # ---------------------------------------------------------------- section 4.1: model
-def test_codec_packs_as_flux_does_and_a_smaller_condition_lies_between_the_tokens_it_covers():
-    z, full, half = torch.randn(2, 3, 8, 6), ab.position_ids(4, 4), ab.position_ids(2, 2, 2)
+def test_codec_packs_and_places_tokens_as_flux_does():
+    z, ids = torch.randn(2, 3, 8, 6), ab.position_ids(4, 3)
     tokens = ab.pack(z)
     assert torch.equal(tokens, diffusers.FluxPipeline._pack_latents(z, 2, 3, 8, 6)) and torch.equal(ab.unpack(tokens, 8, 6), z)
     assert torch.equal(tokens[0, 4], z[0, :, 2:4, 2:4].reshape(-1))                    # (c, dy, dx), c slowest
-    assert full[:, 0].eq(0).all() and full[5].tolist() == [0, 1, 1]
-    assert half.tolist() == [[0, .5, .5], [0, .5, 2.5], [0, 2.5, .5], [0, 2.5, 2.5]]
+    assert torch.equal(ids, diffusers.FluxPipeline._prepare_latent_image_ids(2, 4, 3, "cpu", torch.float32))
     codec, x = ab.Codec(tiny_vae(), 0.1159, 0.3611), torch.rand(2, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         posterior, tokens, sampled = codec.vae.encode(x).latent_dist, codec.encode(x), codec.encode(x, torch.ones_like)
@@ -258,12 +253,12 @@ def branch(net, adapted, text, image, condition, temb, temb0, ids, independent):
 
 
 @pytest.mark.parametrize("independent", [False, True])
-@pytest.mark.parametrize("side", [4, 2])
-def test_one_sequence_equals_three_branches_with_lora_on_the_condition(independent, side):
-    plain, net = tiny_flux(), with_lora(tiny_flux())
-    merged = copy.deepcopy(net)
-    common.merge_lora(merged)
-    noisy, condition, text, pooled, t, g, ids, condition_ids = args = inputs(side)
+def test_one_sequence_equals_three_branches_with_lora_on_the_condition(independent):
+    plain, merged, net = tiny_flux(), tiny_flux(), with_lora(tiny_flux())
+    for name in ab.condition_layers(net):
+        layer = net.get_submodule(name)
+        merged.get_submodule(name).weight.data += 2 / 4 * layer.lora_B.weight.data @ layer.lora_A.weight.data   # alpha / rank
+    noisy, condition, text, pooled, t, g, ids, condition_ids = args = inputs()
     clock = lambda t, g: plain.time_text_embed(1000 * t, 1000 * g, pooled)
     with torch.no_grad():
         wanted = branch(plain, merged, plain.context_embedder(text), plain.x_embedder(noisy), merged.x_embedder(condition),
@@ -271,19 +266,15 @@ def test_one_sequence_equals_three_branches_with_lora_on_the_condition(independe
         torch.testing.assert_close(ab.flux_velocity(net, *args, independent), wanted, atol=2e-5, rtol=0)
 
 
-def test_fresh_lora_changes_nothing_trained_lora_only_condition_tokens_and_the_cache_of_an_independent_one_is_exact():
-    plain, net, args, x = tiny_flux(), tiny_flux(), inputs(), torch.randn(2, 7, 16)
+def test_a_fresh_lora_changes_nothing_and_the_cache_of_an_independent_condition_is_exact():
+    plain, net, args = tiny_flux(), tiny_flux(), list(inputs())
     new = ab.add_condition_lora(net, 4, 4)
     assert {id(p) for p in new} == {id(p) for p in net.parameters() if p.requires_grad}
     with torch.no_grad():
         torch.testing.assert_close(ab.flux_velocity(net, *args), ab.flux_velocity(plain, *args), atol=1e-6, rtol=0)
         for p in new:
             nn.init.normal_(p)
-        embedded, base = net.x_embedder(x, 4), plain.x_embedder(x)
-        assert torch.equal(embedded[:, :4], base[:, :4]) and not torch.isclose(embedded[:, 4:], base[:, 4:]).any(-1).all()
-        assert not torch.allclose(ab.flux_velocity(net, *args), ab.flux_velocity(plain, *args))
-        # An independent condition ignores the image, and its cache is exact
-        args, cache, other, call = list(args), {}, {}, functools.partial(ab.flux_velocity, net, independent=True)
+        cache, other, call = {}, {}, functools.partial(ab.flux_velocity, net, independent=True)
         assert torch.equal(call(*args, cache=cache), call(*args)) and len(cache) == 4
         args[0], args[4] = torch.randn(2, 16, 16), torch.rand(2)                        # another noise, another time
         later = call(*args, cache=other)
@@ -305,20 +296,18 @@ def test_paper_size_has_231_8_million_trainable_parameters_on_released_names_and
     assert {name.replace(".base.", ".") for name in net.state_dict() if "lora_" not in name} == released
     assert set(ab.lora_tensors(net)) == {f"transformer.{name}.{m}.weight" for name in names for m in ("lora_A", "lora_B")}
     assert (train.rank, train.max_train_steps, train.batch_size, train.image_size) == (64, 60_000, 1, 512)
-    assert (train.drop_text, train.drop_condition, train.optimizer) == (.01, .01, "prodigy")
-    assert ab.lora_optimizer(train, [nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"] == 1.0
+    assert (train.drop_text, train.drop_condition, train.optimizer, train.learning_rate) == (.01, .01, "prodigy", 1.0)
     assert pairs.count * pairs.edits == 35_000 and (pairs.positive, pairs.negative, pairs.editor) == (.6, .4, "sd3")
 
 
 def test_lora_file_has_the_layout_of_the_release_survives_the_round_trip_and_diffusers_reads_it(tmp_path):
     net, other, plain, path, args = with_lora(tiny_flux()), tiny_flux(), tiny_flux(), tmp_path / "lora.safetensors", inputs()
-    common.save_lora(net, path)
+    common.save_part(path, ab.lora_tensors(net))
     state, x = safetensors.torch.load_file(path), torch.randn(2, 3, 32)
-    assert same(state, ab.lora_tensors(net)) and ab.lora_rank(path) == 4
-    assert len(state) == 2 * len(ab.condition_layers(net)) and not any("alpha" in n for n in state)
+    assert len(state) == 2 * len(ab.condition_layers(net)) and not any("alpha" in n for n in state) and ab.lora_rank(path) == 4
     assert state["transformer.single_transformer_blocks.1.norm.linear.lora_B.weight"].shape == (96, 4)
-    ab.add_condition_lora(other, 4, 4)                                              # scale 1, as OminiControl reads it
-    ab.load_lora(other, path)
+    ab.add_condition_lora(other, 4, 8)                                              # at any scale of the layers
+    ab.load_condition_lora(other, path)
     with torch.no_grad():
         torch.testing.assert_close(ab.flux_velocity(other, *args), ab.flux_velocity(net, *args), atol=1e-6, rtol=0)
         pytest.importorskip("peft", reason="diffusers reads LoRA files with peft only")
@@ -345,9 +334,9 @@ def tiny(flux, toy_folder):
     nets, path = ab.load_networks(cfg, "cpu"), toy_folder / "pairs" / "pairs.jsonl"
     nets["codec"].vae.encoder.conv_out.bias.data[4:] = -30                              # a posterior without spread
     ab.add_condition_lora(nets["prior"], 4, 4)
-    for layer in common.lora_layers(nets["prior"]).values():
-        nn.init.normal_(layer.lora_B.weight, std=.1)
-    return cfg, nets, ab.Pairs(path.parent, ab.accepted(path), 32, "noisy").held_out(3)
+    for name in ab.condition_layers(nets["prior"]):
+        nn.init.normal_(nets["prior"].get_submodule(name).lora_B.weight, std=.1)
+    return cfg, nets, ab.Pairs(path.parent, ab.accepted(path), 32, "toy").held_out(3)
 
 
 def test_branches_share_condition_time_and_noise_and_two_passes_with_recomputed_blocks_have_their_gradient(tiny, monkeypatch):
@@ -365,10 +354,6 @@ def test_branches_share_condition_time_and_noise_and_two_passes_with_recomputed_
     (_, z_src, c_src, text_src, _, t_src, *_), (_, z_tar, c_tar, text_tar, _, t_tar, *_) = seen
     assert torch.equal(c_src, c_tar) and torch.equal(t_src, t_tar) and not torch.equal(text_src, text_tar)
     assert z_src.shape == z_tar.shape and not torch.equal(z_src, z_tar)
-    batch.update(hq_tar=batch["hq"], target_prompts=batch["source_prompts"])            # equal faces and prompts: equal losses
-    _, parts = ab.pair_loss(cfg, cpu, nets, BRIGHT, batch)
-    for name in ("diffusion", "attribute"):
-        assert parts[f"{name}_src"].item() == pytest.approx(parts[f"{name}_tar"].item(), rel=1e-6)
 
 
 def test_eq5_margin_is_at_most_what_the_clean_faces_differ_in_the_asked_direction(tiny, monkeypatch):
@@ -401,13 +386,10 @@ def test_dropped_prompts_black_conditions_and_what_is_read(tiny, monkeypatch):
         assert silent.float().mean().item() == pytest.approx(.3, abs=.08) and torch.equal(silent, silent_tar)
         assert torch.equal(losses[0][6], (~silent & (losses[0][5] <= ab.READ_UNTIL)).nonzero()[:, 0])
         assert losses[0][9].all() and torch.equal(losses[1][9] > 0, ~silent)
-        for changes, count in ((dict(decoded=2), 2), (dict(attribute_weight=0.0, dual_weight=0.0), 0)):
-            ab.pair_loss(dataclasses.replace(cfg, **changes), cpu, nets, BRIGHT, batch)
-            assert len(losses[-1][6]) == count
         _, parts = ab.pair_loss(dataclasses.replace(cfg, dual_training=False), cpu, nets, BRIGHT, batch)
-    assert parts.keys() == {"diffusion_src", "attribute_src", "attribute_kl_src"} and len(losses) == 7        # Eq. 3 alone
-    assert (ab.draw_times(10 ** 5, 1.0, "cpu").quantile(.05) - .16).abs() < .01           # sigmoid of a normal
-    assert (ab.draw_times(10 ** 5, 4.0, "cpu").quantile(.5) - .8).abs() < .01             # 4 t / (1 + 3 t) of 1/2
+    assert parts.keys() == {"diffusion_src", "attribute_src", "attribute_kl_src"} and len(losses) == 3        # Eq. 3 alone
+    for shift, median in ((1.0, .5), (4.0, .8)):                    # s t / (1 + (s - 1) t) of 1/2
+        assert (ab.draw_times(10 ** 5, shift, "cpu").median() - median).abs() < .01
 
 
 def test_overfitting_two_pairs_separates_the_scores_in_the_right_order(tiny, monkeypatch):
@@ -426,8 +408,8 @@ def test_overfitting_two_pairs_separates_the_scores_in_the_right_order(tiny, mon
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        history.append((loss.item(), parts["dual"].item()))
-    first, last = (torch.tensor(h).mean(0) for h in (history[:4], history[-4:]))
+        history.append([loss.item(), parts["dual"].item()])
+    first, last = torch.tensor(history[:4]).mean(0), torch.tensor(history[-4:]).mean(0)
     assert (last < .8 * first).all() and last[1] < cfg.dual_margin      # max(0, m - s (A_tar - A_src)) < m: the right sign
 
 
@@ -438,12 +420,13 @@ def test_attributes_are_read_in_our_order_with_a_gradient_and_farl_reads_twelve_
     assert torch.autograd.grad(logits.sum(), x)[0].abs().sum() > 0
     with torch.device("meta"):
         farl = metrics.FaRLAttributes()
-    farl, x = farl.to_empty(device="cpu"), torch.rand(1, 3, 64, 64) * 2 - 1
+    farl = farl.to_empty(device="cpu")
     [nn.init.normal_(p, std=.02) for p in farl.parameters()]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):     # which read_attributes switches off
+        found = ab.read_attributes(farl, x[:1])
     with torch.no_grad():
-        with torch.autocast("cpu", torch.bfloat16):                  # which read_attributes switches off
-            found = ab.read_attributes(farl, x)
-        torch.testing.assert_close(found.sigmoid(), farl.probabilities(x)[:, [39, 31, 21, 15, 5, 33, 32, 8, 9, 11, 17, 35]])
+        wanted = farl.probabilities(x[:1])[:, [39, 31, 21, 15, 5, 33, 32, 8, 9, 11, 17, 35]]
+    torch.testing.assert_close(found.sigmoid(), wanted)
 
 
 def quadratic(optimizer_class, steps, **options):
@@ -468,7 +451,7 @@ def test_prodigy_is_prodigyopt_to_the_bit():
         assert ours[0] == theirs[0] and torch.equal(ours[1], theirs[1])
 
 
-def test_prodigy_first_step_by_hand_a_frozen_sequence_that_never_lowers_d_and_resuming():
+def test_prodigy_first_step_by_hand_and_a_frozen_sequence_that_never_lowers_d():
     """First d stays d0, m = d0 (1 - b1) g, v = d0^2 (1 - b2) g^2: the step is d0 lr m / (sqrt v + d0 eps)."""
     start, g = torch.tensor([1., -2.], dtype=f64), torch.tensor([.5, 4.], dtype=f64)
     p = nn.Parameter(start.clone())
@@ -479,30 +462,17 @@ def test_prodigy_first_step_by_hand_a_frozen_sequence_that_never_lowers_d_and_re
     assert all(b >= a for a, b in zip(ds, ds[1:])) and ds[0] == 1e-6
     frozen = {10: 1e-06, 20: 1.75464e-06, 30: 6.54334e-06, 50: 0.000198783, 80: 0.00921718, 120: 0.036639}
     assert [ds[step - 1] for step in frozen] == pytest.approx(list(frozen.values()), rel=1e-3, abs=0)
-    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
-    optimizer, other = ab.Prodigy([p], d0=1e-2), ab.Prodigy([q], d0=1e-2)
-    assert optimizer.step() is None and not optimizer.state                        # no gradient: nothing happens
-    step = lambda o, p: (setattr(p, "grad", p.detach() - 3), o.step())
-    [step(optimizer, p) for _ in range(5)]
-    assert optimizer.param_groups[0]["d"] > 1e-2 and optimizer.param_groups[0]["k"] == 5
-    q.data.copy_(p.data)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    [(step(optimizer, p), step(other, q)) for _ in range(5)]
-    assert torch.equal(p, q)
 
 
 def test_schedules_are_those_of_diffusers_and_euler_is_exact_on_straight_paths():
     flux = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
     flux.set_timesteps(sigmas=torch.linspace(1, 1 / 28, 28).tolist(), mu=.63)
     torch.testing.assert_close(ab.flux_sigmas(28, 1024), flux.sigmas, atol=1e-6, rtol=0)
-    assert ab.flux_sigmas(28, 1024)[[0, 1, 13, 27, 28]].tolist() == pytest.approx([1, .981, .684, .065, 0], abs=6e-4)
     sd3 = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     sd3.set_timesteps(50)
     torch.testing.assert_close(ab.sd3_sigmas(50), sd3.sigmas, atol=2e-4, rtol=0)
-    assert ab.sd3_sigmas(50)[50 - 33].item() == pytest.approx(.850, abs=2e-3)           # where n_max = 33 starts
     z0, noise = torch.randn(2, 3, 4, 5)
-    for sigmas in (ab.flux_sigmas(3, 4), ab.flux_sigmas(28, 1024)):
-        torch.testing.assert_close(ab.euler_sample(lambda x, t: noise - z0, noise, sigmas), z0)
+    torch.testing.assert_close(ab.euler_sample(lambda x, t: noise - z0, noise, ab.flux_sigmas(3, 4)), z0)
 
 
 def test_flow_edit_moves_a_gaussian_as_computed():
@@ -510,12 +480,11 @@ def test_flow_edit_moves_a_gaussian_as_computed():
     def velocity(x, t, mean):  # E[eps - x0 | x_t] for x0 ~ N(mean, 1)
         t = t.view(-1, *[1] * (x.dim() - 1))
         return (2 * t - 1) / ((1 - t) ** 2 + t ** 2) * (x - (1 - t) * mean) - mean
-    x, edit = torch.randn(3, 2, 4), functools.partial(ab.flow_edit, sigmas=ab.flux_sigmas(10, 16), n_max=8)
-    assert torch.equal(edit(velocity, x, 1., 1., n_avg=2), x)                           # between equal prompts
     rngs = lambda *seeds: [torch.Generator().manual_seed(s) for s in seeds]
-    rough = lambda rows, *s: edit(lambda x, t, p: velocity(x, t, p) + (x * (3 + p)).sin(), rows, 0., 2., generator=rngs(*s))
+    rough = lambda rows, *seeds: ab.flow_edit(lambda x, t, mean: velocity(x, t, mean) + (x * (3 + mean)).sin(), rows, 0., 2.,
+                                              ab.flux_sigmas(10, 16), 8, n_avg=2, generator=rngs(*seeds))
+    x = torch.randn(3, 2, 4)
     torch.testing.assert_close(rough(x, 1, 2, 3)[1:2], rough(x[1:2], 2))
-    assert not torch.allclose(rough(x, 1, 2, 3), rough(x, 4, 5, 6), atol=1e-3)
     x = torch.randn(4096, 1)
     for a, n, shift in ((0, 50, 0), (.25, 50, .64), (.5, 50, 1.35), (.75, 50, 2.13), (1, 50, 3), (1, 33, 2.51), (1, 15, 1.21)):
         moved = ab.flow_edit(velocity, x, 0., 3., ab.sd3_sigmas(50), n, blend=a, generator=rngs(0)[0]) - x
@@ -544,48 +513,42 @@ def test_restore_adds_both_kinds_of_guidance(tiny):
 def test_thresholds_decide_what_can_be_edited_switching_turns_siblings_off_and_the_check_forgives_them():
     scores = [.9, .1, .5, .61, .39, .8, .2, .1, .2, .7, .3, .05]
     assert ab.editable(scores) == [0, 1, 3, 4, 6, 7, 8, 10, 11]                 # .5 is unknown; brown and wavy are on
-    assert ab.editable([.5] * 12) == [] and ab.editable([.5] * 7 + [.1] * 4 + [.5]) == []
     after, sign = ab.switch(scores, 8)
     assert sign == 1 and after[7:11] == [0, 1, 0, 0] and after[:7] == scores[:7]
     assert ab.switch(scores, 6)[0][5:7] == [0, 1] and ab.switch(scores, 0) == ([0, *scores[1:]], -1)
     assert set(ab.others_of(8)) == set(range(12)) - {7, 8, 9, 10} and set(ab.others_of(0)) == set(range(1, 12))
     on, off = [.9, .9] + [.1] * 10, [.9, .1] + [.1] * 10
     good = dict(source=off, target=on, edited=1, sign=1, identity=.7, structure=.8, shift=.02)
-    assert ab.quality_check(**good).accepted
+    assert not ab.quality_check(**good)[1]
     bad = (dict(target=[.9, .5] + [.1] * 10), dict(source=on, sign=-1), dict(source=[.9, .8] + [.1] * 10),
            dict(target=on[:11] + [math.nan]), dict(target=[.5, .9] + [.1] * 10), dict(identity=.39), dict(structure=.4),
            dict(shift=.2), dict(identity=math.nan))
-    assert all(not c.accepted and len(c.reasons) == 1 for c in (ab.quality_check(**good | change) for change in bad))
+    assert all(len(ab.quality_check(**good | change)[1]) == 1 for change in bad)
     source, target = [.9] * 7 + [.1, .1, .9, .1, .1], [.9] * 7 + [.1, .9, .1, .1, .1]    # blond on, brown off with it
-    assert [ab.quality_check(source, target, *edit, .7, .8, .02).accepted for edit in ((8, 1), (0, -1))] == [True, False]
+    assert [len(ab.quality_check(source, target, *edit, .7, .8, .02)[1]) for edit in ((8, 1), (0, -1))] == [0, 2]
 
 
 def test_pairs_of_the_toy_world_as_batches(toy_folder, tmp_path):
-    """Batches depend on (seed, step, rank), cover an epoch, share one degraded image; people are held out whole."""
-    cfg = ab.Train(pairs=str(toy_folder / "pairs" / "pairs.jsonl"), image_size=32, degradation="noisy")
+    """Batches cover an epoch, both faces share one degraded image; people are held out whole, bad rows left out."""
+    folder = shutil.copytree(toy_folder / "pairs", tmp_path / "pairs")
+    rows = [dict(row, person=k % 5) for k, row in enumerate(ab.read_pairs(folder / "pairs.jsonl"))]
+    rows += [rows[0] | bad for bad in (dict(accepted=False, target=None), dict(target="gone.png"), dict(attribute="Horns"))]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"half')
+    cfg = ab.Train(pairs=str(folder / "pairs.jsonl"), image_size=32, degradation="toy")
     training, held = ab.open_pairs(cfg)
-    assert len(training.rows) == 18 and len({r["source"] for r in held.rows} - {r["source"] for r in training.rows}) == 2
-    batch, again = (training.training(4, seed=1, step=2) for _ in range(2))
-    assert all(torch.equal(v, again[k]) if torch.is_tensor(v) else v == again[k] for k, v in batch.items())
-    whole = [training.training(3, 1, step, rank, 2) for step in range(3) for rank in range(2)]
+    assert {row["person"] for row in held.rows} == {4} and {row["person"] for row in training.rows} == {0, 1, 2, 3}
+    assert len(training.rows) + len(held.rows) == 20
+    whole = [training.training(4, 1, step, rank, 2) for step in range(2) for rank in range(2)]
     assert sorted(p for b in whole for p in b["source_prompts"]) == sorted(row["source_prompt"] for row in training.rows)
-    single = ab.open_pairs(dataclasses.replace(cfg, dual_training=False))[0].training(4, 1, 2)
+    batch, single = whole[2], ab.open_pairs(dataclasses.replace(cfg, dual_training=False))[0].training(4, 1, 1, 0, 2)
     for i, seed in enumerate(batch["seeds"].tolist()):              # Table 4's rows without SDT: one face, its own prompt
         face, prompt, sign = ("hq", "source_prompts", 1) if seed % 2 else ("hq_tar", "target_prompts", -1)
         assert torch.equal(single["hq"][i], batch[face][i]) and single["source_prompts"][i] == batch[prompt][i]
         assert single["sign"][i] == sign * batch["sign"][i]
     for b in (batch, single):
-        assert torch.equal(b["lq"], common.degrade(b["hq"], common.DEGRADATIONS["noisy"], b["seeds"]))
+        assert torch.equal(b["lq"], common.degrade(b["hq"], common.DEGRADATIONS["toy"], b["seeds"]))
     scores = metrics.load_reader("b").probabilities(batch["hq_tar"])[range(4), batch["edited"]]
     assert ((scores > .5) == (batch["sign"] > 0)).float().mean() >= .75
-    # Rows that name a person are held out together; bad ones are left out
-    folder = shutil.copytree(toy_folder / "pairs", tmp_path / "pairs")
-    rows = [dict(row, person=k % 5) for k, row in enumerate(ab.read_pairs(folder / "pairs.jsonl"))]
-    rows += [rows[0] | bad for bad in (dict(accepted=False, target=None), dict(target="gone.png"), dict(attribute="Horns"))]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"half')
-    training, held = ab.open_pairs(dataclasses.replace(cfg, pairs=str(folder / "pairs.jsonl")))
-    assert {row["person"] for row in held.rows} == {4} and {row["person"] for row in training.rows} == {0, 1, 2, 3}
-    assert len(training.rows) + len(held.rows) == 20
 
 
 def test_sd3_edits_on_its_own_classes(tmp_path):
@@ -597,27 +560,13 @@ def test_sd3_edits_on_its_own_classes(tmp_path):
     short, long, schedule = toy_flux.word_tokenizer(77), toy_flux.word_tokenizer(256), diffusers.FlowMatchEulerDiscreteScheduler
     diffusers.StableDiffusion3Pipeline(net, schedule(shift=3.0), tiny_vae(), clip, short, clip2, short, t5,
                                        long).save_pretrained(tmp_path)
-    editor = ab.sd3_editor(str(tmp_path), 32, 6, "cpu", torch.float32)
+    editor = ab.sd3_editor(str(tmp_path), 6, "cpu", torch.float32)
     x, cfg, asked = toy_faces([1, 2], [1, 2], size=32).image, ab.BuildPairs(n_max=5), ["a hat", "bangs"]
     edit = lambda blend: ab.edit_faces(editor, cfg, blend, "cpu", x, ["a person"] * 2, asked, [1, 2])
     with torch.no_grad():
-        z, t = editor.encode(x), torch.full((2,), .5)
-        torch.testing.assert_close(edit(0.0), editor.decode(z))
-        assert not torch.allclose(edit(1.0), editor.decode(z), atol=1e-3)
-        together, alone = (editor.velocity(z[k:], t[k:], editor.prompt(asked[k:], 1.0)) for k in (0, 1))
-    torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=1e-4)            # halves of the batch do not mix
-
-
-def test_llm_verbaliser_keeps_only_captions_that_say_everything(tmp_path):
-    """A tiny random GPT-2 says nothing useful: the template stands. One that says every phrase is believed."""
-    words = toy_flux.word_tokenizer(512)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(words), n_positions=256, n_embd=32, n_layer=1,
-                                                                 n_head=2, bos_token_id=None, eos_token_id=len(words) - 1))
-    [part.save_pretrained(tmp_path) for part in (words, model)]
-    caption, scores = ab.LLMVerbaliser(str(tmp_path), "cpu"), [.9, .9] + [.5] * 10      # young, smiling
-    assert caption(scores) == common.verbalise(scores) == "a photo of a young smiling person"
-    caption.words.decode = lambda ids, **k: "A smiling face of somebody young."
-    assert caption(scores) == caption.words.decode(0) and caption([.1] + scores[1:]) == "a photo of an older smiling person"
+        plain = editor.decode(editor.encode(x))
+    torch.testing.assert_close(edit(0.0), plain)
+    assert not torch.allclose(edit(1.0), plain, atol=1e-3)
 
 
 # ---------------------------------------------------------------- the program
@@ -639,7 +588,7 @@ def trained(flux, toy_folder, tmp_path_factory):
 
 def test_training_leaves_weights_numbers_and_pictures(trained):
     names, numbers = {p.name for p in trained.out.iterdir()}, json.loads((trained.out / "metrics.json").read_text())
-    assert names == {*"lora.safetensors config.json metrics.json samples.png prompts.png log.jsonl".split()}
+    assert names == {*"lora.safetensors config.json metrics.json samples.png samples_prompts.png log.jsonl".split()}
     assert set(numbers["rows"]) == {"lq", "source", "target", "template", "edited", "autoencoder"} and numbers["faces"] == 2
     assert 0 <= numbers["rows"]["target"]["attribute_accuracy_toy"] <= 1 and numbers["main"] == "target"
     assert sum(n for _, n in numbers["per_attribute"]["target"].values()) == 2
@@ -699,8 +648,8 @@ def test_pairs_are_built_go_on_after_a_kill_and_train(flux, toy_folder, tmp_path
     good = [row for row in rows if row["accepted"]]
     assert len(rows) == 16 and good and len({row["person"] for row in rows}) == 8
     for row in rows:
-        assert row["accepted"] == (not row["reasons"]) == bool(row["target"]) and (row["accepted"] or row["attempts"] == 6)
-    assert len(list((tmp_path / "a" / "target").iterdir())) == len(good) and (tmp_path / "a" / "sheet.png").exists()
+        assert row["accepted"] == (not row["reasons"]) and (row["accepted"] or row["attempts"] == 6)
+    assert len(list((tmp_path / "a" / "target").iterdir())) == len(good) and (tmp_path / "a" / "samples.png").exists()
     folder = shutil.copytree(tmp_path / "a", tmp_path / "b")
     lines = (folder / "pairs.jsonl").read_text().splitlines(keepends=True)
     (folder / "pairs.jsonl").write_text("".join(lines[:7]) + lines[7][:40])             # killed while writing
@@ -711,10 +660,3 @@ def test_pairs_are_built_go_on_after_a_kill_and_train(flux, toy_folder, tmp_path
     assert all((folder / row["target"]).exists() for row in good)
     call("train", *TINY, "--pretrained_model_name_or_path", flux, "-o", tmp_path / "c", "--data", folder,
          "--max_train_steps", "1", "--validation_data", toy_folder / "pairs", "--gradient_accumulation_steps", "2")
-
-
-def test_the_toy_flux_trains_and_is_a_flux(toy_folder, tmp_path):
-    toy_flux.train(tmp_path / "a", 2, 2, work=str(tmp_path / "work"), data=str(toy_folder / "train"), device="cpu", sizes=SIZES,
-                   batch_size=4, image_size=32, lr_warmup_steps=1)
-    nets = ab.load_networks(ab.Train(pretrained_model_name_or_path=str(tmp_path / "a"), image_size=32), "cpu")
-    assert nets["codec"].token == 8 and nets["codec"].scale != 1 and nets["text"].length == 24

@@ -5,14 +5,12 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
 import typing
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +27,6 @@ from safetensors.torch import load_file, save_file
 import common
 from common import ATTRIBUTES, DEGRADATIONS, Degradation, UserError, degrade
 from toy import faces as toy
-from toy.muon import Muon, orthogonalised
 
 CPU, NAMES = torch.device("cpu"), [name for _, name, _, _ in ATTRIBUTES]
 
@@ -47,8 +44,6 @@ def test_captions_state_the_attributes_that_are_sure():
     assert common.verbalise(torch.tensor(on("Bangs", "Wearing_Hat", "Mouth_Slightly_Open"))) == \
         "a photo of an older serious person with bangs, wearing a hat, mouth slightly open"
     assert common.verbalise([0.5] * 12) == "a photo of a person"
-    with pytest.raises(ValueError, match="12 scores"):
-        common.verbalise([1, 0])
 
 
 # ---------------------------------------------------------------- degradation
@@ -63,9 +58,6 @@ def test_degradation_depends_on_its_seeds_alone():
         assert lq.shape == hq.shape and not torch.equal(lq, degrade(hq, spec, [5, 6, 7, 8])), name
         levels = (lq + 1) * 127.5
         assert (levels - levels.round()).abs().max() < 1e-3 and lq.min() >= -1 and lq.max() <= 1
-    for wrong in (torch.zeros(1, 3, 8, 9), torch.zeros(2, 3, 16, 16)):
-        with pytest.raises(ValueError, match="square images .* and B seeds"):
-            degrade(wrong, DEGRADATIONS["gfpgan"], [0])
 
 
 def test_degradation_equals_a_slow_reference():
@@ -149,13 +141,6 @@ def test_every_mode_becomes_rgb_and_what_is_transparent_mid_grey(tmp_path, mode,
     assert np.abs(np.subtract(read(tmp_path, Image.new(mode, (8, 6), colour), kind, **options), wanted)).max() <= 1
 
 
-def test_palettes_with_transparency(tmp_path):
-    picture = Image.new("P", (8, 6), 3)
-    picture.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 10, 20, 200])
-    assert read(tmp_path, picture) == [10, 20, 200] and read(tmp_path, picture, transparency=3) == [128] * 3
-    assert read(tmp_path, picture, transparency=1) == [10, 20, 200]
-
-
 def test_colour_profiles_are_converted_to_srgb_also_beside_transparency_and_palettes(tmp_path):
     """sRGB's profile with the primaries of red and green exchanged: reading it exchanges the two channels."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -164,8 +149,6 @@ def test_colour_profiles_are_converted_to_srgb_also_beside_transparency_and_pale
         picture, wanted = Image.new("RGB", (8, 6), (r, g, b)), np.array([g, r, b])
         for shown in (picture, picture.convert("RGBA"), picture.quantize(2)):
             assert np.abs(read(tmp_path, shown, icc_profile=profile) - wanted).max() <= 1
-        half = Image.new("RGBA", (8, 6), (r, g, b, 102))
-        assert np.abs(read(tmp_path, half, icc_profile=profile) - (0.4 * wanted + 0.6 * 128)).max() <= 1
         assert read(tmp_path, picture, icc_profile=b"damaged") == [r, g, b]
 
 
@@ -180,69 +163,33 @@ def test_exif_turns_and_pictures_that_are_not_square_lose_their_ends(tmp_path):
     assert torch.equal(common.read_image(tmp_path / "x.png", 10), torch.tensor([-1., -1, 1]).view(3, 1, 1).expand(3, 10, 10))
 
 
-@pytest.mark.parametrize("kind", ["png", "gif", "jpg", "webp", "tif"])
-def test_damaged_pictures_are_refused_never_black(tmp_path, kind):
-    """60 damaged files: what Pillow refuses is refused, what it reads has Pillow's pixels."""
-    rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).resize((64, 64))
-    picture.save(tmp_path / f"whole.{kind}", **({"compression": "tiff_lzw"} if kind == "tif" else {}))
-    whole, refused, path = (tmp_path / f"whole.{kind}").read_bytes(), 0, tmp_path / f"damaged.{kind}"
-    for number in range(60):
-        data = bytearray(whole)
-        if number % 2:
-            data = data[:int(rng.integers(20, len(whole)))]
-        else:
-            for place in rng.integers(20, len(whole), 8):
-                data[place] ^= int(rng.integers(1, 256))
-        path.write_bytes(data)
-        try:
-            with Image.open(path) as file:
-                pixels = np.asarray(file.convert("RGB"))
-        except Exception:
-            refused += 1
-            with pytest.raises(UserError, match="not a readable picture"):
-                common.read_image(path)
-        else:
-            image = common.read_image(path)
-            assert ((image.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(int).tolist() == pixels.tolist()
-    assert refused >= 15                                           # else the damage was too mild to test anything
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
+def test_a_picture_that_was_cut_off_is_refused_never_black(tmp_path, kind):
+    path = tmp_path / f"x.{kind}"
+    common.to_pil(toy_image(1)[0]).save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match="not a readable picture"):
+        common.read_image(path)
 
 
 def test_pictures_are_listed_behind_links_too_and_what_is_passed_over_is_counted(tmp_path, capsys):
-    for name in ("faces/b/1.png", "faces/a.JPG", "faces/.hidden.png", "faces/attributes.csv", "faces/c.heic", "faces/b/film.mpg", "far/2.png"):
+    for name in ("faces/b/1.png", "faces/a.JPG", "faces/.hidden.png", "faces/attributes.csv", "faces/c.heic", "far/2.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     faces = tmp_path / "faces"
     assert common.list_images(faces) == [faces / "a.JPG"] and "2 files or folders passed over" in capsys.readouterr().out
     (faces / "c").symlink_to(tmp_path / "far")
-    (faces / "b" / "again").symlink_to(faces)
     assert common.list_images(faces, True) == [faces / "a.JPG", faces / "b" / "1.png", faces / "c" / "2.png"]
-    assert "2 files" in capsys.readouterr().out
-    for name in ("absent", "faces/.hidden.png/x"):
-        with pytest.raises(UserError, match="no such file or folder"):
-            common.list_images(tmp_path / name)
+    assert "1 files or folders" in capsys.readouterr().out
 
 
-def test_a_failed_write_and_a_full_disk_leave_the_old_file(tmp_path):
-    path, writers = tmp_path / "file", [lambda f: f.write_text("x" * 50_000)]
-    writers += [lambda f, save=save: save({"a": torch.zeros(100_000)}, f) for save in (torch.save, save_file)]
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
     path.write_text("old")
-    for write in writers:
-        with pytest.raises(OSError, match="file: cannot be written"), no_space(10_000), common.whole_file(path) as temporary:
-            write(temporary)
-        assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-@contextmanager
-def no_space(size):
-    """Inside, no file can grow beyond `size` bytes: what a full disk looks like to a program."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    with pytest.raises(OSError, match="file: cannot be written"), common.whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise OSError("the disk is full")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 # ---------------------------------------------------------------- faces in a folder
@@ -262,9 +209,6 @@ def test_labels_are_found_by_file_name(tmp_path):
     assert batch["attributes"][2].isnan().all() and batch["captions"] == ["", "", "two"]
     assert batch["person"].tolist() == [1, 0, 0] and batch["place"].tolist() == [2, 0, 1]
     assert batch["hq"][:, 0, 0, 0].tolist() == pytest.approx([2 / 15, 0, 1 / 15], abs=.01)
-    (tmp_path / "attributes.csv").write_text("file,Young\na/1.png,x\n")
-    with pytest.raises(UserError, match="line 2"):
-        common.Faces(tmp_path, 16)
 
 
 def test_landmarks_move_with_the_centred_square(tmp_path):
@@ -296,8 +240,6 @@ def test_training_batches_depend_on_seed_step_and_rank_alone_and_cover_every_epo
     for epoch in (range(3), range(3, 6)):
         places = torch.cat([batches[step, rank]["place"] for step in epoch for rank in (0, 1)])
         assert places.sort().values.tolist() == list(range(12))
-    order = lambda seed: [faces.training(2, seed, step)["place"].tolist() for step in range(6)]
-    assert order(7) != order(8)
     assert len(torch.cat([batch["seeds"] for batch in batches.values()]).unique()) == 24
 
 
@@ -310,35 +252,22 @@ def test_half_of_the_faces_are_mirrored_before_they_are_degraded(toy_folder):
 
 
 def test_a_damaged_picture_ends_no_run(tmp_path, capsys):
-    """Batches of one: the step whose picture is damaged takes the next one; only a folder of none is an error."""
+    """Batches of one: the step whose picture is damaged takes the next one."""
     write_faces(tmp_path, [f"{i:02d}.png" for i in range(12)])
     (tmp_path / "03.png").write_bytes((tmp_path / "03.png").read_bytes()[:40])
     faces = common.Faces(tmp_path, 16)
     seen = [faces.names[faces.training(1, 0, k)["place"][0]] for k in range(12)]
     assert len(set(seen)) == 11 and "03.png" not in seen and capsys.readouterr().out.count("skipped") == 1
-    for path in tmp_path.iterdir():
-        path.write_bytes(b"no picture")
-    with pytest.raises(UserError, match="no picture can be read"):
-        common.Faces(tmp_path, 16).training(1, 0, 0)
-
-
-def opened(folder, **changes):
-    train, held = common.open_faces(Tiny(output="x", data=str(folder), image_size=16, **changes))
-    return train.names, held.names
 
 
 def test_whole_people_are_held_out(tmp_path):
+    opened = lambda folder: [faces.names for faces in common.open_faces(Tiny(output="x", data=str(folder), image_size=16))]
     write_faces(tmp_path / "five", [f"{p}/{i}.png" for p in "abcde" for i in range(4)])
     assert [{name[0] for name in names} for names in opened(tmp_path / "five")] == [set("abcd"), {"e"}]
     write_faces(tmp_path / "two", [f"a/{i:02d}.png" for i in range(30)] + ["b/1.png"])
     assert opened(tmp_path / "two")[1] == ["b/1.png"]
     write_faces(tmp_path / "one", [f"{i}.png" for i in range(9)])
     assert opened(tmp_path / "one")[1] == ["8.png"]
-    train, held = opened(tmp_path / "one", validation_data=str(tmp_path / "two"))
-    assert len(train) == 9 and len(held) == 31
-    write_faces(tmp_path / "few", ["1.png"])
-    with pytest.raises(UserError, match="--validation_data"):
-        opened(tmp_path / "few")
 
 
 def test_without_data_the_toy_faces_are_drawn_once(tmp_path, monkeypatch):
@@ -433,27 +362,21 @@ def test_a_run_killed_before_or_after_any_write_goes_on_bit_by_bit(tmp_path, mon
             assert same(straight, tiny_run(resumed(again)))
 
 
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path):
-    cfg = Tiny(output=str(tmp_path), steps=6, checkpointing_steps=100)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, workers):
+    """Clusters send it to the loader's processes too: one that died first would raise in the middle of a step."""
+    cfg = Tiny(output=str(tmp_path), steps=6, checkpointing_steps=100, num_workers=workers)
     straight = tiny_run(dataclasses.replace(cfg, output=str(tmp_path / "straight")))
-    for number, step in ((signal.SIGTERM, 1), (signal.SIGINT, 3)):
-        with pytest.raises(UserError, match=f"stopped at step {step + 1} of stage two, saved; go on with --resume_from"):
-            tiny_run(resumed(cfg), lambda *at, step=step, number=number: at[:2] == ("two", step) and os.kill(os.getpid(), number))
-        assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == step + 1
+    for number, wanted in ((signal.SIGTERM, 1), (signal.SIGINT, 3)):
+        def stop(stage, step, model, number=number, wanted=wanted):
+            if (stage, step) == ("two", wanted):
+                for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+                    os.kill(process, number)
+                time.sleep(0.3)
+        with pytest.raises(UserError, match=f"stopped at step {wanted + 1} of stage two, saved; go on with --resume_from"):
+            tiny_run(resumed(cfg), stop)
+        assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == wanted + 1
     assert same(straight, tiny_run(resumed(cfg))) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_a_signal_to_the_whole_group_leaves_the_loaders_processes_until_the_run_has_saved(tmp_path):
-    """Clusters end a job so. A loader's process that dies first would raise in the middle of a step."""
-    def end_of_the_job(stage, step, model):
-        if step == 1:
-            for process in multiprocessing.active_children():
-                os.kill(process.pid, signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.3)
-    with pytest.raises(UserError, match="stopped at step 2 of stage one, saved"):
-        tiny_run(Tiny(output=str(tmp_path), num_workers=2), end_of_the_job)
-    assert (tmp_path / "state.pt").exists() and not multiprocessing.active_children()
 
 
 def test_values_that_are_not_finite_stop_the_run_and_the_checkpoint_is_kept(tmp_path):
@@ -462,24 +385,19 @@ def test_values_that_are_not_finite_stop_the_run_and_the_checkpoint_is_kept(tmp_
             model[0].weight.data[0, 0] = math.nan
     for log_steps in (1, 100):                                    # seen in the loss, or only before weights are written
         cfg = Tiny(output=str(tmp_path / str(log_steps)), log_steps=log_steps, steps=5)
-        with pytest.raises(UserError, match="not finite"):
+        with pytest.raises(UserError, match="stage one.* is not finite"):
             tiny_run(cfg, poison)
         state = torch.load(Path(cfg.output) / "state.pt", weights_only=True)
         assert state["step"] == 2 and state["modules"]["m"]["0.weight"].isfinite().all()
-    with pytest.raises(UserError, match="weights are not finite, nothing"):
+    with pytest.raises(UserError, match="stage one: 0.weight is not finite"):
         tiny_run(Tiny(output=str(tmp_path / "end"), checkpointing_steps=100, log_steps=100), poison)
     assert not (tmp_path / "end" / "one.safetensors").exists()
 
 
-def test_the_log_has_a_row_for_every_save_and_losses_of_one_stage_alone(tmp_path):
+def test_the_log_has_a_row_for_every_save(tmp_path):
     tiny_run(Tiny(output=str(tmp_path), steps=9, log_steps=5, checkpointing_steps=4))
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["step"]) for row in rows[1:]] == [(s, k) for s in ("one", "two") for k in (4, 5, 8)]
-    run = common.Run(Tiny(output=str(tmp_path / "b"), log_steps=2))
-    for stage, step in (("a", 0), ("b", 0), ("b", 1)):            # stage a ends before its line: its 9 is not of stage b
-        for _ in run.batches(small_batch, stage, step, step + 1) if step == 0 else [0]:
-            run.log(stage, step, loss=torch.tensor(9.0 if stage == "a" else 1.0))
-    assert json.loads((tmp_path / "b" / "log.jsonl").read_text().splitlines()[-1])["loss"] == 1.0
 
 
 def test_another_run_in_the_folder_is_refused_and_replaced_at_the_first_step(tmp_path):
@@ -488,8 +406,6 @@ def test_another_run_in_the_folder_is_refused_and_replaced_at_the_first_step(tmp
     (tmp_path / "photo.png").write_bytes(b"the user's")
     with pytest.raises(UserError, match="holds another run .*--overwrite replaces it"):
         common.Run(cfg)
-    with pytest.raises(UserError, match="--image_size 32: .* was trained with 16"):
-        common.Run(dataclasses.replace(resumed(cfg), image_size=32), ("image_size",))
     assert same(first, tiny_run(resumed(cfg)))                    # all is finished: taken as it is
     other = dataclasses.replace(cfg, seed=1, overwrite=True)
     common.Run(other)                                             # a mistake after this deletes nothing
@@ -497,14 +413,6 @@ def test_another_run_in_the_folder_is_refused_and_replaced_at_the_first_step(tmp
     assert not same(first, tiny_run(other)) and (tmp_path / "photo.png").read_bytes() == b"the user's"
     run = common.Run(dataclasses.replace(cfg, stage="two", overwrite=True))
     assert run.part("one") and run.part("two") is None
-
-
-def test_an_error_in_a_loaders_process_is_one_line(tmp_path):
-    def batch_at(*_):
-        raise UserError("--data: went away")
-    run = common.Run(Tiny(output=str(tmp_path), num_workers=1))
-    with pytest.raises(UserError, match="^--data: went away$"):
-        next(run.batches(batch_at, "one", 0, 2))
 
 
 WORKER = """
@@ -556,67 +464,15 @@ def test_ema_has_the_ramp_and_copies_integers():
     ema.decay = 0.5
     ema.update(10**6)
     assert ema["m"]["weight"].item() == pytest.approx(0.95) and ema["m"]["num_batches_tracked"] == 5
-    module.weight.requires_grad_(False)
-    assert "weight" not in common.trained(module) and "running_mean" in common.trained(module)
 
 
 # ---------------------------------------------------------------- optimisers, schedules
-
-def test_muon_equals_torchs_muon_on_matrices_and_adam_on_vectors():
-    """torch.optim.Muon takes matrices only and works in bf16: equal up to that."""
-    torch.manual_seed(0)
-    ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, m * n).sin().view(m, n)) for m, n in ((24, 40), (40, 24))] for _ in range(2))
-    muon = Muon(ours, lr=0.1, weight_decay=0.2)
-    library = torch.optim.Muon(theirs, lr=0.1, momentum=0.95, nesterov=True, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
-    for _ in range(4):
-        for p, q in zip(ours, theirs):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        muon.step(), library.step()
-    for p, q in zip(ours, theirs):
-        torch.testing.assert_close(p, q, rtol=0, atol=4 * 0.1 * 0.2 * 0.05)
-    ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, n)) for n in (5, 3)] for _ in range(2))
-    table = nn.Parameter(torch.ones(3, 2))
-    muon = common.make_optimizer(SimpleNamespace(optimizer="muon"), [*ours, table], 0.1, weight_decay=0.2, tables=[table])
-    adam = torch.optim.AdamW([*theirs, twin := nn.Parameter(torch.ones(3, 2))], lr=0.1, betas=(0.9, 0.95), weight_decay=0.2)
-    for step in range(5):
-        for p, q in zip([*ours, table], [*theirs, twin]):
-            p.grad = torch.randn_like(p) if len(p) == 5 or step > 1 else None   # one joins later: it counts its own steps
-            q.grad = None if p.grad is None else p.grad.clone()
-        muon.step(), adam.step()
-    for p, q in zip([*ours, table], [*theirs, twin]):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
-
-
-def test_muon_orthogonalises_all_matrices_of_a_shape_as_newton_schulz_does_one():
-    """Against the plain iteration in float64: wide, tall, of low rank, zero; kernels too move in every direction alike."""
-    def newton_schulz(x):
-        x = x.double() / x.double().norm()
-        for _ in range(5):
-            gram = x @ x.T
-            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-        return x
-
-    torch.manual_seed(0)
-    for m, n in ((12, 40), (40, 12), (16, 16)):
-        stack = torch.stack([torch.randn(m, n), torch.randn(m, 2) @ torch.randn(2, n) * 1e3, torch.zeros(m, n)])
-        found = orthogonalised(stack)
-        for row in (0, 1):
-            torch.testing.assert_close(found[row].double(), newton_schulz(stack[row]), rtol=0, atol=2e-3)
-        assert torch.equal(found[2], torch.zeros(m, n))
-    p = nn.Parameter(torch.randn(8, 4, 3, 3))
-    before, p.grad = p.detach().clone(), torch.randn(8, 4, 3, 3) * 1e-3
-    Muon([p], lr=0.1, weight_decay=0.0).step()
-    moved = torch.linalg.svdvals((before - p.detach()).flatten(1) / (0.1 * 0.2 * 36 ** 0.5))
-    assert moved.min() > 0.6 and moved.max() < 1.3
-
 
 def test_learning_rate_schedules():
     cfg = SimpleNamespace(lr_scheduler="cosine", lr_warmup_steps=10)
     at = common.lr_schedule(cfg, 100)
     assert at(0) == pytest.approx(1 / 11) and at(10) == pytest.approx(1) and at(55) == pytest.approx(0.51)
     assert at(99) < 0.021 and at(100) == at(500) == pytest.approx(0.02)
-    assert all(b > a for a, b in zip(map(at, range(10)), map(at, range(1, 11))))
     flat = common.lr_schedule(SimpleNamespace(lr_scheduler="constant", lr_warmup_steps=0), 100)
     assert flat(0) == flat(99) == 1
     assert common.warmup_cosine(100, 20, floor=0.1, first=0.1)(10) == pytest.approx(0.55)
@@ -631,37 +487,20 @@ def test_read_weights_takes_off_the_usual_wrappings(tmp_path):
         assert same(common.read_weights(tmp_path / "x.pth"), state)
     save_file(state, tmp_path / "x.safetensors")
     assert same(common.read_weights(tmp_path / "x.safetensors"), state)
-    torch.save([1, 2], tmp_path / "x.pth")
-    (tmp_path / "page.pth").write_text("<!DOCTYPE html><html>404</html>")
-    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:30])
-    for name in ("x.pth", "page.pth", "cut.safetensors", "none.pth", "none.safetensors"):
-        with pytest.raises(UserError, match=name):
-            common.read_weights(tmp_path / name)
+    with pytest.raises(UserError, match="here: .*Linear.*Missing.*bias.*Unexpected.*a.weight"):
+        common.load_strict(nn.Linear(2, 2), state | {"weight": torch.ones(2, 2)}, "here")
 
 
-def test_weights_of_another_network_are_refused_in_one_line():
-    for state in ({}, {"weight": torch.zeros(1, 2), "bias": torch.zeros(2)}, dict(nn.Linear(2, 2).state_dict(), x=torch.zeros(1))):
-        with pytest.raises(UserError, match="^here: does not fit Linear: [^\n]*$"):
-            common.load_strict(nn.Linear(2, 2), state, "here")
-
-
-@pytest.mark.parametrize("kind", ["clip", "vae"])
-def test_a_folder_that_lacks_weights_is_refused(tmp_path, kind):
+def test_a_folder_that_lacks_weights_is_refused(tmp_path):
     """transformers and diffusers would draw what a file lacks at random, and say so in a note only."""
-    if kind == "clip":
-        from transformers import CLIPTextConfig, CLIPTextModel
-        net, lost, file = CLIPTextModel(CLIPTextConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-                                                       vocab_size=9)), "final_layer_norm.weight", "model.safetensors"
-    else:
-        from diffusers import AutoencoderKL
-        net, lost, file = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4), "decoder.conv_out.weight", \
-            "diffusion_pytorch_model.safetensors"
+    from diffusers import AutoencoderKL
+    net, file = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4), tmp_path / "part" / "diffusion_pytorch_model.safetensors"
     net.save_pretrained(tmp_path / "part")
     load = lambda: common.from_folder(type(net), str(tmp_path), "flag", "part")
     assert same(load().state_dict(), net.state_dict())
-    state = load_file(tmp_path / "part" / file)
-    save_file({n: t for n, t in state.items() if lost not in n}, tmp_path / "part" / file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"--flag .*part .*lacks weights such as .*{lost}"):
+    state = {n: t for n, t in load_file(file).items() if n != "decoder.conv_out.weight"}
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="--flag .*part .*lacks weights such as decoder.conv_out.weight"):
         load()
 
 
@@ -682,8 +521,9 @@ def test_lora_starts_as_the_base_and_survives_files_and_merging(tmp_path):
         nn.init.normal_(layer.lora_B.weight)
     after = model.attn.to_q(x).detach(), model.conv(picture).detach()
     assert not torch.allclose(after[0], before[0])
-    common.save_lora(model, tmp_path / "lora.safetensors")
-    state = common.read_weights(tmp_path / "lora.safetensors")    # alpha / rank stands in B; kohya's form has it beside them
+    state = {f"transformer.{name}.{m}.weight": getattr(layer, m).weight.detach() * (4 if m == "lora_B" else 1)
+             for name, layer in common.lora_layers(model).items() for m in ("lora_A", "lora_B")}
+    save_file(state, tmp_path / "lora.safetensors")               # alpha / rank stands in B; kohya's form has it beside them
     kohya = {n: t / 4 if "lora_B" in n else t for n, t in state.items()}
     kohya |= {n.replace(".lora_B.weight", ".alpha"): torch.tensor(8.) for n in state if "lora_B" in n}
     save_file(kohya, tmp_path / "kohya.safetensors")
@@ -692,17 +532,14 @@ def test_lora_starts_as_the_base_and_survives_files_and_merging(tmp_path):
         common.add_lora(fresh, ("to_q", "conv"), rank=2, alpha=2)
         common.load_lora(fresh, tmp_path / f"{name}.safetensors")
         torch.testing.assert_close((fresh.attn.to_q(x), fresh.conv(picture)), after)
-    other = small_model()
-    common.add_lora(other, ("to_q", "conv"), rank=4, alpha=4)
-    with pytest.raises(UserError, match="of another rank or other layers"):
-        common.load_lora(other, tmp_path / "lora.safetensors")
+    for names, rank in ((("to_q", "conv"), 4), (("to_q",), 2), (("to_q", "to_k", "conv"), 2)):       # another rank, other layers
+        other = small_model()
+        common.add_lora(other, names, rank, rank)
+        with pytest.raises(UserError, match="lora.safetensors: "):
+            common.load_lora(other, tmp_path / "lora.safetensors")
     common.merge_lora(model)
     assert type(model.attn.to_q) is nn.Linear
     torch.testing.assert_close((model.attn.to_q(x), model.conv(picture)), after, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="grouped"):
-        common.LoRALinear(nn.Conv2d(4, 4, 3, groups=2), 2, 2)
-    with pytest.raises(ValueError, match="no Linear"):
-        common.add_lora(small_model(), ("to_v",), 2, 2)
 
 
 @pytest.mark.parametrize("noted, q, k", [
@@ -740,14 +577,9 @@ def test_restore_folder_takes_what_it_can_and_names_the_rest(tmp_path, capsys):
     assert "skipped: " in said.out + said.err and "broken.png" in said.out + said.err and "centred square" in said.out + said.err
     names = {p.name for p in (tmp_path / "out" / "restored_faces").iterdir()}
     assert names == {"a.png.png", "a.jpg.png", "a.png.webp.png", "tall.png", "dot.png", "huge.png"}   # none twice
-    assert [len(n) for n in seen] == [2, 2, 2] and json.loads((tmp_path / "out" / "args.json").read_text())["restored"] == 6
-    with pytest.raises(UserError, match="--overwrite"):
-        common.restore_folder(cfg, None, 64, CPU)
+    assert [len(n) for n in seen] == [2, 2, 2]
     with pytest.raises(UserError, match="not finite"):
         common.restore_folder(dataclasses.replace(cfg, overwrite=True), lambda lq, n: {"restored_faces": lq / 0}, 64, CPU)
-    bad = Restore(input=str(tmp_path / "in" / "broken.png"), output=str(tmp_path / "out2"))
-    with pytest.raises(UserError, match="nothing was restored"):
-        common.restore_folder(bad, None, 64, CPU)
 
 
 # ---------------------------------------------------------------- command line
@@ -782,10 +614,8 @@ def test_flags_presets_and_overrides():
 
 
 @pytest.mark.parametrize("argv, message", [
-    (("do", "--batch_size", "0"), "--batch_size 0: must be a number of at least 1"), (("do", "--learning_rate", "-1"), "--learning_rate"),
-    (("do", "--learning_rate", "nan"), "--learning_rate"), (("do", "--batchsize", "3"), "did you mean --batch_size"),
-    (("do", "--batch_size", "many"), "invalid int value"), (("do", "--kind", "z"), "invalid choice"), (("undo",), "invalid choice"),
-    ((), "required"), (("do", "--data", "out/faces"), "--output out: holds --data out/faces"), (("do", "--data", "out"), "holds --data")])
+    (("do", "--batch_size", "0"), "--batch_size 0: must be a number of at least 1"), (("do", "--learning_rate", "nan"), "--learning_rate"),
+    (("do", "--batchsize", "3"), "--batchsize"), (("do", "--data", "out/faces"), "--output out: holds --data out/faces")])
 def test_a_wrong_command_is_one_line_and_a_status(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         call(*argv)
@@ -793,38 +623,11 @@ def test_a_wrong_command_is_one_line_and_a_status(argv, message, capsys):
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_what_files_and_memory_bring_is_one_line_and_a_fault_of_ours_stays_a_traceback(capsys):
-    for error, message in ((UserError("mine"), "mine"), (FileNotFoundError(2, "No such file", "x.png"), "x.png"),
-                           (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "--batch_size")):
-        with pytest.raises(SystemExit) as stop:
-            call("do", error=error)
-        said = capsys.readouterr().err
-        assert stop.value.code == 2 and said.startswith("error: ") and message in said and said.count("\n") == 1
-    with pytest.raises(SystemExit) as stop:
-        call("do", error=KeyboardInterrupt())
-    assert stop.value.code == 130
-    with pytest.raises(RuntimeError, match="sizes differ"):
-        call("do", error=RuntimeError("sizes differ"))
-
-
 def test_help_is_grouped_and_its_texts_are_the_comments_beside_the_fields(capsys):
     texts = common.field_help(common.TrainFlags)
     assert set(texts) == {f.name for f in dataclasses.fields(common.TrainFlags)} and all(texts.values())
     assert common.field_help(Verb)["batch_size"] == "how many at a time"
-    assert set(typing.get_args(typing.get_type_hints(common.TrainFlags)["degradation"])) == set(DEGRADATIONS)
     with pytest.raises(SystemExit):
         call("do", "--help")
     said = capsys.readouterr().out
     assert said.index("everyday:") < said.index("how many at a time [4]") < said.index("of this method:") < said.index("step size")
-
-
-def test_labels_that_name_no_picture_are_refused_and_help_shows_the_presets_values(tmp_path, capsys):
-    common.write_image(tmp_path / "person" / "0.png", torch.zeros(3, 8, 8))
-    (tmp_path / "attributes.csv").write_text("file,Young\n0.png,1\n")
-    with pytest.raises(UserError, match="names no picture.*person/0.png"):
-        common.Faces(tmp_path, 8)
-    for preset, value in (("toy", "64"), ("paper", "512")):
-        with pytest.raises(SystemExit):
-            import latent_pmrf
-            common.parse("x", latent_pmrf.VERBS, ["train", "--preset", preset, "--help"])
-        assert f"side of the faces in pixels [{value}]" in " ".join(capsys.readouterr().out.split())

@@ -9,8 +9,9 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from program import caller, kill, same, weights
+from scipy import ndimage
 from torchvision.models.vgg import cfgs, make_layers
 
 import common
@@ -53,27 +54,19 @@ def test_alpha_bars_are_stable_diffusions_scaled_linear_schedule():
     """prod(1 - beta), the roots of beta linear from sqrt(.00085) to sqrt(.012); four published values."""
     betas = np.array([(.00085 ** .5 + (.012 ** .5 - .00085 ** .5) * i / 999) ** 2 for i in range(1000)])
     bars = hf.alpha_bars()
-    assert bars.shape == (1000,) and bars.dtype == f64 and (bars.diff() < 0).all()
+    assert bars.shape == (1000,) and bars.dtype == f64
     np.testing.assert_allclose(bars.numpy(), np.cumprod(1 - betas), rtol=1e-6)
-    assert bars[399].item() == pytest.approx(.42608636, abs=1e-7)
-    assert bars[[249, 499, 999]].tolist() == pytest.approx([.67543, .27767, .00466], abs=5e-6)
-    np.testing.assert_allclose(hf.alpha_bars(3, .04, .16).numpy(), [.96, .96 * .91, .96 * .91 * .84], rtol=1e-6)
+    assert bars[[399, 249, 499, 999]].tolist() == pytest.approx([.42608636, .67543, .27767, .00466], abs=5e-6)
 
 
-def test_eq1_forward_diffusion_mixes_by_the_roots_of_alpha_bar():
+def test_eq1_forward_diffusion_mixes_by_the_roots_of_alpha_bar_and_eq2_undoes_it():
     """z_t = sqrt(a) z0 + sqrt(1 - a) noise: a = 1 keeps, 0 forgets, .36 is (.6, .8); one a per sample or for all."""
     z0, noise = torch.randn(2, 3, 4, 5, 6)
     z = hf.forward_diffuse(z0, noise, torch.tensor([1., .36, 0.], dtype=f64).view(3, 1, 1, 1))
-    assert z.dtype == torch.float32
     close(z, torch.stack([z0[0], .6 * z0[1] + .8 * noise[1], noise[2]]), 1e-6)
     close(hf.forward_diffuse(z0, noise, .36), .6 * z0 + .8 * noise, 1e-6)
-
-
-def test_eq2_the_true_noise_predicts_the_clean_latent_at_every_time():
-    """predict_clean undoes forward_diffuse when the network knows the noise, per sample and for one float."""
-    z0, noise = torch.randn(2, 5, 4, 3, 3, dtype=f64)
-    bars = hf.alpha_bars()[[0, 249, 399, 750, 999]].view(5, 1, 1, 1)
-    close(hf.predict_clean(hf.forward_diffuse(z0, noise, bars), noise, bars), z0, 1e-10)
+    bars = hf.alpha_bars()[[0, 399, 999]].view(3, 1, 1, 1)
+    close(hf.predict_clean(hf.forward_diffuse(z0.double(), noise, bars), noise, bars), z0, 1e-10)
     close(hf.predict_clean(z0, noise, .36), (z0 - .8 * noise) / .6, 1e-6)
 
 
@@ -94,9 +87,12 @@ def test_eq4_restore_is_encoder_one_step_decoder():
         config = SimpleNamespace(scaling_factor=.5)
         encode = staticmethod(lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mean=x[:, :1] * 3, std=x[:, :1])))
         decode = staticmethod(lambda z: SimpleNamespace(sample=z.expand(-1, 3, -1, -1) / 3))
+    class Prompt:
+        fusion = None
+        __call__ = lambda self, codes, face: codes + 1 / 4
     vre, lq = hf.VREncoder(width=32, multiples=(1, 1), dim=32, codes=8), torch.rand(2, 3, 8, 8) * .1
     unet = lambda z, t, encoder_hidden_states: SimpleNamespace(sample=z * encoder_hidden_states.mean((1, 2)).view(2, 1, 1, 1))
-    nets = dict(vae=Codec, unet=unet, vre=vre, prompt=lambda codes, face: codes + 1 / 4)
+    nets = dict(vae=Codec, unet=unet, vre=vre, prompt=Prompt())
     got = hf.restore(nets, SimpleNamespace(timestep=399), None, lq, None, None, torch.ones_like)
     with torch.no_grad():
         share = (hf.vre_tokens(vre(lq), vre.codebook) + 1 / 4).mean((1, 2)).view(2, 1, 1, 1)
@@ -105,20 +101,19 @@ def test_eq4_restore_is_encoder_one_step_decoder():
 
 
 def test_eq5_losses_are_the_logistic_closed_forms():
-    """L_G = softplus(-D(fake)), L_D = softplus(D(fake)) + softplus(-D(real)), means, no factor 1/2, any shape."""
-    real, fake = torch.randn(2, 3, 1, 4, 4, dtype=f64)
-    minus_log_sigmoid = lambda v: sum(math.log(1 + math.exp(-u)) for u in v.flatten().tolist()) / v.numel()
+    """L_G = softplus(-D(fake)), L_D = softplus(D(fake)) + softplus(-D(real)), means, no factor 1/2."""
+    real, fake = torch.randn(2, 12, dtype=f64)
+    minus_log_sigmoid = lambda v: sum(math.log(1 + math.exp(-u)) for u in v.tolist()) / v.numel()
     assert number(hf.generator_loss(fake)) == pytest.approx(minus_log_sigmoid(fake), rel=1e-5)
     want = minus_log_sigmoid(real) + minus_log_sigmoid(-fake)
     assert number(hf.discriminator_loss(real, fake)) == pytest.approx(want, rel=1e-5)
-    far = torch.full((5, 1), 200.)
+    far = torch.full((5,), 200.)
     assert number(hf.generator_loss(-far)) == 200 and number(hf.discriminator_loss(-far, far)) == 400
-    assert number(hf.generator_loss(far)) == number(hf.discriminator_loss(far, -far)) == 0
 
 
 def tiny_networks(tiny):
     """(configuration, networks, face networks) before training, with nothing of the prompt at its zero start."""
-    cfg = hf.Train(**hf.TOY_VALUES | dict(image_size=32, max_references=2, pretrained_model_name_or_path=str(tiny[-5])))
+    cfg = hf.Train(**hf.TOY_VALUES | dict(image_size=32, pretrained_model_name_or_path=str(tiny[-5])))
     face_nets = hf.face_networks(cfg, "cpu")
     nets = hf.build(cfg, face_nets, "cpu")
     for p in nets["prompt"].parameters():
@@ -137,14 +132,14 @@ def test_eq5_turns_leave_no_gradients_in_the_other_network(tiny):
     z_hat, t = hf.restore_latent(nets["unet"], z, prompt, 399), torch.tensor([10, 700])
     with hf.frozen(judge):
         hf.generator_loss(judge(z_hat, t, prompt.detach())).backward()
-    has = lambda net: {n for n, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    has = lambda net: {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert not has(judge) and not has(nets["vae"]) and not has(nets["vre"])
     assert all("lora_" in n for n in has(nets["unet"])) and any("lora_B" in n for n in has(nets["unet"]))
-    assert {"adapter.conv1.weight", "fie.query", "ffe.colour.weight"} <= has(nets["prompt"])
-    before = {n: p.grad.clone() for n, p in nets["prompt"].named_parameters() if p.grad is not None}
+    before = has(nets["prompt"])
+    assert {"adapter.conv1.weight", "fie.query", "ffe.colour.weight"} <= before.keys()
     hf.discriminator_loss(judge(z, t, prompt.detach()), judge(z_hat.detach(), t, prompt.detach())).backward()
     assert "head.0.weight" in has(judge) and all("lora_" in n or "head" in n for n in has(judge))
-    assert all(torch.equal(before[n], p.grad) for n, p in nets["prompt"].named_parameters() if n in before)
+    assert same(before, has(nets["prompt"]))
 
 
 def lstsq_distance(l, h, w=None):
@@ -162,10 +157,6 @@ def test_eq6_is_the_argmin_of_a_numpy_loop_in_the_frame_of_the_degraded_face():
         for w in (None, weights):
             want = np.argmin([lstsq_distance(r.double(), lq.double(), w) for r in references])
             assert hf.select_reference(references, lq, w) == want
-    references = torch.stack([lq + 3 * torch.randn(20, 2), lq])
-    references[1, :5] += 100 * torch.randn(5, 2)
-    assert hf.select_reference(references, lq) == 0
-    assert hf.select_reference(references, lq, torch.tensor([0.] * 5 + [1.] * 15)) == 1
     lq, far, lost = pixels(98), pixels(98), torch.full((98, 2), math.nan)
     near, large, tiny = lq + 1, lq + 2 * torch.randn(98, 2), .01 * (lq + 20 * torch.randn(98, 2))
     assert lstsq_distance(lq, tiny) < lstsq_distance(lq, large)                 # in its own pixels the tiny face is near
@@ -197,17 +188,14 @@ def loop_tokens(features, codebook, count):
 
 @pytest.mark.parametrize("codes, count", [(40, 77), (200, 5)])
 def test_eq7_vre_tokens_equal_a_loop_over_samples_and_positions(codes, count):
-    """Batched selection = the loop, with and without enough distinct codewords, alone and in a batch."""
+    """Batched selection = the loop, with and without enough distinct codewords; the order of positions does not matter."""
     codebook, features = torch.randn(codes, 6, dtype=f64), torch.randn(3, 6, 9, 13, dtype=f64)
     features[1] = features[1, :, :1, :1]                      # every position alike: one codeword, zeros after it
     got = hf.vre_tokens(features, codebook, count)
-    assert got.shape == (3, count, 6)
     close(got, loop_tokens(features, codebook, count), 1e-12)
-    assert (got[1, 1:] == 0).all() and (got[1, 0] != 0).any()
-    for b in range(3):
-        close(hf.vre_tokens(features[b:b + 1], codebook, count), got[b:b + 1], 1e-12)
+    assert got.shape == (3, count, 6) and (got[1, 1:] == 0).all() and (got[1, 0] != 0).any()
     shuffled = features.flatten(2)[..., torch.randperm(9 * 13)].view(features.shape)
-    close(hf.vre_tokens(shuffled, codebook, count), got, 1e-12)          # a set of positions: order does not matter
+    close(hf.vre_tokens(shuffled, codebook, count), got, 1e-12)
 
 
 def slow_vre(w, x, levels):
@@ -257,15 +245,13 @@ def test_prompt_adapter_is_two_linear_maps_with_silu_after_each():
 
 
 def test_association_loss_equals_a_loop_and_trains_its_temperature():
-    """Mean of both directions' cross-entropies to the diagonal; symmetric; the gradient reaches s and both sides."""
+    """Mean of both directions' cross-entropies to the diagonal; the gradient reaches s and both sides."""
     f_h, f_l = torch.randn(2, 2, 5, 3, 2, dtype=f64).requires_grad_().unbind(0)
     s = torch.tensor(.4, dtype=f64, requires_grad=True)
     rows = [[f[b, :, y, x] for b in range(2) for y in range(3) for x in range(2)] for f in (f_h, f_l)]
     logits = torch.stack([torch.stack([s.exp() * (a @ b) / (a.norm() * b.norm()) for b in rows[1]]) for a in rows[0]])
-    forth, back = [-(m.diagonal() - m.logsumexp(1)).mean() for m in (logits, logits.T)]
-    want, got = (forth + back) / 2, hf.association_loss(f_h, f_l, s)
+    want, got = sum(-(m.diagonal() - m.logsumexp(1)).mean() for m in (logits, logits.T)) / 2, hf.association_loss(f_h, f_l, s)
     close(got, want)
-    close(hf.association_loss(f_l, f_h, s), want)
     for a, b in zip(*(torch.autograd.grad(v, (f_h, f_l, s), retain_graph=True) for v in (got, want))):
         assert a.abs().sum() > 0
         close(a, b)
@@ -280,9 +266,7 @@ def test_vector_quantize_is_nearest_straight_through_and_weighs_the_codebook_by_
         assert indices[b, y, x] == np.argmin([(features[b, :, y, x] - word).square().sum().item() for word in codebook])
         close(out[b, :, y, x], codebook[indices[b, y, x]], 1e-12)
     weight = torch.randn_like(out)
-    to_features, to_codebook = torch.autograd.grad((out * weight).sum(), (features, codebook), allow_unused=True)
-    close(to_features, weight)
-    assert to_codebook is None or (to_codebook == 0).all()
+    close(torch.autograd.grad((out * weight).sum(), features)[0], weight)
     error = (features - codebook[indices].movedim(-1, 1)).detach()
     assert number(loss) == pytest.approx((1 + beta) * error.square().mean().item(), rel=1e-5)
     to_features, to_codebook = torch.autograd.grad(loss, (features, codebook))
@@ -298,12 +282,8 @@ def test_ffe_sees_the_pixels_of_the_two_boxes_and_projects_four_embeddings_toget
     eyes = torch.zeros(98, 2)                                           # one eye lies, one stands on end, half extents 5
     oval = torch.tensor([[5., 0], [-5, 0], [3, 2], [3, -2], [-3, 2], [-3, -2], [0, 2], [0, -2]])     # mean 0, 10 x 4
     eyes[60:68], eyes[68:76] = oval + torch.tensor([20., 30]), oval.flip(1) + torch.tensor([44., 33])
-    points = torch.stack([eyes, eyes])
-    points[1, 60:68], points[1, 68:76] = torch.tensor([30., 31.]), torch.tensor([40., 20.])    # a single point: the minimum
-    points[1, 75] += torch.tensor([16., 0.])                            # lopsided: mean 42, half extent 8
-    want = torch.tensor([[13., 23, 27, 37], [37, 26, 51, 40], [27.2, 28.2, 32.8, 33.8], [30.8, 8.8, 53.2, 31.2]])
-    close(hf.eye_boxes(points, 64).flatten(0, 1), want)
-    close(hf.eye_boxes(0 * points + 256, 512), 256 + 22.4 * torch.tensor([-1., -1, 1, 1]).expand(2, 2, 4))
+    close(hf.eye_boxes(eyes[None], 64)[0], torch.tensor([[13., 23, 27, 37], [37, 26, 51, 40]]))
+    close(hf.eye_boxes(0 * eyes[None] + 256, 512), 256 + 22.4 * torch.tensor([-1., -1, 1, 1]).expand(1, 2, 4))   # one point
     extractor, seen, embeddings = randomised(hf.FacialFeatureExtractor(dim=24, crop=14)), [], []
     extractor.backbone.register_forward_hook(lambda _, inputs, outputs: seen.append((*inputs, outputs)))
     picture = torch.rand(1, 3, 64, 64) * 2 - 1
@@ -317,8 +297,6 @@ def test_ffe_sees_the_pixels_of_the_two_boxes_and_projects_four_embeddings_toget
     want = extractor.project.weight @ torch.cat(embeddings) + extractor.project.bias
     assert got.shape == (1, 4, 24) and [len(e) for e in embeddings] == [6] * 4
     close(got.flatten(), want, 1e-4)
-    picture[..., 26:40, 37:51] *= .5                            # one projection: every token reads either eye
-    assert ((extractor(picture, eyes[None]) - got).abs().amax(-1) > 1e-3).all()
 
 
 def test_fie_does_not_depend_on_order_or_padding_and_its_tokens_differ():
@@ -326,23 +304,18 @@ def test_fie_does_not_depend_on_order_or_padding_and_its_tokens_differ():
     encoder, faces = randomised(hf.FaceIdentityEncoder(id_dim=16, tokens=7, dim=24)), unit(3, 4, 16)
     present = torch.tensor([[True] * 4, [True, True, False, False], [False] * 4])
     tokens, order = encoder(faces, present), torch.tensor([2, 0, 3, 1])
-    assert tokens.shape == (3, 7, 24) and tokens.isfinite().all()
     close(encoder(faces[:, order], present[:, order]), tokens, 1e-4)
     close(encoder(torch.cat([50 * torch.randn(3, 3, 16), faces], 1), F.pad(present, (3, 0))), tokens, 1e-4)
     close(encoder(faces[1:2, :2], present[1:2, :2]), tokens[1:2], 1e-4)
     moved = (encoder(unit(3, 4, 16), present) - tokens).abs().amax(-1)
     assert (moved[:2] > 1e-3).all() and moved[2].max() < 1e-5             # without references no embedding moves the tokens
     encoder = hf.FaceIdentityEncoder()                                    # as initialised: one reference, the softmax is 1
-    tokens = encoder(unit(3, 1, 512), torch.tensor([[True], [True], [False]]))
-    for face, apart in zip(tokens, torch.cdist(tokens, tokens) + 1e9 * torch.eye(7)):
-        assert face.shape == (7, 1024) and apart.min() > .05 * face.norm(dim=-1).mean()
-    (tokens[2] * torch.randn(7, 1024)).sum().backward()                   # the null tokens learn
-    grads = [p.grad for p in encoder.parameters() if p.grad is not None]
-    assert all(g.isfinite().all() for g in grads) and any(g.abs().sum() > 0 for g in grads)
+    tokens, = encoder(unit(1, 1, 512), torch.ones(1, 1, dtype=torch.bool))
+    assert (torch.cdist(tokens, tokens) + 1e9 * torch.eye(7)).min() > .05 * tokens.norm(dim=-1).mean()
 
 
 def test_fusion_starts_as_the_vre_prompt_and_can_learn():
-    """77 + 4 + 7 -> 77: bitwise p_L at initialisation, whatever the references say; the gradient lives."""
+    """77 + 4 + 7 -> 77: bitwise p_L at initialisation, whatever the references say; a gradient flows."""
     fusion, (p_l, p_f, p_i) = hf.PromptFusion(64), [torch.randn(2, n, 64) for n in (77, 4, 7)]
     assert torch.equal(fusion(p_l, p_f, p_i), p_l) and torch.equal(fusion(p_l, p_f, 100 * p_i), p_l)
     (fusion(p_l, p_f, p_i) * torch.randn(2, 77, 64)).sum().backward()
@@ -351,93 +324,62 @@ def test_fusion_starts_as_the_vre_prompt_and_can_learn():
 
 def test_eq8_identity_loss_sums_one_minus_cosine_over_the_ensemble():
     """0 for one person, .5 at 60 degrees, 2 at opposites; pictures average; the gradient reaches the restored face only."""
-    encoder = lambda x: F.normalize(x.flatten(1))
     x = torch.randn(6, 2, 1, 1, dtype=f64)
     for degrees, want in ((0, 0), (60, .5), (90, 1), (180, 2)):
         c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
         turned = torch.stack([c * x[:, 0] - s * x[:, 1], s * x[:, 0] + c * x[:, 1]], 1)     # "images" turned in their plane
-        assert number(hf.identity_loss([encoder], turned, x)) == pytest.approx(want, abs=1e-6)
-        assert number(hf.identity_loss([encoder] * 2, turned, x)) == pytest.approx(2 * want, abs=1e-6)
-    half = torch.cat([x[:3], -x[3:]])
-    first_only = lambda x: F.normalize(x[:, :1].flatten(1) * x.new_tensor([1., 0.]))       # sees the sign of one value
-    signs = (x[:, 0] * half[:, 0] < 0).double().mean().item()
-    assert number(hf.identity_loss([encoder, first_only], half, x)) == pytest.approx(1 + 2 * signs, rel=1e-5)
+        assert number(hf.identity_loss([lambda x: F.normalize(x.flatten(1))], turned, x)) == pytest.approx(want, abs=1e-6)
     nets = [nn.Sequential(nn.Flatten(), nn.Linear(48, 8)).requires_grad_(False) for _ in range(2)]
     encoders = [lambda x, net=net: F.normalize(net(x)) for net in nets]
     restored, target = [torch.randn(3, 3, 4, 4).requires_grad_() for _ in range(2)]
-    hf.identity_loss(encoders, restored, target).backward()
+    loss = hf.identity_loss(encoders, restored, target)
     explicit = sum(1 - F.cosine_similarity(net(restored), net(target.detach())).mean() for net in nets)
+    close(loss, explicit)
+    loss.backward()
     close(restored.grad, torch.autograd.grad(explicit, restored)[0])
     assert target.grad is None and restored.grad.abs().sum() > 0
-    assert all(p.grad is None for net in nets for p in net.parameters())
 
 
 def slow_edges(x):
-    """Sobel's magnitude of the mean of R, G, B inside the picture: (B, 3, H, W) -> (B, 1, H - 2, W - 2)."""
-    g = x.mean(1, keepdim=True)
-    at = lambda dy, dx: g[..., 1 + dy:g.shape[-2] - 1 + dy, 1 + dx:g.shape[-1] - 1 + dx]
-    gx = sum(w * (at(i, 1) - at(i, -1)) for i, w in ((-1, 1), (0, 2), (1, 1)))
-    gy = sum(w * (at(1, i) - at(-1, i)) for i, w in ((-1, 1), (0, 2), (1, 1)))
-    return (gx ** 2 + gy ** 2 + 1e-6).sqrt()
+    """Sobel's magnitude of the mean of R, G, B by scipy: (B, 3, H, W) -> (B, 1, H, W), equal inside the border."""
+    across, down = (np.stack([ndimage.sobel(grey, axis) for grey in x.mean(1).numpy()]) for axis in (0, 1))
+    return torch.from_numpy((across ** 2 + down ** 2 + 1e-6) ** .5)[:, None]
 
 
 def test_eq9_edge_aware_dists_adds_pictures_and_their_sobel_edges():
-    """A ramp of slope a: 8 a, the mean of the channels' slopes; a step of 1: 4; a constant: 1e-3; noise as a loop."""
+    """A ramp of slope a: 8 a, the mean of the channels' slopes; a step of 1: 4; noise as a loop."""
     column = torch.arange(12, dtype=f64).expand(1, 3, 10, 12)
     slopes = torch.tensor([.01, .02, .06], dtype=f64).view(3, 1, 1)
     inside = lambda x: hf.sobel(x)[..., 1:-1, 1:-1]
-    assert hf.sobel(column).shape == (1, 1, 10, 12)
     for ramp in (column * slopes, (column * slopes).mT):
         assert inside(ramp).flatten().tolist() == pytest.approx([(.24 ** 2 + 1e-6) ** .5] * 80, rel=1e-4)
     assert inside((column > 5).double()).max().item() == pytest.approx(4, rel=1e-6)
-    assert inside(torch.full_like(column, .7)).flatten().tolist() == pytest.approx([1e-3] * 80, rel=1e-3)
-    x = torch.rand(2, 3, 9, 7, dtype=f64)
-    close(inside(x), slow_edges(x))
     calls, (a, b) = [], 3 * torch.rand(2, 2, 3, 10, 12, dtype=f64) - 1.5
     got = hf.edge_aware_dists(lambda x, y: calls.append((x, y)) or mse(x, y), a, b)
     pictures, edges = calls
     assert torch.equal(pictures[0], a) and torch.equal(pictures[1], b)
     for picture, edge in zip(pictures, edges):
-        inside = edge[..., 1:-1, 1:-1]
-        close(inside, slow_edges(picture).expand_as(inside))
+        close(edge[..., 1:-1, 1:-1], slow_edges(picture)[..., 1:-1, 1:-1].expand(-1, 3, -1, -1))
     assert number(got) == pytest.approx(number(mse(*pictures)) + number(mse(*edges)), rel=1e-5)
 
 
-def test_eq10_raw_mask_is_the_mean_over_the_landmarks_enlarged():
-    """98 heatmaps act as their mean (not sum or maximum), bilinear to the size of the picture; no gradient."""
-    heatmaps = torch.rand(2, 98, 8, 8, dtype=f64, requires_grad=True)
-    mean, mask = heatmaps.detach().mean(1, keepdim=True), hf.mfa_mask(heatmaps, 16)
-    assert mask.shape == (2, 1, 16, 16) and not mask.requires_grad
-    lifted = 1 - (-10 * F.interpolate(mean, (16, 16), mode="bilinear", align_corners=False)).exp()
-    low, high = lifted.amin((2, 3), keepdim=True), lifted.amax((2, 3), keepdim=True)
-    close(mask, (lifted - low) / (high - low + 1e-6))
-
-
-def test_eq11_weak_responses_are_lifted_and_each_picture_is_normalised_by_itself():
+def test_eq10_mask_is_the_mean_over_landmarks_and_eq11_lifts_weak_responses_and_normalises_each_picture():
     """0, m, 1 give 0, (1 - e^{-km}) / (1 - e^{-k}), 1: concave; min 0, max range / (range + eps); flat maps give 0."""
     values = torch.tensor([0., .01, .1, .3, .7, 1.], dtype=f64)
-    heatmaps = values.repeat(6).view(1, 1, 6, 6)
     for k in (.01, 10., 100.):
-        got = hf.mfa_mask(heatmaps, 6, k=k, eps=0.).flatten()[:6]
+        got = hf.mfa_mask(values.repeat(6).view(1, 1, 6, 6), 6, k=k, eps=0.).flatten()[:6]
         np.testing.assert_allclose(got.numpy(), (1 - np.exp(-k * values.numpy())) / (1 - math.exp(-k)), rtol=1e-5, atol=1e-5)
-        assert (got >= values - 1e-5).all()
-    close(hf.mfa_mask(heatmaps, 6), hf.mfa_mask(heatmaps, 6, k=10., eps=1e-6), 1e-12)
-    heatmaps = torch.rand(3, 5, 12, 12, dtype=f64) * torch.tensor([1., .03, 1e-3], dtype=f64).view(3, 1, 1, 1)
-    raw, mask = heatmaps.mean(1).flatten(1), hf.mfa_mask(heatmaps, 12, eps=.1)
-    spread = (-10 * raw.amin(1)).exp() - (-10 * raw.amax(1)).exp()
-    assert mask.amin((1, 2, 3)).tolist() == [0, 0, 0]
-    close(mask.amax((1, 2, 3)), spread / (spread + .1))
-    close(mask[1:2], hf.mfa_mask(heatmaps[1:2], 12, eps=.1), 1e-6)
-    rough = hf.mfa_mask(torch.randn(2, 98, 16, 16) * .05 - .02, 64)             # negative responses
-    assert rough.min() >= 0 and rough.max() <= 1 and rough.max() > .9
-    assert (hf.mfa_mask(torch.zeros(1, 98, 16, 16), 64) == 0).all()
+    heatmaps = torch.rand(3, 98, 12, 12, dtype=f64) * torch.tensor([1., .03, 1e-3], dtype=f64).view(3, 1, 1, 1)
+    raw = F.interpolate(heatmaps.mean(1, keepdim=True), (24, 24), mode="bilinear", align_corners=False)
+    low, high = ((-10 * extreme).exp() for extreme in (raw.amax((2, 3), keepdim=True), raw.amin((2, 3), keepdim=True)))
+    close(hf.mfa_mask(heatmaps.requires_grad_(), 24, eps=.1), (high - (-10 * raw).exp()) / (high - low + .1))
+    assert not hf.mfa_mask(heatmaps, 12).requires_grad
     assert hf.mfa_mask(torch.full((1, 98, 16, 16), .25, dtype=f64), 16).abs().max() < 1e-6
 
 
 def test_eq12_eq13_loss_compares_composites_on_the_background():
     """perceptual(M x_hat + (1 - M) B, M x + (1 - M) B): with squares mean((M (x_hat - x))^2) for any B; default mid grey."""
-    restored, target = torch.randn(2, 2, 3, 6, 6, dtype=f64)
-    mask, seen = torch.rand(2, 1, 6, 6, dtype=f64), []
+    (restored, target), mask, seen = torch.randn(2, 2, 3, 6, 6, dtype=f64), torch.rand(2, 1, 6, 6, dtype=f64), []
     record = lambda a, b: seen.append((a, b)) or mse(a, b)
     want = (mask * (restored - target)).square().mean().item()
     for background in (0., -1., .5):
@@ -461,20 +403,15 @@ def test_eq14_eq15_are_the_least_squares_over_affine_maps():
     cost = lambda a: (w * (F.pad(l, (0, 1), value=1.) @ a.T - h).square().sum(-1)).sum()
     assert cost(star).item() == pytest.approx(got)
     assert torch.autograd.functional.jacobian(cost, star).abs().max() < 1e-9 * 512 * cost(star)
-    many = torch.stack([l, l.flip(0)]), torch.stack([h, 2 * h])                             # a batch of faces
-    close(hf.affine_landmark_distance(*many, w), metrics.affine_landmark_distance(*many, w), 1e-6)
 
 
 def test_landmarks_on_a_four_pixel_grid_and_the_crop_of_arcface():
     """Cell + .5 +- .25 towards the larger neighbour, x 8 px; the box sends FFHQ's five points to ArcFace's template."""
     heatmaps, cells = torch.rand(1, 98, 64, 64) * .1, torch.randint(1, 63, (98, 2))
-    cells[:4] = torch.tensor([[0, 0], [63, 63], [0, 63], [63, 0]])
     heatmaps[0, torch.arange(98), cells[:, 1], cells[:, 0]] = 1.
     offset = metrics.decode_heatmaps(heatmaps, 512)[0] - (cells + .5) * 8
-    assert offset.abs().max() <= 2
-    for i in range(4, 98):
-        (x, y), h = cells[i].tolist(), heatmaps[0, i]
-        assert offset[i].tolist() == [2. if h[y, x + 1] > h[y, x - 1] else -2., 2. if h[y + 1, x] > h[y - 1, x] else -2.]
+    for (x, y), h, found in zip(cells.tolist(), heatmaps[0], offset.tolist()):
+        assert found == [2. if h[y, x + 1] > h[y, x - 1] else -2., 2. if h[y + 1, x] > h[y - 1, x] else -2.]
     ffhq = np.array([(192.98138, 239.94708), (318.90277, 240.1936), (256.63416, 314.01935), (201.26117, 371.41043),
                      (313.08905, 371.15118)]) @ [1, 1j]
     arcface = np.array([(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655),
@@ -482,13 +419,10 @@ def test_landmarks_on_a_four_pixel_grid_and_the_crop_of_arcface():
     source, target = ffhq - ffhq.mean(), arcface - arcface.mean()
     scale = (source.conj() * target).sum() / (abs(source) ** 2).sum()
     shift = arcface.mean() - scale * ffhq.mean()
-    assert scale.real == pytest.approx(.29209, abs=1e-5) and abs(math.degrees(np.angle(scale))) < .02
     box = np.array([-shift / scale, (112 + 112j - shift) / scale]).view(float)
     assert np.abs(box - metrics.CROP_112).max() < .5
-    x = (torch.arange(512.) + .5).expand(1, 3, 512, 512)                        # the coordinate as the picture
-    across, down = metrics.crop_112(x)[0, 0, 56], metrics.crop_112(x.mT)[0, 0, :, 56]
-    for line, low, high in ((across, box[0], box[2]), (down, box[1], box[3])):
-        assert np.abs(line.numpy() - low - (np.arange(112) + .5) / 112 * (high - low))[2:-2].max() < .6
+    across = metrics.crop_112((torch.arange(512.) + .5).expand(1, 3, 512, 512))[0, 0, 56]   # the coordinate as the picture
+    assert np.abs(across.numpy() - box[0] - (np.arange(112) + .5) / 112 * (box[2] - box[0]))[2:-2].max() < .6
 
 
 def test_networks_have_the_published_sizes():
@@ -515,9 +449,10 @@ def test_networks_have_the_published_sizes():
 
 call, _ = caller(hf)
 SIZES = dict(vre=dict(width=8, multiples=(1, 2), dim=8, codes=96), eye_crop=8)
-TINY_SD = dict(image_size=32, vae_widths=(8, 16), latent_channels=4, unet_widths=(32, 32), prompt_dim=32)
+TINY_SD = dict(vae=dict(block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=8),
+               unet_widths=(32, 32), prompt_dim=32)
 FLAGS = ("--image_size 32 --batch_size 2 --vre_steps 2 --onestep_steps 3 --log_steps 1 --device cpu --validation_faces 4 "
-         "--max_references 2 --mixed_precision no --num_workers 0").split()
+         "--mixed_precision no --num_workers 0").split()
 
 
 @pytest.fixture(scope="module")
@@ -525,8 +460,7 @@ def tiny(toy_folder, tmp_path_factory):
     """Flags of a tiny run: random networks in the layout of toy/weights/sd, sizes cut down, toy people of 32 px."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("sd")
-    for name, net in sd.make_networks(sd.Settings(**TINY_SD)).items():
-        net.save_pretrained(folder / name)
+    sd.new_folder(folder, sizes=TINY_SD)
     before, hf.SIZES["toy"] = hf.SIZES["toy"], SIZES
     yield [*FLAGS, "--pretrained_model_name_or_path", folder, "--data", toy_folder / "train", "--validation_data",
            toy_folder / "val"]
@@ -566,13 +500,9 @@ def test_stage_by_stage_recomputed_or_accumulated_equals_all_at_once(trained, ti
     for stage in ("vre", "onestep"):
         call("train", *tiny, "-o", tmp_path / "a", "--stage", stage, "--gradient_checkpointing")
     assert same(weights(trained / "out"), weights(tmp_path / "a"))
-    call("train", *tiny, "-o", tmp_path / "b", "--vre", trained / "out")                    # the VRE of another run
-    assert same(weights(trained / "out"), weights(tmp_path / "b"))
-    call("train", *tiny, *"--batch_size 1 --gradient_accumulation_steps 2 -o".split(), tmp_path / "c", "--vre", trained / "out")
-    pieces, whole = (log_of(folder, "onestep")[0]["grad_norm"] for folder in (tmp_path / "c", trained / "out"))
+    call("train", *tiny, *"--batch_size 1 --gradient_accumulation_steps 2 -o".split(), tmp_path / "b", "--vre", trained / "out")
+    pieces, whole = (log_of(folder, "onestep")[0]["grad_norm"] for folder in (tmp_path / "b", trained / "out"))
     assert pieces == pytest.approx(whole, rel=1e-3)
-    call("train", *tiny, "-o", tmp_path / "a", "--stage", "vre", "--overwrite", "--seed", "1")
-    assert not (tmp_path / "a" / "onestep.safetensors").exists()                            # it stood on the former VRE
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(trained, tiny, tmp_path):
@@ -589,8 +519,7 @@ def test_sample_depends_on_seed_and_references_not_on_batch_or_neighbours(traine
     for name, seed in (("b", 0), ("c", 1)):
         call("sample", "-i", one, *shared, "-o", tmp_path / name, "--reference", trained / "people" / "01", "--seed", seed)
     a, b, c = (common.read_image(tmp_path / name / "restored_faces" / "01.png") for name in "abc")
-    assert len(list((tmp_path / "a" / "restored_faces").glob("*.png"))) == 3 and a.shape == (3, 32, 32)
-    assert (a - b).abs().max() < .01 < (a - c).abs().max()
+    assert a.shape == (3, 32, 32) and (a - b).abs().max() < .01 < (a - c).abs().max()
 
 
 def test_references_are_the_person_mirrored_as_the_face_and_never_the_face_itself(tmp_path):
@@ -601,7 +530,7 @@ def test_references_are_the_person_mirrored_as_the_face_and_never_the_face_itsel
     common.write_image(tmp_path / "alone" / "0.png", torch.ones(3, 16, 16))
     faces = common.Faces(tmp_path, 16, mirror=True)
     batch, falls = faces.training(16, 0, 0), lambda x: (x[..., 0] > x[..., -1])[0, 0].item()
-    images, present = hf.references(faces, batch, 4)
+    images, present = hf.other_photographs(faces, batch, 4)
     for i, hq in enumerate(batch["hq"]):
         assert present[i].sum() == (0 if (hq == 1).all() else 3)
         for photo in images[i][present[i]]:
@@ -609,7 +538,7 @@ def test_references_are_the_person_mirrored_as_the_face_and_never_the_face_itsel
             assert falls(photo) == falls(hq)
     assert 0 < sum(map(falls, batch["hq"])) < 16
     who = torch.tensor([0, 0, 0, 1, 1, 2])
-    assert all(who[i] != who[j] for i, j in enumerate(hf.strangers(who).tolist())) and hf.strangers(torch.zeros(3)) is None
+    assert all(who[i] != who[j] for i, j in enumerate(hf.strangers(who).tolist()))
 
 
 def test_the_restorer_overfits_one_batch_and_null_references_are_no_references(tiny):
@@ -620,11 +549,10 @@ def test_the_restorer_overfits_one_batch_and_null_references_are_no_references(t
     z_l, z_h = hf.encode(nets["vae"], torch.cat([lq, hq])).detach().chunk(2)
     for _ in range(25):
         prompt = hf.make_prompt(nets, face_nets, lq, hq[:, None], one)
-        loss = (hf.restore_latent(nets["unet"], z_l, prompt, 399) - z_h).square().mean() / z_h.var()
+        losses.append((hf.restore_latent(nets["unet"], z_l, prompt, 399) - z_h).square().mean() / z_h.var())
         optimizer.zero_grad()
-        loss.backward()
+        losses[-1].backward()
         optimizer.step()
-        losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
     run = lambda r, m: hf.restore(nets, cfg, face_nets, lq, r, m, torch.zeros_like)
     none, album = run(torch.zeros(2, 1, 3, 32, 32), ~one), torch.stack([hq, torch.rand_like(hq)], 1)
@@ -667,12 +595,13 @@ def released(tmp_path_factory):
             f"unet.{CONVOLUTION}.lora.down.weight": torch.randn(16, 32, 3, 3),
             f"unet.{CONVOLUTION}.lora.up.weight": torch.randn(32, 16, 1, 1)}
     safetensors.torch.save_file(lora, root / "osdface" / "pytorch_lora_weights.safetensors")
-    osdface = hf.load_osdface(root / "osdface", str(root / "sd"))
+    osdface = hf.load_networks(hf.Sample(input="", checkpoint=str(root / "osdface"),
+                                         pretrained_model_name_or_path=str(root / "sd")), "cpu")
     return SimpleNamespace(root=root, vre=vre, adapter=adapter, lora=list(lora.values()), nets=nets, osdface=osdface)
 
 
 def test_osdface_release_is_merged_and_restores(released):
-    (a, b, ca, cb), (nets, cfg) = released.lora, released.osdface
+    (a, b, ca, cb), (nets, cfg, _) = released.lora, released.osdface
     base = UNet2DConditionModel.from_pretrained(released.root / "sd", subfolder="unet")
     change = lambda name: nets["unet"].get_submodule(name).weight - base.get_submodule(name).weight
     assert torch.allclose(change(LAYER), b @ a, atol=1e-5)
@@ -707,14 +636,3 @@ def test_a_paper_step_starts_from_osdface_and_trains_on_every_released_network(r
         for name, embed, flipped in zip(("arcface_ir_se50", "adaface_ir18"), eyes.recognisers, (crop, crop.flip(1))):
             close(embed(x), F.normalize(released.nets[name].eval()(flipped)))
         assert torch.equal(eyes.recogniser(x), eyes.recognisers[1](x)) and eyes.recogniser(x).shape == (1, eyes.id_dim)
-
-
-def test_the_toy_stand_in_is_a_folder_that_diffusers_reads(toy_folder, tmp_path):
-    flags = TINY_SD | dict(vae_steps=2, device="cpu", mixed_precision="no", batch_size=2, vae_crop=16)
-    sd.train(str(tmp_path / "sd"), 2, str(toy_folder / "train"), **flags, validation_data=str(toy_folder / "val"))
-    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "sd", dtype=torch.float32)
-    ids = pipeline.tokenizer("A photo of a person, unheard-of", padding="max_length").input_ids
-    assert len(ids) == 77 and ids.count(1) == 1 and ids[-1] == 0
-    nets = hf.build(hf.Train(size="toy", pretrained_model_name_or_path=str(tmp_path / "sd"), ide="none"), None, "cpu")
-    image = common.Faces(toy_folder / "train", 32).training(64, 0, 0, degraded=False)["hq"]
-    assert nets["unet"].dtype == torch.float32 and hf.encode(nets["vae"], image).std().item() == pytest.approx(1, abs=.05)

@@ -45,7 +45,7 @@ def whole():
 
 def test_the_chat_layout_and_the_added_tokens_are_those_of_the_released_model():
     """Word by word the template has as many pieces as Qwen3's tokens: 11, 12 + 729, 5; 757 in all, 1489 in training."""
-    vocab = pr.Vocabulary(sana.word_tokenizer(), 65_536)
+    vocab = pr.Vocabulary(sana.chat_tokenizer(), 65_536)
     tokens = torch.randint(65_536, (1, 729))
     prompt, whole = pr.build_sequence(vocab, tokens, [""]), pr.build_sequence(vocab, tokens, [""], tokens)
     assert len(vocab.encode(pr.SYSTEM)) == 11 and len(vocab.encode(pr.USER + pr.ASK + pr.END)) == 12
@@ -522,7 +522,7 @@ def test_rewards_load_from_files_in_the_released_formats(tmp_path, monkeypatch):
     files = {name: tmp_path / file for name, file in pr.REWARD_FILES.items()}
     for name in ("clip", "pick"):
         CLIPModel(CLIPConfig(**CLIP)).save_pretrained(files[name])
-    sana.word_tokenizer().save_pretrained(str(files["clip"]))
+    sana.chat_tokenizer().save_pretrained(str(files["clip"]))
     torch.save({"state_dict": OpenClip().state_dict()}, files["hps"])
     torch.save(pr.metrics.ArcFaceGray().state_dict(), files["identity"])
     torch.save(pr.metrics.FAN98().state_dict(), files["lmd"])

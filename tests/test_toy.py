@@ -1,13 +1,20 @@
 """toy/faces.py: painted people with exact identity, attributes and landmarks, and the folder they are written to."""
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn as nn
+from diffusers import StableDiffusionPipeline
 
-from common import ATTRIBUTES, SIBLINGS, UserError, read_image, verbalise
+import a2bfr
+from common import ATTRIBUTES, SIBLINGS, TOY, UserError, make_optimizer, read_image, verbalise
+from toy import backbones
 from toy import faces as toy
+from toy import readers
 from toy.faces import toy_faces
+from toy.muon import Muon
 
 NAMES = [name for _, name, _, _ in ATTRIBUTES]
 
@@ -136,3 +143,69 @@ def test_a_stopped_drawing_leaves_no_folder_and_a_finished_one_is_kept(tmp_path,
     assert {path.name for path in tmp_path.iterdir()} == {"toy"}
     with pytest.raises(UserError, match="is there already"):
         toy.draw(tmp_path / "toy", 16, 0.002)
+
+
+# ------------------------------------------------------------------------------------------------ stand-ins and readers
+
+def test_colour_slopes_are_those_of_a_mixed_copy():
+    """A copy that keeps luma, halves red minus blue and loses green minus magenta has the slopes 1, 1/2, 0."""
+    hq = toy_faces(torch.arange(4), torch.arange(4)).image
+    luma, red_blue, _ = backbones.opponent(hq).unbind(1)
+    copy = torch.stack([luma + red_blue / 4, luma, luma - red_blue / 4], 1)
+    slopes = backbones.colour_slopes(hq, copy)
+    assert slopes == pytest.approx([1, 0.5, 0], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["contrast", "saturation", "sharpness"])
+def test_looks_lower_the_label_of_quality(kind):
+    """A retouched face is no better than the clean one: only the clean one has the label 1."""
+    hq = toy_faces(torch.arange(4), torch.arange(4)).image
+    strong = readers.retouch(hq, kind, torch.ones(4))
+    assert strong.abs().max() <= 1 and (strong - hq).abs().mean() > 0.02
+    seeds = torch.arange(24) + 12 * 700                           # u is 1
+    image, label = readers.spoil(hq[:1].expand(len(seeds), -1, -1, -1), seeds)
+    clean = (image - hq[0]).abs().flatten(1).amax(1) < 1e-6
+    assert clean.sum() == 6 and (label[clean] > 0.99).all() and (label[~clean] < 0.9).all()
+
+
+def test_stand_ins_are_written_as_releases_and_go_on(toy_folder, tmp_path):
+    """Two steps of each; a second call trains nothing and writes the same weights."""
+    cfg = backbones.Settings(which=("vae", "sd", "flux", "sana"), steps=2, vae_steps=2, batch_size=2,
+                             output=str(tmp_path / "weights"), work=str(tmp_path / "work"), data=str(toy_folder / "train"), device="cpu", **TOY)
+    backbones.train(cfg)
+    files = {path.relative_to(tmp_path) for path in (tmp_path / "weights").rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in (tmp_path / "weights").rglob("*.safetensors")}
+    assert json.loads((tmp_path / "weights" / "sd" / "about.json").read_text())["steps"] == 2
+    backbones.train(cfg)
+    assert files == {path.relative_to(tmp_path) for path in (tmp_path / "weights").rglob("*") if path.is_file()}
+    assert len(before) == 11 and all(path.read_bytes() == data for path, data in before.items())
+    assert set(a2bfr.load_flux(tmp_path / "weights" / "flux", torch.float32)) == {"codec", "prior"}
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "weights" / "sd", dtype=torch.float32)
+    ids = pipeline.tokenizer("A photo of a person, unheard-of", padding="max_length").input_ids
+    assert len(ids) == 77 and ids.count(1) == 1 and ids[-1] == 0
+
+
+def test_muon_equals_torchs_muon_on_matrices_and_adam_on_vectors():
+    """torch.optim.Muon takes matrices only and works in bf16: equal up to that."""
+    torch.manual_seed(0)
+    ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, m * n).sin().view(m, n)) for m, n in ((24, 40), (40, 24))] for _ in range(2))
+    muon = Muon(ours, lr=0.1, weight_decay=0.2)
+    library = torch.optim.Muon(theirs, lr=0.1, momentum=0.95, nesterov=True, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        muon.step(), library.step()
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=0, atol=4 * 0.1 * 0.2 * 0.05)
+    ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, n)) for n in (5, 3)] for _ in range(2))
+    table = nn.Parameter(torch.ones(3, 2))
+    muon = make_optimizer(SimpleNamespace(optimizer="muon"), [*ours, table], 0.1, weight_decay=0.2, tables=[table])
+    adam = torch.optim.AdamW([*theirs, twin := nn.Parameter(torch.ones(3, 2))], lr=0.1, betas=(0.9, 0.95), weight_decay=0.2)
+    for step in range(5):
+        for p, q in zip([*ours, table], [*theirs, twin]):
+            p.grad = torch.randn_like(p) if len(p) == 5 or step > 1 else None   # one joins later: it counts its own steps
+            q.grad = None if p.grad is None else p.grad.clone()
+        muon.step(), adam.step()
+    for p, q in zip([*ours, table], [*theirs, twin]):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)

@@ -101,9 +101,9 @@ def spoil(hq, seeds):
 
     A quarter stays clean; the others are hq + u (worse - hq), u = 1 for half of them, uniform for the rest; `worse` is
     degraded, grainy, or has another contrast, saturation or sharpness: a loss must not gain by such looks.
-    UNSTATED: no paper trains such a network. The label is 1 - sqrt(1 - SSIM to the clean face), of R, G and B: 1 for that face,
-    falling with blur, noise, blocks and wrong colours alike. SSIM is relative to the picture's own contrast, so the picture shows it. The root stretches
-    the label where faces are almost clean.
+    UNSTATED: no paper trains such a network. The label is 1 - sqrt(1 - SSIM to the clean face) of R, G and B: 1 for that face,
+    falling with blur, noise, blocks and wrong colours alike. SSIM is relative to the picture's own contrast, so the picture
+    shows it. The root stretches the label where faces are almost clean.
     """
     kinds = (None, None, DEGRADATIONS["codeformer"], DEGRADATIONS["gfpgan"], SMOOTH, GRAINY, "contrast", "saturation",
              "sharpness", None, DEGRADATIONS["codeformer"], SMOOTH)

@@ -1,33 +1,24 @@
-"""Trains small stand-ins of the networks that Pref-Restore starts from: DC-AE, TA-Tok, Qwen3 and SANA (BLIP3o-NEXT).
+"""The toy stand-ins that Pref-Restore starts from: `python -m toy.backbones sana` trains DC-AE, TA-Tok, Qwen3 and SANA.
 
-    python -m toy.sana --steps 450
-
-writes toy/weights/sana in the layouts of the releases, so that `pref_restore.load_release` reads it like them:
+toy/weights/sana is in the layouts of the releases, so that `pref_restore.load_release` reads it like them:
 
     config.json, model.safetensors, tokenizer files    BLIP3o-NEXT's layout: Qwen3, semantic connector, TA-Tok
     transformer/, vae/                                 diffusers folders: SANA, DC-AE
-
-Two phases of --steps steps. `tokenizers`: DC-AE and TA-Tok learn to rebuild clean and degraded faces. `prior`: Qwen3 and
-SANA learn to copy a face from its tokens and to draw one from its caption. Nothing here is needed to understand the method.
 """
-import argparse
-import json
-import re
 from pathlib import Path
 
-from common import (ATTRIBUTES, Faces, load_strict, make_optimizer, mix, read_torch, save_part, warmup_cosine, whole_file,
-                    write_grid, write_json)  # first: it sets up torch's threads
+# toy.backbones comes first: it sets up OpenMP before torch is imported
+from toy.backbones import captions_of, colour_slopes, copy_loss, encode_all, fit, publish, word_tokenizer
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import metrics
 import pref_restore as pr
+from common import save_part, write_json
 
-
-def sizes_of(size=64, token_side=4, codes=512, code_dim=32, siglip_width=144, llm_width=128, llm_layers=4, channels=32,
+def sizes_of(size=64, token_side=4, codes=512, code_dim=32, siglip_width=144, llm_width=128, llm_layers=4, channels=64,
              vae_widths=(32, 32, 64, 128), heads=4, layers=6) -> dict:
     """Small networks of the very classes of the paper, for faces of `size` px. siglip_width: a multiple of 72, a head.
 
@@ -54,29 +45,21 @@ def sizes_of(size=64, token_side=4, codes=512, code_dim=32, siglip_width=144, ll
                    codes=codes, code_dim=code_dim))
 
 
-def word_tokenizer():
+def chat_tokenizer():
     """A tokenizer of transformers: the words and marks of the chat template, and the words of `verbalise`."""
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    pieces = r"<\|\w+\|>|\n|[a-z]+|[.:]"
-    phrases = [phrase for row in ATTRIBUTES for phrase in row[2:]] + ["a photo of a human face an person with hair and wearing"]
-    text = " ".join([pr.SYSTEM, pr.USER, pr.END, pr.ASSISTANT, pr.ASK, pr.ASK_CAPTION, pr.COPY, pr.DRAW, *phrases])
-    words = ["<pad>", "<unk>", *sorted(set(re.findall(pieces, text.lower())))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), "removed", invert=True)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+    text = " ".join([pr.SYSTEM, pr.USER, pr.END, pr.ASSISTANT, pr.ASK, pr.ASK_CAPTION, pr.COPY, pr.DRAW])
+    return word_tokenizer(2048, False, text, r"<\|\w+\|>|\n|[.:]|")
 
 
 def build(sizes: dict) -> tuple:
     """(PrefRestore, Vocabulary) of random weights."""
-    vocab = pr.Vocabulary(word_tokenizer(), sizes["tatok"]["codes"])
+    vocab = pr.Vocabulary(chat_tokenizer(), sizes["tatok"]["codes"])
     sizes = dict(sizes, llm=dict(sizes["llm"], vocab_size=vocab.size))
     return pr.PrefRestore(sizes), vocab
 
 
 def save(folder, model, vocab, dtype=torch.bfloat16) -> None:
-    """The folder of the page above."""
+    """The folder described on top."""
     from diffusers import AutoencoderDC, SanaTransformer2DModel
     folder, state = Path(folder), {}
     for prefix, module in (("model.", model.integrator.llm), ("model.diffusion_connector.", model.integrator.connector),
@@ -113,112 +96,74 @@ class TokenDecoder(nn.Module):
         return picture, self.features(h)
 
 
-def tokenizer_loss(model, decoder, reader, x):
-    """Both autoencoders on x (B, 3, S, S) -> (loss, parts). Noise on the latent forgives the flow's errors."""
-    z = model.vae.encoder(x)
-    rebuilt = model.vae.decoder(z + 0.1 * z.std() * torch.randn_like(z))
-    code, ids, commitment = model.tatok(x)
-    small, features = decoder(code)
-    seen, real = reader.stages(rebuilt), reader.stages(x)
-    l1, perceptual = (rebuilt - x).abs().mean(), sum((a - b).abs().mean() for a, b in zip(seen, real))
-    target = F.layer_norm(F.adaptive_avg_pool2d(real[4], decoder.side).flatten(2).mT, real[4].shape[1:2])   # (B, N, 8w)
-    pixel = (small - F.interpolate(x, small.shape[-2:], mode="area")).abs().mean()
-    meaning = (features - target).square().mean()
-    return l1 + 0.05 * perceptual + pixel + meaning + commitment, dict(l1=l1, meaning=meaning)
-
-
-def prior_loss(model, vocab, cfg, batch):
-    """Stage 1.1's loss on clean faces -> (loss, parts): half are copied from their tokens, half drawn from their caption."""
-    tokens, drawn = model.tatok.encode(batch["hq"]), torch.rand(len(batch["hq"])) < 0.5
-    captions = ["" if dropped else caption for dropped, caption in zip(torch.rand(len(drawn)) < 0.1, batch["captions"])]
-    source = [None if d and caption else row for d, caption, row in zip(drawn, captions, tokens)]
-    return pr.semantic_loss(model, vocab, cfg, dict(batch, captions=captions, tasks=["copy"] * len(drawn)), source)
-
-
-@torch.no_grad()
-def draw_captions(model, vocab, cfg, captions):
-    """Faces that Qwen3 and SANA draw from captions alone."""
-    prompt = pr.build_sequence(vocab, [None] * len(captions), captions, count=model.tatok.count)
-    prompt = pr.Sequence(*(t.to(model.latent_scale.device) for t in prompt))
-    states = model.integrator.generate(prompt, vocab, model.tatok.count)[1]
-    noise = pr.noise_like(model, cfg, len(captions), torch.Generator().manual_seed(0))
-    return pr.draw_face(model, cfg, model.condition(states), noise)
-
-
-def train(output="toy/weights/sana", steps: int = 450, data="data/toy/train", batch_size: int = 32, device: str = "cpu",
-          seed: int = 0, sizes: dict | None = None, save_every: int = 100) -> None:
-    """Both phases, then the folder. A stopped call goes on where output/state.pt was saved, bit by bit."""
-    cfg, folder, sizes = pr.Train(**pr.TOY_VALUES), Path(output), sizes or sizes_of()
-    torch.manual_seed(seed)
+def train(run, faces, held, sizes: dict | None = None) -> None:
+    """DC-AE; TA-Tok, which rebuilds clean and degraded faces; Qwen3 and SANA, which copy a face from its tokens or draw one
+    from its caption."""
+    cfg, sizes, device = pr.Train(**pr.TOY_VALUES), sizes or sizes_of(), run.device
+    torch.manual_seed(run.cfg.seed)
     model, vocab = build(sizes)
-    reader = metrics.load_reader("a").to(device)
-    width, side = sizes["tatok"]["siglip"]["hidden_size"], int(model.tatok.count ** 0.5)
-    model, decoder = model.to(device), TokenDecoder(width, side, reader.identity.in_features // 16).to(device)
-    faces = Faces(data, sizes["tatok"]["siglip"]["image_size"], degradation="noisy")
-    state = read_torch(folder / "state.pt") if (folder / "state.pt").exists() else {}
-    if state:
-        load_strict(model, state["model"], folder / "state.pt")
-        decoder.load_state_dict(state["decoder"])
+    model, reader = model.to(device), metrics.load_reader("a", run.cfg.readers).to(device)
+    side = int(model.tatok.count ** 0.5)
+    decoder = TokenDecoder(sizes["tatok"]["siglip"]["hidden_size"], side, reader.identity.in_features // 16).to(device)
+    batch = held.held_out(64)
+    hq = batch["hq"].to(device)
 
-    for phase, prefixes, peak in (("tokenizers", ("vae.", "tatok."), 5e-3), ("prior", ("integrator.", "sana."), 1e-2)):
-        if state.get("phase") == "prior" and phase == "tokenizers":
-            continue
+    def autoencoder_loss(batch):
+        z = model.vae.encoder(batch["hq"][:8])
+        copied = model.vae.decoder(z + 0.05 * z.std() * torch.randn_like(z))  # noise on the latent forgives the flow's errors
+        loss = copy_loss(reader, copied, batch["hq"][:8])
+        return loss, dict(loss=loss)
+
+    @torch.no_grad()
+    def copies():
+        copied = model.vae.decoder(model.vae.encoder(hq))
+        run.say(f"{metrics.mean_psnr(copied, hq):.2f} dB; slope of luma, red-blue, green-magenta: "
+                + ", ".join(f"{slope:.3f}" for slope in colour_slopes(hq, copied)))
+        return {"hq": hq[:8], "autoencoder": copied[:8]}
+
+    def token_loss(batch):
+        x = torch.cat([batch["hq"][::2], batch["lq"][1::2]])      # every other face is clean
+        code, ids, commitment = model.tatok(x)
+        small, features = decoder(code)
+        real = reader.stages(x)[4].float()
+        target = F.layer_norm(F.adaptive_avg_pool2d(real, side).flatten(2).mT, real.shape[1:2])     # (B, N, 8w)
+        pixel = (small - F.interpolate(x, small.shape[-2:], mode="area")).abs().mean()
+        meaning = (features - target).square().mean()
+        return pixel + meaning + commitment, dict(pixel=pixel, meaning=meaning)
+
+    def prior_loss(batch):
+        answer, captions, place = tokens[batch["place"]].to(device), captions_of(batch), batch["place"]
+        alone = torch.rand(len(place)) < 0.5                       # drawn from the caption alone
+        source = [None if a and caption else row for a, caption, row in zip(alone, captions, answer)]
+        batch = dict(captions=captions, tasks=["copy"] * len(place))
+        states, sequence = pr.teacher_forced(model, vocab, cfg, batch, source, answer)
+        ce = pr.token_loss(states, model.integrator.head, sequence.labels)
+        cond = model.condition(pr.answer_states(states, sequence.start, model.tatok.count))
+        diffusion = pr.diffusion_loss(model, cfg, cond, latents[place].to(device))
+        return ce + diffusion, dict(ce=ce, diffusion=diffusion)
+
+    @torch.no_grad()
+    def samples():
+        captions = batch["captions"][:12]
+        prompt = pr.build_sequence(vocab, [None] * len(captions), captions, count=model.tatok.count)
+        prompt = pr.Sequence(*(t.to(device) for t in prompt))
+        states = model.integrator.generate(prompt, vocab, model.tatok.count)[1]
+        noise = pr.noise_like(model, cfg, len(captions), torch.Generator().manual_seed(0))
+        return {"a real face": hq[:12], "drawn from its caption": pr.draw_face(model, cfg, model.condition(states), noise)}
+
+    def trainable(*prefixes):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(prefixes) and "regularizer.embedding.weight" not in name)
-        parameters = [p for p in model.parameters() if p.requires_grad] + list(decoder.parameters()) * (phase == "tokenizers")
-        optimizer, factor = make_optimizer(cfg, parameters, peak), warmup_cosine(steps, 5, 0.02, 0.2)
-        average = {name: t.detach().clone() for name, t in model.state_dict().items()}
-        first = 0
-        if state.get("phase") == phase:
-            first = state["step"]
-            optimizer.load_state_dict(state["optimizer"])
-            average = {name: t.to(device) for name, t in state["average"].items()}
 
-        for step in tqdm(range(first, steps), phase, steps, initial=first):
-            torch.manual_seed(mix(seed, phase, step))
-            count = batch_size // 2 if phase == "tokenizers" else batch_size
-            batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in faces.training(count, seed, step).items()}
-            if phase == "tokenizers":                              # every other face is clean
-                loss, parts = tokenizer_loss(model, decoder, reader, torch.cat([batch["hq"][::2], batch["lq"][1::2]]))
-            else:
-                loss, parts = prior_loss(model, vocab, cfg, batch)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = peak * factor(step)
-            optimizer.step()
-            with torch.no_grad():
-                for name, t in model.state_dict().items():
-                    average[name].lerp_(t, 1 - min(0.995, (1 + step) / (10 + step)))
-            if (step + 1) % 50 == 0 or step + 1 == steps:
-                tqdm.write(f"{phase}, step {step + 1}: {json.dumps({k: round(v.item(), 4) for k, v in parts.items()})}")
-            if (step + 1) % save_every == 0 and step + 1 < steps:
-                with whole_file(folder / "state.pt") as temporary:
-                    torch.save(dict(phase=phase, step=step + 1, model=model.state_dict(), decoder=decoder.state_dict(),
-                                    average=average, optimizer=optimizer.state_dict()), temporary)
-
-        model.load_state_dict(average)
-        batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in faces.held_out(64).items()}
-        with torch.no_grad():
-            if phase == "tokenizers":                              # DC-AE's scaling factor: latents of deviation 1
-                model.latent_scale.copy_(1 / model.vae.encoder(batch["hq"]).std())
-                model.lq_encoder.load_state_dict(model.vae.encoder.state_dict())
-            pictures = dict(hq=batch["hq"], autoencoder=model.decode(model.encode(batch["hq"])))
-        if phase == "prior":
-            pictures["from_its_caption"] = draw_captions(model, vocab, cfg, batch["captions"][:8])
-        write_grid(folder / f"{phase}.png", pictures)
-        state = {}
-    save(folder, model, vocab)
-    (folder / "state.pt").unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", default="toy/weights/sana")
-    parser.add_argument("--steps", type=int, default=450, help="of each phase")
-    parser.add_argument("--data", default="data/toy/train")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    train(**vars(parser.parse_args()))
+    trainable("vae.")
+    fit(run, "dcae", {"dcae": model.vae}, faces, run.cfg.vae_steps, 5e-3, autoencoder_loss, show=copies)
+    trainable("tatok.")
+    fit(run, "tatok", {"tatok": model.tatok, "decoder": decoder}, faces, run.cfg.vae_steps, 5e-3, token_loss, degraded=True)
+    with torch.no_grad():                                         # DC-AE's scaling factor: latents of variance 1
+        model.latent_scale.copy_(1 / model.vae.encoder(hq).std())
+    model.lq_encoder.load_state_dict(model.vae.encoder.state_dict())
+    tokens, latents = encode_all(run, faces, model.tatok.encode), encode_all(run, faces, lambda hq: model.encode(hq).float())
+    trainable("integrator.", "sana.")
+    parts = {"integrator": model.integrator, "sana": model.sana}
+    fit(run, "prior", parts, faces, run.cfg.steps, 5e-3, prior_loss, show=samples)
+    publish(run, Path(run.cfg.output) / "sana", lambda folder: save(folder, model, vocab))
