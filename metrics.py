@@ -22,7 +22,7 @@ import json
 import math
 import sys
 import warnings
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -66,11 +66,9 @@ def ssim_maps(a, b):
     """SSIM and its contrast-structure factor, (B, C, H - 10, W - 10) each: 11x11 Gaussian of sigma 1.5."""
     x = torch.arange(11, dtype=a.dtype, device=a.device) - 5
     window = torch.exp(-x.square() / (2 * 1.5**2))
-    window = (window / window.sum()).expand(a.shape[1], 1, 1, 11)
-
-    def blur(v):  # separable, each channel by itself, valid windows only
-        return F.conv2d(F.conv2d(v, window, groups=v.shape[1]), window.transpose(2, 3), groups=v.shape[1])
-
+    window, channels = (window / window.sum()).expand(a.shape[1], 1, 1, 11), a.shape[1]
+    # separable, each channel by itself, valid windows only
+    blur = lambda v: F.conv2d(F.conv2d(v, window, groups=channels), window.transpose(2, 3), groups=channels)
     mu_a, mu_b = blur(a), blur(b)
     var_a, var_b, cov = blur(a * a) - mu_a**2, blur(b * b) - mu_b**2, blur(a * b) - mu_a * mu_b
     structure = (2 * cov + 0.03**2) / (var_a + var_b + 0.03**2)
@@ -90,18 +88,13 @@ def ssim(a, b):
     return ssim_maps(luma(a), luma(b))[0].flatten(1).mean(1)
 
 
-def ms_ssim_scales(x) -> int:
-    """How many scales, at most five, fit the side of (B, C, H, W)."""
-    return max(0, min(5, int(math.log2(max(1, min(x.shape[-2:])) / 11) + 1)))
-
-
 def ms_ssim(a, b, scales=5):
     """Multi-scale SSIM, product form [Wang et al. 2003]: (B, 3, H, W) twice in [0, 1] -> (B,).
-    prod_j mean(structure_j)^w_j mean(SSIM_M)^w_M; 2x2 means halve the images between scales. Five scales need 176 px. With
-    fewer the first weights, rescaled to sum 1, make another measure: name it. ValueError for more than `ms_ssim_scales`."""
+    prod_j mean(structure_j)^w_j mean(SSIM_M)^w_M; 2x2 means halve the images between scales. Five scales need 176 px, else
+    ValueError. Fewer take the first weights, rescaled to sum 1, and are another measure."""
     same_images(a, b)
-    if not 1 <= scales <= ms_ssim_scales(a):
-        raise ValueError(f"ms_ssim: images of {tuple(a.shape[-2:])} have {ms_ssim_scales(a)} scales, not {scales}")
+    if min(a.shape[-2:]) < 11 * 2 ** (scales - 1):
+        raise ValueError(f"ms_ssim: images of {tuple(a.shape[-2:])} are too small for {scales} scales")
     weights = a.new_tensor([0.0448, 0.2856, 0.3001, 0.2363, 0.1333])[:scales]
     factors, a, b = [], luma(a), luma(b)
     for scale in range(scales):
@@ -112,20 +105,12 @@ def ms_ssim(a, b, scales=5):
     return (torch.stack(factors, 1) ** (weights / weights.sum())).prod(1)
 
 
-def lpips_file(net="alex", backbone="") -> Path:
-    """Where the backbone of `lpips_network` lies. UserError if it is not there."""
-    known = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}[net]
-    path = Path(backbone or Path(torch.hub.get_dir()) / "checkpoints" / known)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; LPIPS ({net}) needs torchvision's {known}")
-    return path
-
-
 def lpips_network(net="alex", backbone=""):
     """lpips.LPIPS v0.1 with its trained heads, frozen; images in [-1, 1]. net: alex (pyiqa's `lpips`) or vgg (usual loss).
     backbone: file of torchvision's alexnet or vgg16 (default: torch hub's cache). Nothing is ever fetched."""
     import lpips
-    path = lpips_file(net, backbone)
+    known = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}[net]
+    path = Path(backbone or Path(torch.hub.get_dir()) / "checkpoints" / known)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                           # lpips 0.1.4 calls torchvision in an outdated way
         network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)  # pnet_rand: do not fetch the backbone
@@ -207,10 +192,8 @@ def frechet_distance(x, y):
 
     float64. With roots Sx = Rx^T Rx, Sy = Ry^T Ry (QR of the centred features) tr (Sx Sy)^(1/2) is the sum of the singular
     values of Rx Ry^T: no matrix square root, no epsilon, nothing breaks when N < D. Biased upwards for few rows: compare
-    sets of equal N [Heusel et al. 2017]. ValueError below two rows.
+    sets of equal N [Heusel et al. 2017].
     """
-    if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
-        raise ValueError(f"wants (N, D) and (M, D), N, M >= 2, got {tuple(x.shape)} and {tuple(y.shape)}")
     x, y = double(x), double(y)
     rx, ry = [torch.linalg.qr((v - v.mean(0)) / (len(v) - 1) ** 0.5, mode="r")[1] for v in (x, y)]
     spread = rx.square().sum() + ry.square().sum() - 2 * torch.linalg.svdvals(rx @ ry.T).sum()
@@ -221,12 +204,11 @@ def mmd_rbf(x, y, sigma=10.0, scale=1000.0):
     """scale (mean k(x, x) + mean k(y, y) - 2 mean k(x, y)): features (N, D), (M, D) -> scalar.
     k(a, b) = exp(-|a - b|^2 / (2 sigma^2)). Biased V-statistic (the diagonals count), float64, 1024 rows at a time. The
     defaults are CMMD's [Jayasumana et al. 2024]; Latent-PMRF applies them to DINOv2 features."""
-    x, y = double(x), double(y)
-
     def kernel(a, b):
         sums = [torch.exp(-torch.cdist(rows, b).square() / (2 * sigma**2)).sum() for rows in a.split(1024)]
         return sum(sums) / (len(a) * len(b))
 
+    x, y = double(x), double(y)
     return scale * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y))
 
 
@@ -251,15 +233,8 @@ def identity_angle(e1, e2):
     return torch.rad2deg(2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1)))
 
 
-def same_points(a, b):
-    """ValueError unless a and b are both (..., K, 2) of one shape, K >= 1."""
-    if a.shape != b.shape or a.dim() < 2 or a.shape[-1] != 2 or a.shape[-2] < 1:
-        raise ValueError(f"wants points (..., K, 2) twice, got {tuple(a.shape)} and {tuple(b.shape)}")
-
-
 def landmark_distance(a, b):
     """LMD: mean Euclidean distance of points (..., K, 2) twice -> (...); papers: pixels at 512."""
-    same_points(a, b)
     return (a - b).norm(dim=-1).mean(-1)
 
 
@@ -267,13 +242,10 @@ def affine_solution(L, H, weights):
     """Minimise Eq. 14 -> M (..., 2, 2), centres of L, H (..., 1, 2), weights (..., K), residuals; float64.
     The map is h = M (l - centre_l) + centre_h. In pixels the matrix that Eq. 15 inverts has condition 1e7; with points
     centred and scaled it has about 25. The pseudo-inverse serves where the map is not unique."""
-    same_points(L, H)
     tolerance = 1e-9 if L.dtype == torch.float64 else 1e-5        # below: rounding of L
     L, H = double(L), double(H)
     w = torch.ones(()) if weights is None else torch.as_tensor(weights)
     w = double(w).to(L.device).expand(L.shape[:-1])
-    if (w < 0).any():
-        raise ValueError("weights of landmarks must not be negative")
     total = w.sum(-1)[..., None, None].clamp(min=1e-300)
     centre_l, centre_h = [(w[..., None] * p).sum(-2, keepdim=True) / total for p in (L, H)]
     l, h = L - centre_l, H - centre_h
@@ -285,8 +257,8 @@ def affine_solution(L, H, weights):
 
 def affine_fit(L, H, weights=None):
     """A* = H W L'^T (L' W L'^T)^-1, l' = (x, y, 1) [Eq. 15]: points (..., K, 2) twice -> (..., 2, 3).
-    The affine map of L that comes nearest to H. weights (K,) or (..., K), default 1; 0 drops a point, ValueError below.
-    Where the points lie on a line or are fewer than three, Eq. 15 has no inverse: the smallest minimiser is returned."""
+    The affine map of L that comes nearest to H. weights (K,) or (..., K), default 1; 0 drops a point. Where the
+    points lie on a line or are fewer than three, Eq. 15 has no inverse: the smallest minimiser is returned."""
     matrix, centre_l, centre_h, *_ = affine_solution(L, H, weights)
     return torch.cat([matrix, centre_h.mT - matrix @ centre_l.mT], -1).to(L)
 
@@ -353,12 +325,12 @@ class GrayBlock(nn.Module):
         self.bn0, self.conv1 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn1, self.prelu = nn.BatchNorm2d(width), nn.PReLU()
         self.conv2, self.bn2 = nn.Conv2d(width, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
-        if stride != 1 or width != out:
-            self.downsample = nn.Sequential(nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        self.downsample = nn.Identity() if stride == 1 and width == out else nn.Sequential(
+            nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out))
 
     def forward(self, x):
         h = self.bn2(self.conv2(self.prelu(self.bn1(self.conv1(self.bn0(x))))))
-        return self.prelu(h + (self.downsample(x) if hasattr(self, "downsample") else x))
+        return self.prelu(h + self.downsample(x))
 
 
 class ArcFaceGray(nn.Module):
@@ -418,14 +390,12 @@ class IResNet(nn.Module):
 
     bgr: AdaFace's weights expect BGR, ArcFace's RGB. The wrong order costs accuracy without any error, so it is an argument.
     layout "ir" or "ir_se": InsightFace_Pytorch's, without the block's middle norm, and with gates: IR-SE-50, which facexlib
-    has (recognition_arcface_ir_se50.pth). ValueError for another depth.
+    has (recognition_arcface_ir_se50.pth).
     """
     UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 101: (3, 13, 30, 3)}
 
     def __init__(self, depth=50, bgr=False, layout="adaface"):
         super().__init__()
-        if depth not in self.UNITS:
-            raise ValueError(f"IResNet depth must be one of {sorted(self.UNITS)}, got {depth}")
         self.bgr = bgr
         self.input_layer = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
         blocks, width = [], 64
@@ -475,9 +445,8 @@ class CoordConv(nn.Module):
         self.conv = nn.Conv2d(channels + (5 if outline else 3), out, kernel, stride, padding)
 
     def forward(self, x, heatmaps=None):
-        b, _, h, w = x.shape
-        rows, columns = [torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in (h, w)]
-        rows, columns = rows.view(1, 1, h, 1).expand(b, 1, h, w), columns.view(1, 1, 1, w).expand(b, 1, h, w)
+        sides = [torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in x.shape[-2:]]
+        rows, columns = [grid.expand(len(x), 1, -1, -1) for grid in torch.meshgrid(*sides, indexing="ij")]
         radius = (rows**2 + columns**2).sqrt()
         parts = [x, rows, columns, radius / radius.amax()]
         if heatmaps is not None:
@@ -495,14 +464,14 @@ class FANBlock(nn.Module):
         self.bn1, self.conv1 = nn.BatchNorm2d(width), nn.Conv2d(width, half, 3, padding=1, bias=False)
         self.bn2, self.conv2 = nn.BatchNorm2d(half), nn.Conv2d(half, quarter, 3, padding=1, bias=False)
         self.bn3, self.conv3 = nn.BatchNorm2d(quarter), nn.Conv2d(quarter, quarter, 3, padding=1, bias=False)
-        if width != out:
-            self.downsample = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, out, 1, bias=False))
+        self.downsample = nn.Identity() if width == out else nn.Sequential(
+            nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, out, 1, bias=False))
 
     def forward(self, x):
         a = self.conv1(F.relu(self.bn1(x)))
         b = self.conv2(F.relu(self.bn2(a)))
         c = self.conv3(F.relu(self.bn3(b)))
-        return torch.cat([a, b, c], 1) + (self.downsample(x) if hasattr(self, "downsample") else x)
+        return torch.cat([a, b, c], 1) + self.downsample(x)
 
 
 class Hourglass(nn.Module):
@@ -572,13 +541,13 @@ class ViTBlock(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attn = nn.MultiheadAttention(dim, heads, batch_first=True)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(dim, 4 * dim), c_proj=nn.Linear(4 * dim, dim)))
+        self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(dim, 4 * dim), c_proj=nn.Linear(4 * dim, dim)))
 
     def forward(self, x):                                         # (B, L, dim)
         h = self.ln_1(x)
         x = x + self.attn(h, h, h, need_weights=False)[0]
-        h = self.mlp.c_fc(self.ln_2(x))
-        return x + self.mlp.c_proj(h * torch.sigmoid(1.702 * h))
+        h = self.mlp["c_fc"](self.ln_2(x))
+        return x + self.mlp["c_proj"](h * torch.sigmoid(1.702 * h))
 
 
 class FaRLBackbone(nn.Module):
@@ -632,7 +601,7 @@ class FaRLAttributes(nn.Module):
         """(B, 3, S, S) FFHQ-aligned faces in [-1, 1] -> (B, 3, 224, 224) in [0, 1], differentiable."""
         affine = torch.tensor(self.AFFINE, dtype=torch.float64)
         back = torch.linalg.inv(affine[:, :2])
-        # affine_grid counts both pictures from -1 to 1: canvas pixel 112 c + 112, picture pixel 256 n + 256.
+        # affine_grid counts both pictures from -1 to 1: canvas pixel 112 c + 112, picture pixel 256 n + 256
         shift = (back @ (112 - affine[:, 2:])) / 256 - 1
         theta = torch.cat([back * 112 / 256, shift], 1).to(x).expand(len(x), 2, 3)
         grid = F.affine_grid(theta, (len(x), 3, 224, 224), align_corners=False)
@@ -673,11 +642,9 @@ class FIDInception(nn.Module):
 class DINOv2(nn.Module):
     """DINOv2's normalised class token: (B, 3, H, W) in [0, 1] -> (B, D). `path`: a folder of transformers."""
 
-
     def __init__(self, path):
         super().__init__()
-        from transformers import AutoModel, logging
-        logging.disable_progress_bar()
+        from transformers import AutoModel
         # DIFFERS: Meta's module (pyiqa) resamples positions 0.1 of a patch beyond, which moves features by up to 1 %.
         self.net = from_folder(AutoModel, str(path), "weights", local_files_only=True).eval()
 
@@ -805,8 +772,6 @@ def load_reader(name="b", folder=None, needs=()):
     file was trained without such labels, which `not_trained` of the reader names.
     """
     path = Path(folder or Path(__file__).parent / "toy" / "weights") / f"reader_{name}.safetensors"
-    if not path.is_file():
-        raise UserError(f"{path}: no such reader; python -m toy.readers {name} trains it")
     state = {key: v.float() if v.is_floating_point() else v for key, v in read_weights(path).items()}
     reader = FaceReader(len(state["stem.1.weight"]) if "stem.1.weight" in state else 16)
     load_strict(reader, state, path)
@@ -872,17 +837,16 @@ def toy_scores(restored, hq, reader, lq=None):
 def toy_protocol(data, degradation, count, readers=""):
     """How the numbers of toy_scores came about, for metrics.json: {name: text}. readers: as for `load_reader`."""
     reader = f"; FaceReader {readers or 'toy/weights'}/reader_b.safetensors, whole image at 64 px"
+    by_reader = dict(
+        fid=f"Frechet distance of pooled features to the same {count} clean faces", deg="angle between embeddings in degrees",
+        lmd="mean distance of 98 points in pixels of the image", attr="share of 12 attributes read alike",
+        ald_e="root of HonestFace's Eq. 14, 34 points of eyes and brows, pixels", lpips="LPIPS' form on the reader's features",
+        ald_m="root of HonestFace's Eq. 14, 20 points of the mouth, pixels", quality="mean of the restored face, 1 = clean")
     return dict(
         faces=f"{count} held-out faces of {data or 'the toy world'}", degradation=degradation,
         psnr="RGB, 8 bits", psnr_gain="PSNR minus the PSNR of the degraded face",
         ssim="luma (BT.601, full range), 11x11 Gaussian of sigma 1.5, valid windows, 8 bits",
-        fid_toy=f"Frechet distance of pooled features to the same {count} clean faces" + reader,
-        deg_toy="angle between embeddings in degrees" + reader,
-        lmd_toy="mean distance of 98 points in pixels of the image" + reader,
-        ald_e_toy="root of HonestFace's Eq. 14, 34 points of eyes and brows, pixels" + reader,
-        ald_m_toy="root of HonestFace's Eq. 14, 20 points of the mouth, pixels" + reader,
-        attr_toy="share of 12 attributes read alike" + reader, lpips_toy="LPIPS' form on the features of the reader" + reader,
-        quality_toy="mean quality read from the restored face, 1 = clean" + reader)
+        **{f"{name}_toy": text + reader for name, text in by_reader.items()})
 
 
 # ------------------------------------------------------------------------------------------------ measuring folders
@@ -895,47 +859,37 @@ class Measure:
     weights: str = ""                      # folder of released networks; what it lacks is skipped by name
     real_set: str = ""                     # folder of real faces, such as FFHQ: adds fid_real, fid_dino_real, mmd_dino_real
     posterior_mean: str = ""               # folder of posterior means: adds indrmse
-    toy: bool = False                      # numbers of the toy reader, too (default: only of faces up to 64 px)
     device: str = "auto"                   # auto, cpu, cuda, cuda:1, mps
 
 
-# {numbers: (protocol, patterns of files in --weights: all are needed, | between alternatives; what to put there; its loader)}
+# {numbers: (protocol, patterns of the files in --weights that are all needed, loader of those files)}; docs/weights.md says
+# where they come from. | stands between alternatives.
 NETWORKS = {
-    "lpips": ("AlexNet, v0.1, RGB, whole image", ["alexnet*.pth"], "alexnet-owt-7be5be79.pth (torchvision)",
-              functools.partial(lpips_network, "alex")),
-    "lpips-vgg": ("VGG16, v0.1, RGB, whole image", ["vgg16*.pth"], "vgg16-397923af.pth (torchvision)",
-                  functools.partial(lpips_network, "vgg")),
-    "dists": ("VGG16, released alpha and beta, RGB, not resized", ["dists*.pt*|DISTS*.pth|weights.pt", "vgg16*.pth"],
-              "weights.pt of DISTS and vgg16-397923af.pth", DISTS),
+    "lpips": ("AlexNet, v0.1, RGB, whole image", ["alexnet*.pth"], functools.partial(lpips_network, "alex")),
+    "lpips-vgg": ("VGG16, v0.1, RGB, whole image", ["vgg16*.pth"], functools.partial(lpips_network, "vgg")),
+    "dists": ("VGG16, released alpha and beta, RGB, not resized", ["dists*.pt*|DISTS*.pth|weights.pt", "vgg16*.pth"], DISTS),
     "deg, ids": ("ArcFace ResNet-18, whole face grey at 128 px; degrees (pairs below 1 left out), cosine",
-                 ["resnet18_110*.pth|arcface_resnet18*.pth"], "resnet18_110.pth (VQFR) or arcface_resnet18.pth (GFPGAN)",
-                 lambda file: load_weights(ArcFaceGray(), file)),
+                 ["resnet18_110*.pth|arcface_resnet18*.pth"], lambda file: load_weights(ArcFaceGray(), file)),
     "ids_ir50": ("cosine, IR-50 at 112 px, fixed crop, BGR if AdaFace's, else RGB", ["*ir50*|*ir_50*|*ir_se50*"],
-                 "adaface_ir50*.ckpt, arcface_ir50*.pth or ..._ir_se50.pth",
                  lambda file: load_iresnet(file, "adaface" in file.name.lower())),
     "ids_ir101": ("cosine, IR-101 at 112 px, fixed crop, BGR if AdaFace's, else RGB", ["*ir101*|*ir_101*"],
-                  "adaface_ir101*.ckpt or arcface_ir101*.pth", lambda file: load_iresnet(file, "adaface" in file.name.lower())),
+                  lambda file: load_iresnet(file, "adaface" in file.name.lower())),
     "lmd, ald_e, ald_m": ("AWing FAN at 256 px, pixels at 512; mean of 98 points, root of HonestFace's Eq. 14 of eyes and "
-                          "brows, of the mouth", ["*WFLW_4HG*.pth"], "alignment_WFLW_4HG.pth (facexlib)",
-                          lambda file: load_weights(FAN98(), file)),
+                          "brows, of the mouth", ["*WFLW_4HG*.pth"], lambda file: load_weights(FAN98(), file)),
     "attr": ("share of 40 CelebA attributes read alike, FaRL ViT-B/16, 224 px", ["face_attribute.farl*.pt"],
-             "face_attribute.farl.celeba.pt (facer)", lambda file: load_weights(FaRLAttributes(), file)),
-    "fid": ("Inception v3 of FID, 2048-d, bicubic antialiased 299 px", ["pt_inception-2015-12-05*.pth"],
-            "pt_inception-2015-12-05-6726825d.pth (pytorch-fid)", FIDInception),
-    "fid_dino, mmd_dino": ("DINOv2 class token, bicubic antialiased 224 px; MMD: RBF, sigma 10, x 1000", ["dinov2*"],
-                           "dinov2-large (a folder of transformers)", DINOv2)}
+             lambda file: load_weights(FaRLAttributes(), file)),
+    "fid": ("Inception v3 of FID, 2048-d, bicubic antialiased 299 px", ["pt_inception-2015-12-05*.pth"], FIDInception),
+    "fid_dino, mmd_dino": ("DINOv2 class token, bicubic antialiased 224 px; MMD: RBF, sigma 10, x 1000", ["dinov2*"], DINOv2)}
 
 
 def open_networks(folder, device, skipped):
     """({number: network}, {number: protocol}) of what --weights holds. What it lacks goes into `skipped`."""
     net, protocol = {}, {}
-    if folder and not Path(folder).is_dir():
-        raise UserError(f"--weights {folder}: no such folder")
-    for names, (text, patterns, known, load) in NETWORKS.items():
+    for names, (text, patterns, load) in NETWORKS.items():
         files = [[path for glob in pattern.split("|") for path in sorted(Path(folder).glob(glob))] if folder else []
                  for pattern in patterns]
         if not all(files):
-            skipped[names] = f"put {known} in --weights"
+            skipped[names] = f"put {' and '.join(patterns)} into --weights; see docs/weights.md"
             continue
         network = load(*[paths[0] for paths in files]).to(device)
         for name in names.split(", "):
@@ -950,19 +904,19 @@ def pair_files(cfg):
     rows = [[path, *[side.get(path.name, side.get(path.stem)) for side in names]] for path in files]
     if lone := [path.name for path, partner, *_ in rows if not partner]:
         print(f"{len(lone)} of {len(files)} files in {cfg.input} are not in --reference {cfg.reference}: {lone[0]} ...")
-    if len(lone) == len(files):
-        raise UserError(f"--reference {cfg.reference}: has no file with the name of one in {cfg.input}")
     return [[path for path in row if path] for row in rows if row[1]]
 
 
-def pair_numbers(x, y, net):
-    """{number: (1,)} of one pair, by the networks there are: x restored, y reference, (1, 3, H, W) in [-1, 1]."""
-    a, b, scales = x / 2 + 0.5, y / 2 + 0.5, ms_ssim_scales(x)
+def pair_numbers(net, x, y, estimate=None):
+    """{number: (1,)} by the networks there are: restored, reference, posterior mean, each (1, 3, H, W) in [-1, 1]."""
+    a, b = x / 2 + 0.5, y / 2 + 0.5
     found = {"psnr": psnr(a, b), "ssim": ssim(a, b)}
-    found["ms_ssim" if scales == 5 else f"ms_ssim_{scales}_scales"] = ms_ssim(a, b, scales)
-    for name, least in (("lpips", 31), ("lpips-vgg", 16)):        # px: smaller images vanish in the pooling
-        if name in net:
-            found[name] = net[name](x, y).flatten() if min(x.shape[-2:]) >= least else torch.tensor([math.nan])
+    if estimate is not None:
+        found["indrmse"] = ind_rmse(a, estimate / 2 + 0.5)
+    if min(x.shape[-2:]) >= 176:
+        found["ms_ssim"] = ms_ssim(a, b)
+    for name in [name for name in net if name.startswith("lpips")]:
+        found[name] = net[name](x, y).flatten()
     if "dists" in net:
         found["dists"] = net["dists"](a, b)
     if "deg" in net:
@@ -985,46 +939,37 @@ def pair_numbers(x, y, net):
 def measure(cfg):
     """Print a table, what was skipped and why, and one line of JSON for a folder of restored faces."""
     device, skipped, pairs = pick_device(cfg.device), {}, pair_files(cfg)
-    real = list_images(cfg.real_set, recursive=True) if cfg.real_set else []
     net, protocol = open_networks(cfg.weights, device, skipped)
     protocol |= dict(psnr="RGB, 8-bit files; identical pairs left out", indrmse=f"RMSE to {cfg.posterior_mean}, RGB in [0, 1]",
-                     ssim="luma (BT.601, full range), 11x11 Gaussian of sigma 1.5, valid windows")
+                     ssim="luma (BT.601, full range), 11x11 Gaussian of sigma 1.5, valid windows",
+                     ms_ssim="luma, product of five scales")
     values, features, small = defaultdict(list), defaultdict(list), []           # features: {(network, set): [(1, D)]}
     sets = [name for name in ("fid", "fid_dino") if name in net]
-    for files in tqdm(pairs, "measuring pairs", disable=None):
+    real = [[path] for path in list_images(cfg.real_set, recursive=True)] if cfg.real_set and sets else []
+    for files in tqdm(pairs + real, "measuring", disable=None):
         try:
-            x, y, *means = [read_image(path)[None].to(device) for path in files]
-            found = pair_numbers(x, y, net)
-            if means:
-                found["indrmse"] = ind_rmse(x / 2 + 0.5, means[0] / 2 + 0.5)
+            x, *others = [read_image(path)[None].to(device) for path in files]
+            found = pair_numbers(net, x, *others) if others else {}
         except ValueError as error:                               # a damaged picture, two sizes, or smaller than 11 px
             skipped[" and ".join(map(str, files))] = str(error)
             continue
         for name, value in found.items():
             values[name].append(value.item())
-        for name in sets:
-            features[name, "restored"].append(net[name](x / 2 + 0.5).cpu())
-            features[name, "gt"].append(net[name](y / 2 + 0.5).cpu())
-        if cfg.toy or max(x.shape[-2:]) <= FaceReader.SIDE:
-            small.append([bilinear(v, FaceReader.SIDE, antialias=True).cpu() for v in (x, y)])
+        for kind, image in {"restored": x, "gt": others[0]}.items() if others else [("real", x)]:
+            for name in sets:
+                features[name, kind].append(net[name](image / 2 + 0.5).cpu())
+        if others and max(x.shape[-2:]) <= FaceReader.SIDE:
+            small.append([bilinear(v, FaceReader.SIDE, antialias=True).cpu() for v in (x, others[0])])
     if not values:
-        raise UserError("no pair was measured: {}: {}".format(*list(skipped.items())[-1]))
+        names, reason = next(reversed(skipped.items())) if pairs else (cfg.reference, "no file has the name of a restored one")
+        raise UserError(f"no pair was measured: {names}: {reason}")
     if cfg.posterior_mean and "indrmse" not in values:
         skipped["indrmse"] = f"{cfg.posterior_mean} has no file with the name of a restored one"
-    for path in tqdm(real if sets else [], "measuring --real_set", disable=None):
-        try:
-            x = read_image(path)[None].to(device) / 2 + 0.5
-        except UserError as error:
-            skipped[str(path)] = str(error)
-            continue
-        for name in sets:
-            features[name, "real"].append(net[name](x).cpu())
 
     rows = []                                                     # (number, value, N, protocol)
     for name, column in values.items():                           # identical pairs have an infinite PSNR
         kept = [v for v in column if math.isfinite(v)] or [v for v in column if not math.isnan(v)]
-        text = protocol.get(name, f"luma, product of {name[8:9] or 5} scales")
-        rows.append((name, sum(kept) / len(kept) if kept else math.nan, len(kept), text))
+        rows.append((name, sum(kept) / len(kept) if kept else math.nan, len(kept), protocol[name]))
     for name, kind in [key for key in features if key[1] != "restored"]:
         x, y = [torch.cat(features[name, side]) for side in ("restored", kind)]
         text = f"{protocol[name]}; against {len(y)} files of {cfg.real_set if kind == 'real' else cfg.reference}"
@@ -1036,7 +981,7 @@ def measure(cfg):
         rows.append((f"{name}_{kind}", frechet_distance(x, y).item(), len(x), text))
         if name == "fid_dino":
             rows.append((f"mmd_dino_{kind}", mmd_rbf(x, y).item(), len(x), text))
-    if len(small) == len(values["psnr"]):                         # every face is small, or --toy is given
+    if len(small) == len(values["psnr"]):                         # every face is small: the toy reader looks, too
         x, y = [torch.cat(side) for side in zip(*small)]
         scores, texts = toy_scores(x, y, load_reader("b").to(device)), toy_protocol(cfg.reference, "", len(x))
         rows += [(name, value, len(x), texts[name].replace("of the image", "at 64 px"))
@@ -1055,8 +1000,8 @@ def measure(cfg):
 def main(argv=None):
     """`metrics.py RESTORED ...` is short for `metrics.py measure --input RESTORED ...`."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and argv[0] not in ("-h", "--help", "measure"):
-        argv = ["measure"] + ["--input"] * (not argv[0].startswith("-")) + argv
+    if argv and argv[0][0] != "-" and argv[0] != "measure":
+        argv = ["measure", "--input", *argv]
     command_line(__doc__, {"measure": (Measure, {}, measure)}, argv)
 
 

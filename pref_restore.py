@@ -26,8 +26,8 @@ the velocity field towards the better half of each group.
     [Eq. 9] semantic_loss   [Eq. 10] texture_loss, latent_consistency_loss   [Eq. 11] total_reward   [Eq. 12] optimality
     [Eq. 13-14] implicit_velocities   [Eq. 15] nft_loss   [Eq. 16] common.degrade, preset pref_restore
 
-Read first: `PrefRestore`, `build_sequence`, `semantic_loss`, `texture_loss`, then the loops `train_semantic`, `train_texture`
-and `train_preference`, then `read_face` and `draw_face`. Qwen3, SANA, DC-AE and SigLIP come from transformers and diffusers.
+Read first: `PrefRestore`, `build_sequence`, `semantic_loss`, `texture_loss`, then the loops `train_alignment` (stage 1) and
+`train_preference`, then `read_face` and `draw_face`. Qwen3, SANA, DC-AE and SigLIP come from transformers and diffusers.
 Run `python pref_restore.py train` (toy faces, CPU) or `train --preset paper --data FFHQ`, a folder with captions.json.
 Left out: the making of captions (Qwen2.5-VL) and the pre-training of BLIP3o-NEXT; toy/sana.py trains a small stand-in.
 """
@@ -35,6 +35,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import json
 import math
 import re
 import typing
@@ -45,14 +46,13 @@ from typing import NamedTuple
 
 # common comes first: it sets up OpenMP before torch is imported
 from common import (ATTRIBUTES, DEGRADATIONS, EMA, SIBLINGS, TOY, Run, SampleFlags, TrainFlags, UserError, command_line,
-                    find_checkpoint, from_folder, from_pil, list_images, load_strict, make_optimizer, mix, open_faces, open_run,
-                    read_json, read_weights, restore_folder, save_part, to_pil, warmup_cosine, write_json)
+                    from_folder, load_strict, make_optimizer, mix, open_faces, open_run, read_json, read_weights,
+                    restore_folder, save_part)
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 import metrics
@@ -245,15 +245,12 @@ def build_sequence(vocab, source, captions, answer=None, tasks=None, context=204
         rows.append(row)
         labels.append(label)
 
-    longest = max(map(len, rows))
-    ids, mask = torch.full((len(rows), longest), vocab.pad), torch.zeros(len(rows), longest, dtype=torch.bool)
-    targets, start = torch.full((len(rows), longest), -100), torch.tensor(starts)
-    for b, (row, label) in enumerate(zip(rows, labels)):
-        first = longest - len(row) if answer is None else 0        # padding on the left: the row begins later
-        place = slice(first, first + len(row))
-        ids[b, place], mask[b, place], targets[b, place] = torch.tensor(row), True, torch.tensor(label)
-        start[b] += first
-    return Sequence(ids.to(device), mask.to(device), targets.to(device), start.to(device))
+    side = "left" if answer is None else "right"
+    pad = lambda rows, value: nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True,
+                                                        padding_value=value, padding_side=side).to(device)
+    ids, mask, targets = pad(rows, vocab.pad), pad([[True] * len(row) for row in rows], False), pad(labels, -100)
+    starts = starts if answer is not None else [ids.shape[1] - 1] * len(rows)                # the left padding moved <S0>
+    return Sequence(ids, mask, targets, torch.tensor(starts, device=device))
 
 
 # ------------------------------------------------------------------------------------------------ model: TA-Tok
@@ -528,14 +525,13 @@ def add_policies(sana, rank: int, alpha: float) -> None:
 def acting(sana, policy: str):
     """Inside, the velocity is that of `policy`: current, old or base."""
     layers = policy_layers(sana).values()
-    before = [layer.active for layer in layers]
     for layer in layers:
         layer.active = policy
     try:
         yield
     finally:
-        for layer, was in zip(layers, before):
-            layer.active = was
+        for layer in layers:
+            layer.active = "current"
 
 
 @torch.no_grad()
@@ -554,21 +550,18 @@ def save_peft(sana, folder) -> None:
         state[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B
     rank, scale = len(layer.lora_A), layer.scale.item()
     save_part(Path(folder) / "adapter_model.safetensors", state)
-    write_json(Path(folder) / "adapter_config.json",
-               dict(peft_type="LORA", r=rank, lora_alpha=scale * rank, lora_dropout=0.0, bias="none",
-                    target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights="gaussian"))
+    config = dict(peft_type="LORA", r=rank, lora_alpha=scale * rank, lora_dropout=0.0, bias="none",
+                  target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights="gaussian")
+    (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=1))
 
 
 def load_peft(sana, where: str) -> None:
-    """Put a preference LoRA in as the current and the old policy. UserError where it does not fit."""
-    folder = find_checkpoint(where, "lora")
-    folder = folder / "lora" if (folder / "lora").is_dir() else folder
+    """Put the preference LoRA of a folder, or of a run of ours, in as the current and the old policy."""
+    folder = Path(where) / "lora" if (Path(where) / "lora").is_dir() else Path(where)
     config = read_json(folder / "adapter_config.json")
-    special = [name for name in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern") if config.get(name)]
-    if special or not {"r", "lora_alpha"} <= config.keys():
-        trouble = f"has {special[0]}, which is not supported here" if special else "lacks r and lora_alpha"
-        raise UserError(f"--lora {where}: its adapter_config.json {trouble}")
-    rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    if special := [name for name in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern") if config.get(name)]:
+        raise UserError(f"--lora {where}: its adapter_config.json has {special[0]}, which is not supported here")
+    rank, alpha = config["r"], config["lora_alpha"]
     if not policy_layers(sana):
         add_policies(sana, rank, alpha)
     names = {f"base_model.model.{layer}.lora_{x}.weight": f"{layer}.lora_{x}" for layer in policy_layers(sana) for x in "AB"}
@@ -677,21 +670,19 @@ def texture_loss(model, vocab, cfg, batch, ce_weight: float = 0.0):
 
     E_psi sees the degraded face and learns from both losses. With ce_weight (`joint_loss`) the language model learns too.
     """
-    z_hq, semantic, parts, loss = model.encode(batch["hq"]), None, {}, 0.0
+    z_hq, z_lq, semantic, parts = model.encode(batch["hq"]), model.encode_lq(batch["lq"]), None, {}
     if cfg.semantic:
+        answer, source = model.tatok.encode(batch["hq"]), model.tatok.encode(batch["lq"])
+        if not ce_weight:
+            answer = write_answers(model, vocab, cfg, batch, source, answer)
         with torch.set_grad_enabled(ce_weight > 0):
-            answer, source = model.tatok.encode(batch["hq"]), model.tatok.encode(batch["lq"])
-            if not ce_weight:
-                answer = write_answers(model, vocab, cfg, batch, source, answer)
             states, sequence = teacher_forced(model, vocab, cfg, batch, source, answer)
         semantic = answer_states(states, sequence.start, model.tatok.count)
         if ce_weight:
             parts["ce"] = token_loss(states, model.integrator.head, sequence.labels)
-            loss = ce_weight * parts["ce"]
-    z_lq = model.encode_lq(batch["lq"])
     parts["diffusion"] = diffusion_loss(model, cfg, model.condition(semantic, z_lq), z_hq)
     parts["vae"] = latent_consistency_loss(z_lq.float(), z_hq)
-    return loss + cfg.diffusion_weight * parts["diffusion"] + parts["vae"], parts
+    return ce_weight * parts.get("ce", 0.0) + cfg.diffusion_weight * parts["diffusion"] + parts["vae"], parts
 
 
 def joint_loss(model, vocab, cfg, batch):
@@ -703,11 +694,7 @@ def joint_loss(model, vocab, cfg, batch):
 
 
 def total_reward(scores: dict, weights: dict):
-    """R = sum_k w_k R_k [Eq. 11]: {name: (B,)}, {name: float} -> (B,). UserError where a reward is not finite."""
-    for name in weights:
-        if bad := int((~scores[name].isfinite()).sum()):
-            raise UserError(f"reward {name} is not finite for {bad} of {len(scores[name])} pictures; set --{name}_weight 0, or "
-                            "look at its network")
+    """R = sum_k w_k R_k [Eq. 11]: {name: (B,)}, {name: float} -> (B,)."""
     return sum(weight * scores[name] for name, weight in weights.items())
 
 
@@ -753,13 +740,7 @@ def nft_loss(v, v_old, x_t, x0, sigma, r, beta, v_ref=None, kl_weight=0.0, adv_c
 
 def old_policy_decay(step: int, kind: int) -> float:
     """eta of theta_old <- eta theta_old + (1 - eta) theta after `step` optimiser steps; `kind` 0, 1, 2 [NFT]."""
-    if kind == 0:
-        return 0.0
-    if kind == 1:
-        return min(0.001 * step, 0.5)
-    if kind == 2:
-        return 0.0 if step < 75 else min(0.0075 * (step - 75), 0.999)
-    raise ValueError(f"old_policy_decay: kind must be 0, 1 or 2, not {kind}")
+    return (0.0, min(0.001 * step, 0.5), min(0.0075 * max(0, step - 75), 0.999))[kind]
 
 
 def grpo_loss(log_prob, old_log_prob, advantage, clip: float):
@@ -933,24 +914,26 @@ def real_reward(folder, name: str, device):
     return landmark_reward(metrics.load_weights(metrics.FAN98(), path).to(device))
 
 
-# How each CLIP gets to its size [their own code]: tensors, by torchvision's default in CLIPScore; 8-bit pictures.
-RESIZE = dict(
-    hps=lambda x, side: F.interpolate(x, (side, side), mode="bicubic", antialias=True),
-    clip=lambda x, side: F.interpolate(x, (side, side), mode="bilinear", antialias=True),
-    pick=lambda x, side: torch.stack([from_pil(to_pil(face).resize((side, side), Image.BICUBIC)) for face in x]).to(x))
-
-
 class ClipReward:
     """cos(text, image) x scale of a CLIPModel: CLIPScore (1), PickScore (exp(logit_scale) / 26), HPSv2.1 (1)."""
     MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
     def __init__(self, name: str, model, tokenizer, scale: float = 1.0):
-        self.resize, self.tokenizer, self.scale = RESIZE[name], tokenizer, scale
+        self.name, self.tokenizer, self.scale = name, tokenizer, scale
         self.model = model.float().eval().requires_grad_(False)
         self.side, self.length = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
 
+    def pixels(self, images):
+        """(B, 3, S, S) in [-1, 1] -> (B, 3, side, side) in [0, 1], resized as in each network's own code.
+
+        DIFFERS: for PickScore Pillow also rounds between rows and columns; pixels are at most one level of 255 apart.
+        """
+        eight_bits = lambda x: (x.clamp(0, 1) * 255).round() / 255 if self.name == "pick" else x
+        mode = "bilinear" if self.name == "clip" else "bicubic"
+        return eight_bits(F.interpolate(eight_bits(images / 2 + 0.5), (self.side, self.side), mode=mode, antialias=True))
+
     def __call__(self, images, reference, captions):
-        x = self.resize(images, self.side) / 2 + 0.5
+        x = self.pixels(images)
         x = (x - x.new_tensor(self.MEAN).view(3, 1, 1)) / x.new_tensor(self.STD).view(3, 1, 1)
         text = self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=self.length,
                               return_tensors="pt").to(images.device)
@@ -1053,66 +1036,43 @@ def micro_batches(batch: dict, pieces: int) -> list:
     return [{name: values[i:i + size] for name, values in batch.items()} for i in range(0, len(batch["hq"]), size)]
 
 
-def alignment_schedule(cfg, steps: int, peak: float):
-    """factor(step) of the peak: a linear warm-up, then a cosine [Table I]. UNSTATED: it ends at 1e-5, authors' code."""
-    floor = 1.0 if cfg.lr_scheduler == "constant" else min(1.0, 1e-5 / peak)
-    return warmup_cosine(steps - cfg.lr_warmup_steps, cfg.lr_warmup_steps, floor, 1 / (cfg.lr_warmup_steps + 1))
+def learning_rate(cfg, step: int, steps: int, peak: float) -> float:
+    """Of stage 1: a linear warm-up, then a cosine [Table I]. UNSTATED: it ends at 1e-5, authors' code."""
+    warmup, least = cfg.lr_warmup_steps, min(1e-5, peak)
+    if step < warmup or cfg.lr_scheduler == "constant":
+        return peak * min(1, (step + 1) / (warmup + 1))
+    return least + (peak - least) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
-def train_semantic(cfg, run, faces, model, vocab):
-    """Stage 1.1: Qwen3 generates the clean face's tokens, and its states learn to steer the frozen flow [Eq. 9]."""
-    parameters, steps = route(model, "1.1", cfg), min(cfg.semantic_steps, cfg.max_train_steps)
-    peak, pieces = cfg.semantic_learning_rate, cfg.gradient_accumulation_steps
-    optimizer = make_optimizer(cfg, parameters, peak, betas=(0.9, 0.999), weight_decay=0.0)                      # [Table I]
-    factor, modules = alignment_schedule(cfg, steps, peak), {"model": model}
-    ema = EMA(modules, cfg.ema_decay)                                       # averaged weights, for `sample`
-    first = run.load("1.1", modules, ema, optimizer)               # 0, or where a stopped run was saved
-
-    for step, batch in run.batches(faces.training, "1.1", first, steps):  # seeds torch by (seed, stage, step)
-        optimizer.zero_grad()
-        for piece in micro_batches(mix_tasks(cfg, batch), pieces):
-            with run.autocast():
-                loss, parts = semantic_loss(model, vocab, cfg, piece)
-            (loss / pieces).backward()                             # micro-batches add up their gradients
-        run.average_gradients(modules)
-        grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = peak * factor(step)
-        optimizer.step()
-        ema.update(step)
-        run.log("1.1", step, **parts, grad_norm=grad_norm)         # stops a run whose loss is not finite
-        run.save("1.1", step, modules, ema, optimizer)             # every --checkpointing_steps
-
-    model.load_state_dict(ema["model"], strict=False)
-
-
-def train_texture(cfg, run, faces, model, vocab, stage: str = "1.2"):
-    """Stage 1.2: the flow learns to use texture tokens, and E_psi to make them from degraded faces [Eq. 10].
-
-    Stage "joint" [Table IX] trains stage 1.1's parameters too, on all losses at once, for the steps of both stages.
+def train_alignment(cfg, run, faces, model, vocab, stage: str):
+    """Stage 1.1: Qwen3 generates the clean face's tokens, and its states learn to steer the frozen flow [Eq. 9].
+    Stage 1.2: the flow learns to use texture tokens, and E_psi to make them from degraded faces [Eq. 10].
+    Stage "joint" [Table IX]: both at once, on all losses, for the steps of both.
     """
-    parameters, loss_of = route(model, stage, cfg), joint_loss if stage == "joint" else texture_loss
-    steps = cfg.texture_steps + cfg.semantic_steps * (stage == "joint")
-    steps, peak, pieces = min(steps, cfg.max_train_steps), cfg.texture_learning_rate, cfg.gradient_accumulation_steps
+    loss_of, steps, peak = {
+        "1.1": (semantic_loss, cfg.semantic_steps, cfg.semantic_learning_rate),
+        "1.2": (texture_loss, cfg.texture_steps, cfg.texture_learning_rate),
+        "joint": (joint_loss, cfg.semantic_steps + cfg.texture_steps, cfg.texture_learning_rate)}[stage]
+    parameters, steps, pieces = route(model, stage, cfg), min(steps, cfg.max_train_steps), cfg.gradient_accumulation_steps
     optimizer = make_optimizer(cfg, parameters, peak, betas=(0.9, 0.999), weight_decay=0.0)                      # [Table I]
-    factor, modules = alignment_schedule(cfg, steps, peak), {"model": model}
-    ema = EMA(modules, cfg.ema_decay)
-    first = run.load(stage, modules, ema, optimizer)
+    modules = {"model": model}
+    ema = EMA(modules, cfg.ema_decay)                              # averaged weights, for `sample`
+    first = run.load(stage, modules, ema, optimizer)               # 0, or where a stopped run was saved
 
-    for step, batch in run.batches(faces.training, stage, first, steps):
+    for step, batch in run.batches(faces.training, stage, first, steps):  # seeds torch by (seed, stage, step)
         optimizer.zero_grad()
         for piece in micro_batches(mix_tasks(cfg, batch), pieces):
             with run.autocast():
                 loss, parts = loss_of(model, vocab, cfg, piece)
-            (loss / pieces).backward()
+            (loss / pieces).backward()                             # micro-batches add up their gradients
         run.average_gradients(modules)
         grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = peak * factor(step)
+            group["lr"] = learning_rate(cfg, step, steps, peak)
         optimizer.step()
         ema.update(step)
-        run.log(stage, step, **parts, grad_norm=grad_norm)
-        run.save(stage, step, modules, ema, optimizer)
+        run.log(stage, step, **parts, grad_norm=grad_norm)         # stops a run whose loss is not finite
+        run.save(stage, step, modules, ema, optimizer)             # every --checkpointing_steps
 
     model.load_state_dict(ema["model"], strict=False)
 
@@ -1239,12 +1199,10 @@ def train(cfg: Train) -> None:
             raise UserError(f"--stage {stage} needs the stages before: train them first, or give a run that has them with "
                             "--pretrained")
         model.train()
-        if stage == "1.1":
-            train_semantic(cfg, run, faces, model, vocab)
-        elif stage == "2":
+        if stage == "2":
             train_preference(cfg, run, faces, model, vocab)
         else:
-            train_texture(cfg, run, faces, model, vocab, stage)
+            train_alignment(cfg, run, faces, model, vocab, stage)
         model.eval().requires_grad_(False)
         trained = {name: tensor for name, tensor in model.state_dict().items() if re.match(PARTS[stage], name)}
         run.finish(stage, {stage: trained}, later=[part for part in PARTS if part != stage and part not in BEFORE[stage]])
@@ -1271,13 +1229,11 @@ def recompute_activations(model) -> None:
 
 def load_networks(where: str, sana: str = "", ta_tok: str = "", parts=tuple(PARTS)) -> tuple:
     """(model, vocab, finished stages, Train configuration) of a run of ours, or of a release (`load_release`)."""
-    if not find_checkpoint(where).exists():
-        raise UserError(f"{where}: no such folder; train first. (toy/weights/sana is made by python -m toy.sana)")
     folder, trained = open_run(where, Train)
     if trained is None:
-        return *load_release(where, sana, ta_tok), Train()
-    files = {part: folder / f"{part}.safetensors" for part in PARTS}
-    return *load_parts(trained, {part: path for part, path in files.items() if path.exists()}, parts), trained
+        return *load_release(folder, sana, ta_tok), Train()
+    files = {part: path for part in PARTS if (path := folder / f"{part}.safetensors").exists()}
+    return *load_parts(trained, files, parts), trained
 
 
 def load_parts(cfg, files: dict, parts=tuple(PARTS)) -> tuple:
@@ -1292,11 +1248,11 @@ def load_parts(cfg, files: dict, parts=tuple(PARTS)) -> tuple:
             add_policies(model.sana, cfg.rank, 2.0 * cfg.rank)
         rest = {name: tensor for name, tensor in model.state_dict().items() if not re.match(PARTS[part], name)}
         load_strict(model, rest | read_weights(files[part]), files[part])
-        update_old(model.sana, 0.0)
+    update_old(model.sana, 0.0)                                    # a file holds the trained policy alone
     return model, vocab, finished + own
 
 
-def load_release(where: str, sana: str = "", ta_tok: str = "") -> tuple:
+def load_release(folder: Path, sana: str = "", ta_tok: str = "") -> tuple:
     """(model, vocab, finished stages) from the authors' layout, or from Qwen3 alone; --sana and --ta_tok give what it lacks.
 
         model.embed_tokens, layers, norm (and lm_head)   Qwen3; that of Qwen's own release gets the new tokens here
@@ -1310,75 +1266,53 @@ def load_release(where: str, sana: str = "", ta_tok: str = "") -> tuple:
     """
     from diffusers import AutoencoderDC, SanaTransformer2DModel
     from transformers import AutoTokenizer
-    state, config = read_release(where), read_json(find_checkpoint(where) / "config.json")
-    part = lambda prefix: {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
+    state = {}
+    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):           # shards
+        state |= read_weights(file)
+    config = read_json(folder / "config.json")
+    part = lambda prefix, state=state: {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
     tower, arguments = read_ta_tok(ta_tok) if ta_tok else (part("model.vision_tower.vision_tower."), {})
     if not tower or "model.embed_tokens.weight" not in state:
-        raise UserError(f"{where}: holds no {'TA-Tok; give its file with --ta_tok' if not tower else 'language model'}")
+        raise UserError(f"{folder}: lacks Qwen3, or TA-Tok, whose file --ta_tok gives")
     tatok, tower = tatok_parts(tower, arguments)
-    vocab = Vocabulary(from_folder(AutoTokenizer, where, "pretrained"), tatok["codes"], config.get("image_start_tag_id"))
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if "image_start_tag_id" not in config and name in state:   # Qwen3 without image tokens
-            state[name] = extend_embedding(state[name], vocab.image_start, vocab.size)
-    llm = {**QWEN3_17B, **qwen_sizes(config), "vocab_size": len(state["model.embed_tokens.weight"])}
+    vocab = Vocabulary(from_folder(AutoTokenizer, str(folder), "pretrained"), tatok["codes"], config.get("image_start_tag_id"))
+    if "image_start_tag_id" not in config:                         # Qwen3 without image tokens
+        for name in {"model.embed_tokens.weight", "lm_head.weight"} & state.keys():
+            text = state[name][:vocab.image_start]                 # the rows after these never stood for a token
+            new = text.mean(0, keepdim=True).expand(vocab.size - len(text), -1)              # [BLIP3o-NEXT]
+            state[name] = torch.cat([text, new])
+    # transformers 4 wrote the base of the rotations as rope_theta
+    rotation = {"rope_type": "default", "rope_theta": config.get("rope_theta", 1e6)}
+    llm = QWEN3_17B | dict(rope_parameters=rotation) | {name: config[name] for name in QWEN3_17B if name in config}
+    llm["vocab_size"] = len(state["model.embed_tokens.weight"])
     llm["tie_word_embeddings"] = "lm_head.weight" not in state or config.get("tie_word_embeddings", True)
     if config.get("image_start_token_id", vocab.first_code) != vocab.first_code or llm["vocab_size"] < vocab.size:
-        raise UserError(f"{where}: another layout; its visual tokens do not start five after image_start_tag_id, or its "
+        raise UserError(f"{folder}: another layout; its visual tokens do not start five after image_start_tag_id, or its "
                         f"{llm['vocab_size']} tokens are fewer than {vocab.size}")
     sizes = dict(llm=llm, sana=SANA15, vae=DCAE, tatok=tatok)
     if sana:
-        sizes["sana"], sizes["vae"] = (diffusers_sizes(cls.load_config(sana, subfolder=name)) for cls, name in
-                                       ((SanaTransformer2DModel, "transformer"), (AutoencoderDC, "vae")))
+        for key, cls, name in (("sana", SanaTransformer2DModel, "transformer"), ("vae", AutoencoderDC, "vae")):
+            sizes[key] = {field: value for field, value in cls.load_config(sana, subfolder=name).items() if field[0] != "_"}
     model = PrefRestore(sizes)
 
     language = {n: t for n, t in part("model.").items() if n.startswith(("embed_tokens.", "layers.", "norm."))}
-    load_strict(model.integrator.llm, language, f"{where}, Qwen3")
+    load_strict(model.integrator.llm, language, f"{folder}, Qwen3")
     if not llm["tie_word_embeddings"]:
         model.integrator.lm_head.weight.data.copy_(state["lm_head.weight"])
-    load_strict(model.tatok, tower, f"{ta_tok or where}, TA-Tok")
+    load_strict(model.tatok, tower, f"{ta_tok or folder}, TA-Tok")
     flow = part("model.sana.") or from_folder(SanaTransformer2DModel, sana, "sana", "transformer").state_dict()
-    load_strict(model.sana, flow, f"{where}, sana")
+    load_strict(model.sana, flow, f"{folder}, sana")
     if connector := part("model.diffusion_connector."):
-        load_strict(model.integrator.connector, connector, f"{where}, diffusion_connector")
+        load_strict(model.integrator.connector, connector, f"{folder}, diffusion_connector")
     tuned, frozen = part("model.sana_vae."), part("fixed_vae.")
     if sana and not frozen:
         frozen = from_folder(AutoencoderDC, sana, "sana", "vae").state_dict()
-    load_strict(model.vae, frozen or tuned, f"{where}, VAE")
-    pick = lambda prefix: {n.removeprefix(prefix): t for n, t in (tuned or frozen).items() if n.startswith(prefix)}
-    load_strict(model.vae.decoder, pick("decoder."), f"{where}, sana_vae.decoder")
-    load_strict(model.lq_encoder, pick("encoder."), f"{where}, sana_vae.encoder")
-    texture = part("model.vae_connector.")
-    if texture:                                                    # a missing norm is that of the semantic connector
-        load_strict(model.texture, {"3.weight": connector["3.weight"]} | texture, f"{where}, vae_connector")
+    load_strict(model.vae, frozen or tuned, f"{folder}, VAE")
+    load_strict(model.vae.decoder, part("decoder.", tuned or frozen), f"{folder}, sana_vae.decoder")
+    load_strict(model.lq_encoder, part("encoder.", tuned or frozen), f"{folder}, sana_vae.encoder")
+    if texture := part("model.vae_connector."):                    # a missing norm is that of the semantic connector
+        load_strict(model.texture, {"3.weight": connector["3.weight"]} | texture, f"{folder}, vae_connector")
     return model, vocab, ["1.1", "1.2"] if texture else []
-
-
-def read_release(where: str) -> dict:
-    """All tensors of a (sharded) checkpoint."""
-    folder, state = find_checkpoint(where), {}
-    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
-        state |= read_weights(file)
-    return state
-
-
-def diffusers_sizes(config) -> dict:
-    """Keyword arguments of a diffusers class from its config.json, whose lists were tuples."""
-    tuples = lambda value: tuple(map(tuples, value)) if isinstance(value, list) else value
-    return {name: tuples(value) for name, value in config.items() if name[0] != "_"}
-
-
-def qwen_sizes(config: dict) -> dict:
-    """What of a config.json decides Qwen3's shape; transformers 4 wrote the base of its rotations as rope_theta."""
-    rotation = {"rope_type": "default", "rope_theta": config.get("rope_theta", 1e6)}
-    return {"rope_parameters": rotation} | {k: config[k] for k in QWEN3_06B if k in config}
-
-
-def extend_embedding(table, first: int, size: int):
-    """(V, H) -> (size, H): tokens from `first` on start as the mean of those before [BLIP3o-NEXT].
-
-    The table may be longer than the tokenizer: Qwen3's is padded to 151 936 rows, which never stood for a token.
-    """
-    return torch.cat([table[:first], table[:first].mean(0, keepdim=True).expand(size - first, -1)])
 
 
 class Inert:
@@ -1395,23 +1329,16 @@ def read_ta_tok(path) -> tuple:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(Inert, name) for name in foreign]):
             content = torch.load(path, map_location="cpu", weights_only=True)["model"]
-        state = {name: t for name, t in content["sd"].items() if torch.is_tensor(t) and not name.startswith("teacher")}
-        return state, plain(content.get("args"))
+        return content["sd"], content.get("args")
     except Exception as error:                                     # missing, damaged or hostile: it can raise anything
         raise UserError(f"--ta_tok {path}: not TA-Tok's file, or reading it could run code ({type(error).__name__}); "
                         "wants model.sd and model.args, saved by torch.save") from None
 
 
-def plain(value):
-    """`Inert` objects as dictionaries of what they held, all the way down."""
-    value = vars(value) if isinstance(value, Inert) else value
-    return {key: plain(v) for key, v in value.items()} if isinstance(value, dict) else value
-
-
 HEAD = 72  # channels of a SigLIP so400m head, the one size that weights do not show
 
 
-def tatok_parts(state: dict, arguments: dict) -> tuple:
+def tatok_parts(state: dict, arguments) -> tuple:
     """(sizes, weights) of TATok from its released names; sizes are read off the shapes."""
     state = {name.replace("encoder.vision_model.", "encoder."): t for name, t in state.items()}
     patch = state["encoder.embeddings.patch_embedding.weight"]
@@ -1423,7 +1350,8 @@ def tatok_parts(state: dict, arguments: dict) -> tuple:
                   num_attention_heads=max(1, len(patch) // HEAD), patch_size=patch.shape[-1],
                   image_size=math.isqrt(len(places)) * patch.shape[-1])
     siglip["image_size"] = 384 if (siglip["patch_size"], len(places)) == (14, 729) else siglip["image_size"]
-    for key in ("bottleneck", "args", "regularizer", "args", "l2_normalized"):
+    for key in ("bottleneck", "args", "regularizer", "args", "l2_normalized"):               # dictionaries or `Inert` objects
+        arguments = getattr(arguments, "__dict__", arguments)
         arguments = arguments.get(key) if isinstance(arguments, dict) else None
     sizes = dict(siglip=siglip, codes=codes, code_dim=code_dim, l2_normalized=arguments is not False)
     with torch.device("meta"):
@@ -1495,8 +1423,7 @@ def sample(cfg: Sample) -> None:
     choices = {name: getattr(cfg, name) for name in ("num_inference_steps", "solver", "guidance_scale", "ar")}
     trained = dataclasses.replace(trained, **{name: value for name, value in choices.items() if value})
     captions = read_json(cfg.captions) if cfg.captions else {}
-    captions = {name: captions[path.name] for path in list_images(cfg.input) if path.name in captions
-                for name in (path.stem, path.name)}                # `restore_folder` names a face by its stem if it can
+    captions = {Path(name).stem: caption for name, caption in captions.items()} | captions   # names may lack the suffix
     unknown = getattr(vocab.tokenizer, "unk_token_id", None)
     if unknown is not None and unknown in vocab.encode(" ".join([cfg.caption, *captions.values()])):
         run.say("the captions have words that this tokenizer does not know; they are not read")

@@ -1,7 +1,4 @@
-"""A weights file never runs code: a TorchScript archive and two pickle bombs through every reader of weights.
-
-The readers of pref_restore.py have the same test in test_pref_restore.py.
-"""
+"""A weights file never runs code: a TorchScript archive and two pickle bombs through every reader of weights."""
 import pickle
 import re
 import shutil
@@ -15,6 +12,7 @@ import common
 import honestface
 import latent_pmrf
 import metrics
+import pref_restore
 
 
 def resumed(folder):
@@ -45,6 +43,8 @@ READERS = {  # flag: (file in a folder, how the program reads it)
     "honestface --pretrained": ("diffusion_pytorch_model.bin", lambda f: model_folder("UNet2DConditionModel", f)),
     "a2bfr --pretrained": ("diffusion_pytorch_model.bin", lambda f: model_folder("FluxTransformer2DModel", f)),
     "a2bfr text encoder": ("pytorch_model.bin", lambda f: model_folder("CLIPTextModel", f)),
+    "pref_restore --checkpoint": ("pytorch_model.bin", pref_restore.load_release),
+    "pref_restore --ta_tok": ("ta_tok.pth", lambda f: pref_restore.read_ta_tok(f / "ta_tok.pth")),
     "metrics --weights, FID": ("x.pth", lambda f: metrics.FIDInception(f / "x.pth")),
     "metrics --weights, FaRL": ("x.pt", lambda f: metrics.load_weights(metrics.FaRLAttributes(), f / "x.pt")),
     "--readers": ("reader_b.safetensors", lambda f: metrics.load_reader("b", f)),
