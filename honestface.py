@@ -736,13 +736,19 @@ def restore(nets, cfg, face_nets, lq, references, present, noise=torch.randn_lik
 
 
 def other_photographs(faces, batch, count: int) -> tuple:
-    """Other photographs of each person of a batch: images (B, count, 3, S, S), present (B, count). Never the face itself."""
+    """Other photographs of each person of a batch: images (B, count, 3, S, S), present (B, count). Never the face itself.
+
+    Where attributes.csv is there, those of the same age and hair come first, as in an album of one time.
+    """
+    labels = faces.labels.get("attributes", torch.zeros(len(faces), 12)).nan_to_num(0.5)
     images = torch.zeros(len(batch["hq"]), count, *batch["hq"].shape[1:])
     present = torch.zeros(images.shape[:2], dtype=torch.bool)
     for i, seed in enumerate(batch["seeds"].tolist()):
         others = (faces.person == batch["person"][i]).nonzero().flatten()
         others = others[others != batch["place"][i]]
-        chosen = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:count]]
+        unlike = (labels[others] - labels[batch["place"][i]]).abs().sum(1)
+        unlike = unlike + torch.rand(len(others), generator=torch.Generator().manual_seed(seed))
+        chosen = others[unlike.argsort()[:count]]
         if len(chosen):                                           # the same seed mirrors them as it does the face
             album = faces.batch(chosen, [seed] * len(chosen), degraded=False)
             images[i, :len(chosen)] = album["hq"]
