@@ -141,7 +141,7 @@ DEGRADATIONS = {
     "a2bfr": Degradation("A2BFR release, condition helper", (3, 15), (16, 16), (0, 25.5), (35, 90), isotropic=1.0,
                          kinds=("gaussian", "average", "median", "motion"),
                          blur_share=0.5, noise_share=0.2, jpeg_share=0.7),
-    "toy": Degradation("toy presets: a face of 64 px loses who it is, with no more noise than the papers add", (1, 15), (12, 28),
+    "toy": Degradation("toy presets: a face of 64 px loses who it is; no more noise than in the papers", (1, 15), (12, 28),
                        (0, 20), (30, 90)),
 }
 
@@ -1075,8 +1075,8 @@ class SampleFlags:
     mixed_precision: typing.Literal["no", "bf16"] = "no"  # autocast type
 
 
-TOY = dict(degradation="toy", image_size=64, mixed_precision="auto", optimizer="muon", lr_scheduler="cosine", lr_warmup_steps=50,
-           ema_decay=0.999, num_workers=0, log_steps=10, checkpointing_steps=500)
+TOY = dict(degradation="toy", image_size=64, mixed_precision="auto", optimizer="muon", lr_scheduler="cosine",
+           lr_warmup_steps=50, ema_decay=0.999, num_workers=0, log_steps=10, checkpointing_steps=500)
 EVERYDAY = ("input", "output", "checkpoint", "data", "stage", "resume_from_checkpoint", "num_inference_steps", "batch_size",
             "max_train_steps", "device", "seed")
 
@@ -1142,7 +1142,7 @@ def parse(doc: str, verbs: dict, argv: list | None) -> tuple:
     commands = parser.add_subparsers(dest="verb", required=True, parser_class=OneLine)
     for name, (cls, presets, _) in verbs.items():
         about = (cls.__doc__ or "").splitlines()[0]
-        sub = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        sub = commands.add_parser(name, help=about, description=about, allow_abbrev=False, usage="%(prog)s [flags]")
         first = next(iter(presets), None)
         if presets:
             sub.add_argument("--preset", choices=list(presets), default=first, help="named values; any flag overrides")
