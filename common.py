@@ -590,6 +590,8 @@ class Run:
                 asked = time.time()
                 batch = next(source)
                 self.waited += time.time() - asked
+                if isinstance(batch, UserError):
+                    raise batch
                 torch.manual_seed(mix(self.cfg.seed, stage, step, self.rank))
                 yield step, {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
                 if self.stop == "saved":
@@ -710,7 +712,10 @@ class Steps(torch.utils.data.Dataset):
         self.batch_at, self.count, self.seed, self.rank, self.world = batch_at, count, seed, rank, world
 
     def __getitem__(self, step: int) -> dict:
-        return self.batch_at(self.count, self.seed, step, self.rank, self.world)
+        try:
+            return self.batch_at(self.count, self.seed, step, self.rank, self.world)
+        except UserError as error:                                # raised in the main process, in one line
+            return error
 
 
 def ignore_signals(worker: int) -> None:

@@ -415,6 +415,15 @@ def test_another_run_in_the_folder_is_refused_and_replaced_at_the_first_step(tmp
     assert run.part("one") and run.part("two") is None
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_found_while_a_batch_is_made_is_one_line(tmp_path, workers):
+    def no_batch(*which):
+        raise UserError("0.png: no picture")
+    run = common.Run(Tiny(output=str(tmp_path), num_workers=workers))
+    with pytest.raises(UserError, match="^0.png: no picture$"):
+        list(run.batches(no_batch, "one", 0, 2))
+
+
 WORKER = """
 import os, signal, sys
 sys.path[:0] = ["tests", "."]
