@@ -97,13 +97,21 @@ def test_the_folder_holds_the_people_with_exact_labels(toy_folder):
         assert [row["file"] for row in attributes] == [row["file"] for row in landmarks] == list(captions) == pictures
         first = toy.SPLITS[split][0]
         for k in (0, each + 1, len(pictures) - 1):
-            face = toy_faces(first + k // each, k % each, size=32)
+            who = torch.tensor([[first + k // each], [k % each]])
+            face = toy_faces(*who, toy.of_its_time(*who), size=32)
             assert [float(attributes[k][name]) for name in NAMES] == face.attributes[0].tolist()
             found = torch.tensor([[float(landmarks[k][f"{axis}{i}"]) for axis in "xy"] for i in range(98)])
             assert (found - face.landmarks[0]).abs().max() < 1e-3 and captions[pictures[k]] == verbalise(face.attributes[0])
             assert (read_image(toy_folder / split / pictures[k]) - face.image[0]).abs().max() <= 1 / 127.5
     ranges = sorted((first, first + people) for first, people, _ in toy.SPLITS.values())
     assert all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:])) and max(end for _, end in ranges) < 2 ** 62
+
+
+def test_an_album_has_two_pictures_of_each_time():
+    first, second = (toy.of_its_time(torch.arange(64), torch.full((64,), k)) for k in (2, 3))
+    lasting = [NAMES.index(name) for name in ("Young", "Bangs", "Wavy_Hair", "Black_Hair", "Blond_Hair", "Gray_Hair")]
+    assert torch.equal(first[:, lasting], second[:, lasting]) and first[:, 0].unique().tolist() == [0, 1]
+    assert not torch.equal(first[:, NAMES.index("Smiling")], second[:, NAMES.index("Smiling")])
 
 
 def test_pairs_differ_in_one_attribute_and_are_no_training_pictures(toy_folder):

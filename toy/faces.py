@@ -724,12 +724,21 @@ def write_labels(folder: Path, names: list, faces: ToyFaces) -> None:
     (folder / "captions.json").write_text(json.dumps(captions, indent=0) + "\n")
 
 
+def of_its_time(identity, instance):
+    """(B, 12) attributes of pictures of an album: 0 and 1 are of one time, with the same age and hair, 2 and 3 of another."""
+    now, then = (_settle(_draw_attributes(_hash(_hash(identity) + k))) for k in (instance, instance - instance % 2))
+    lasting = [YOUNG, BANGS, WAVY, STRAIGHT, BLACK, BLOND, BROWN, GRAY]
+    now[:, lasting] = then[:, lasting]
+    return now
+
+
 def draw_split(folder: Path, first: int, people: int, each: int, size: int, bar) -> None:
     """One sub-folder a person: the same identity under `each` poses, lights, moods and attributes."""
     names, drawn = [], []
     for person in range(0, people, 8):                             # eight people at a time
         count = min(8, people - person)
-        faces = toy_faces(first + person + torch.arange(count).repeat_interleave(each), torch.arange(each).repeat(count), size=size)
+        who, when = first + person + torch.arange(count).repeat_interleave(each), torch.arange(each).repeat(count)
+        faces = toy_faces(who, when, of_its_time(who, when), size)
         for i, image in enumerate(faces.image):
             names.append(f"{person + i // each:04d}/{i % each:02d}.png")
             save(image, folder / names[-1])
