@@ -106,8 +106,8 @@ class Train(TrainFlags):
 # The fields that decide what weights mean: `Run` refuses to go on with a run that has others.
 SETTINGS = ("pretrained_model_name_or_path", "image_size", "rank", "lora_alpha")
 TOY_VALUES = dict(
-    TOY, pretrained_model_name_or_path="toy/weights/flux", batch_size=16, max_train_steps=350, rank=32,
-    optimizer="prodigy", prodigy_d0=3e-3, ema_decay=0.99, gradient_checkpointing=False, drop_text=0.1, time_shift=4.0,
+    TOY, pretrained_model_name_or_path="toy/weights/flux", batch_size=16, max_train_steps=600, rank=32,
+    optimizer="muon", learning_rate=2e-2, ema_decay=0.99, gradient_checkpointing=False, drop_text=0.1, time_shift=4.0,
     num_inference_steps=4, guidance_scale=1.0, true_cfg_scale=2.0, image_guidance_scale=1.3, validation_faces=128)
 
 
@@ -115,7 +115,7 @@ TOY_VALUES = dict(
 class Sample(SampleFlags):
     """Restore faces under a prompt with trained weights."""
     output: str = "results/a2bfr"          # folder for restored_faces/, cmp/ and args.json
-    checkpoint: str = "runs/a2bfr"         # output folder of a training run
+    checkpoint: str = "toy/weights/a2bfr"  # output folder of a training run
     prompt: str = TEMPLATE                 # what the restored face should look like
     negative_prompt: str = ""              # for --true_cfg_scale
     pretrained_model_name_or_path: str = ""  # FLUX: folder or hub id (default: as the checkpoint was trained)

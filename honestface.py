@@ -111,7 +111,7 @@ TOY_VALUES = dict(
 class Sample(SampleFlags):
     """Restore faces with trained weights, with photographs of the same person if there are any."""
     output: str = "results/honestface"     # folder for restored_faces/, cmp/ and args.json
-    checkpoint: str = "runs/honestface"    # output folder of a training run, or a folder of OSDFace's release
+    checkpoint: str = "toy/weights/honestface"  # output folder of a training run, or a folder of OSDFace's release
     reference: str = ""                    # folder of photographs of the person, or of sub-folders named as the inputs
     max_references: int = 4                # photographs used per face
     pretrained_model_name_or_path: str = ""  # Stable Diffusion 2.1 base (default: the one of the training)

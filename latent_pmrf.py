@@ -100,8 +100,8 @@ class Train(TrainFlags):
 # The fields that decide what weights mean: `Run` refuses to go on with a run that has others.
 SETTINGS = ("size", "space", "source", "latent_channels", "vae_style")
 TOY_VALUES = dict(
-    TOY, size="toy", latent_channels=16, perceptual="reader", vae_steps=1150, vae_learning_rate=2e-3,
-    mmse_steps=3700, mmse_learning_rate=2e-3, flow_steps=600, learning_rate=2e-3, num_inference_steps=4)
+    TOY, size="toy", mmse="toy/weights/swinir", latent_channels=16, perceptual="reader", vae_steps=1150, vae_learning_rate=2e-3,
+    mmse_steps=5000, mmse_learning_rate=2e-3, flow_steps=600, learning_rate=2e-3, num_inference_steps=4)
 SMALL = dict(
     size="small", image_size=128, batch_size=64, latent_channels=16, vae_steps=20_000, mmse_steps=20_000, flow_steps=50_000,
     checkpointing_steps=2000)
@@ -111,7 +111,7 @@ SMALL = dict(
 class Sample(SampleFlags):
     """Restore faces with trained weights."""
     output: str = "results/latent_pmrf"    # folder for restored_faces/, posterior_mean/, cmp/ and args.json
-    checkpoint: str = "runs/latent_pmrf"   # output folder of a training run, or PMRF's released folder or hub id
+    checkpoint: str = "toy/weights/latent_pmrf"  # output folder of a training run, or PMRF's released folder or hub id
     vae: str = ""                          # Sim-VAE instead of the checkpoint's, as --vae of train
     mmse: str = ""                         # SwinIR instead of the checkpoint's, as --mmse of train
     num_inference_steps: int = 0           # Euler steps K (0: as trained); 1 is one step from the mean

@@ -49,6 +49,9 @@ def main(argv=None) -> None:
     batch, album = write_inputs(work, given.faces)
     rows, columns = {"degraded": metrics.toy_scores(batch["lq"], batch["hq"], reader)}, {"degraded": batch["lq"]}
     for method, title in METHODS.items():
+        if not (Path(given.weights) / method / "config.json").exists():
+            print(f"{method}: no weights in {given.weights}", flush=True)
+            continue
         command = [f"{method}.py", "sample", "-i", str(work / "toy_lq"), "-o", str(work / method),
                    "--checkpoint", f"{given.weights}/{method}"]
         command += ["--reference", str(work / "toy_people")] if method == "honestface" else []
@@ -59,7 +62,7 @@ def main(argv=None) -> None:
         if method == "latent_pmrf":
             columns["posterior mean"] = torch.stack([read_image(p) for p in list_images(work / method / "posterior_mean")])
             rows["posterior mean"] = metrics.toy_scores(columns["posterior mean"], batch["hq"], reader)
-    order = ["degraded", "posterior mean", *METHODS.values()]
+    order = [name for name in ("degraded", "posterior mean", *METHODS.values()) if name in columns]
     grid = {name: columns[name] for name in order} | {"truth": batch["hq"], "reference": album[:, 0]}
     write_grid(out / "side_by_side.png", grid, cell=112)
     write_json(out / "results" / "side_by_side.json", dict(

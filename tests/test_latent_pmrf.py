@@ -472,7 +472,7 @@ def flags(toy_folder):
     with pytest.MonkeyPatch.context() as patch:
         for size in lp.SIZES:
             patch.setitem(lp.SIZES, size, TINY)
-        yield ["train", *FLAGS, "--data", toy_folder / "train", "--validation_data", toy_folder / "val", "-o"]
+        yield ["train", *FLAGS, "--mmse", "", "--data", toy_folder / "train", "--validation_data", toy_folder / "val", "-o"]
 
 
 @pytest.fixture(scope="module")
