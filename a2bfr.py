@@ -1199,10 +1199,9 @@ def make_jobs(cfg: BuildPairs, faces: Faces, places: list, judge: Judge, done: s
     """
     images, jobs = {}, []
     for k in places:
-        try:
-            images[k] = faces.load(k)[0] / 127.5 - 1
-        except UserError as error:
-            tqdm.write(f"skipped: {error}")
+        found, image, _ = faces.load(k)
+        if found == k:                                            # else it is damaged, and its neighbour came
+            images[k] = image / 127.5 - 1
     scores_of = judge.attributes(torch.stack(list(images.values()))) if images else []
     for (k, image), scores in zip(images.items(), scores_of):
         face, parent = faces.names[k].replace("/", "%2F"), faces.files[k].parent  # with suffix: a.png is not a.jpg

@@ -571,7 +571,7 @@ def test_sd3_edits_on_its_own_classes(tmp_path):
 
 # ---------------------------------------------------------------- the program
 TINY = ["--image_size", "32", "--max_train_steps", "4", "--batch_size", "4", "--rank", "4", "--log_steps", "1",
-        "--validation_faces", "2", "--num_inference_steps", "2", "--device", "cpu"]
+        "--validation_faces", "2", "--num_inference_steps", "2", "--device", "cpu", "--optimizer", "prodigy", "--learning_rate", "1"]
 call, _ = caller(ab)
 picture = lambda folder: common.read_image(folder / "restored_faces" / "01.png")
 

@@ -418,7 +418,7 @@ def test_shipped_readers_read_people_they_never_saw(name):
     """On people of the test split: attributes, landmarks, who is who, quality under mixed degradation."""
     reader, people = metrics.load_reader(name), toy.SPLITS["test"][0] + torch.arange(400) // 4
     drawn = toy.toy_faces(people, torch.arange(400) + 7)
-    image, quality = readers.spoil(drawn.image, torch.arange(400) * 4 + 1)      # codeformer, every share of it
+    image, quality = readers.spoil(drawn.image, torch.randint(2 ** 40, (400,), generator=torch.Generator().manual_seed(0)))
     held = dict(image=image, quality=quality, identity=people, attributes=drawn.attributes, landmarks=drawn.landmarks)
     found = readers.measure_reader(reader, dict(held, hq=drawn.image))
     assert found["attribute_accuracy_clean"] >= .97 and found["verification_auc_clean"] >= .99
