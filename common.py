@@ -6,7 +6,7 @@
     data          Faces, open_faces                                a folder of people as batches
     run           Run                                              device, precision, processes, checkpoints, log
     updates       make_optimizer, lr_schedule, EMA                 what a training loop is made of
-    weights       read_weights, load_strict, save_part, load_part, from_folder
+    weights       read_weights, load_strict, save_part, open_run, from_folder
     LoRA          LoRALinear, add_lora, merge_lora, load_lora
     restoring     restore_folder                                   `sample` of every method, without its network
     command line  TrainFlags, SampleFlags, command_line            flags from the fields of a dataclass
@@ -862,6 +862,8 @@ def open_run(where: str, cls) -> tuple:
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     if "method" not in config:
         return folder, None
+    if config["method"] != Path(inspect.getfile(cls)).stem:
+        raise UserError(f"{where}: is a run of {config['method']}.py")
     known = {field.name for field in dataclasses.fields(cls)}     # fields that are gone are left out
     return folder, cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in config["train"].items() if n in known})
 

@@ -1015,6 +1015,8 @@ def load_sim_vae(where: str) -> SimVAE:
     """The released Sim-VAE: a diffusers folder, its file, or a hub id. Widths and channels are read off the weights."""
     state = read_weights(weights_file(find_checkpoint(where, "vae")))
     state = {n: t.flatten() if ".norm." in n else t for n, t in state.items()}               # some files: (1, C, 1, 1)
+    if "encoder.conv_out.bias" not in state:
+        raise UserError(f"--vae {where}: not a Sim-VAE (no encoder.conv_out.bias in it)")
     first = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(16)]
     vae = SimVAE(len(state["encoder.conv_out.bias"]) // 2, [state[name].shape[1] for name in first if name in state])
     load_strict(vae, state, f"--vae {where}")

@@ -1292,7 +1292,10 @@ def load_release(folder: Path, sana: str = "", ta_tok: str = "") -> tuple:
     sizes = dict(llm=llm, sana=SANA15, vae=DCAE, tatok=tatok)
     if sana:
         for key, cls, name in (("sana", SanaTransformer2DModel, "transformer"), ("vae", AutoencoderDC, "vae")):
-            sizes[key] = {field: value for field, value in cls.load_config(sana, subfolder=name).items() if field[0] != "_"}
+            saved = cls.load_config(sana, subfolder=name)
+            if saved.get("_class_name") != cls.__name__:
+                raise UserError(f"--sana {sana}: {name}/ holds a {saved.get('_class_name')}, wanted {cls.__name__}")
+            sizes[key] = {field: value for field, value in saved.items() if field[0] != "_"}
     model = PrefRestore(sizes)
 
     language = {n: t for n, t in part("model.").items() if n.startswith(("embed_tokens.", "layers.", "norm."))}

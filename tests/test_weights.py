@@ -82,3 +82,8 @@ def test_no_source_reads_weights_in_a_way_that_runs_code():
         text = path.read_text()
         assert not re.search(r"weights_only=False|pickle_module|torch\.jit|pickle\.loads?\(|trust_remote_code=True", text)
         assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^)]*\)", text)), path.name
+
+
+def test_a_run_of_another_method_is_named():
+    with pytest.raises(common.UserError, match="is a run of a2bfr.py"):
+        common.open_run("toy/weights/a2bfr", latent_pmrf.Train)

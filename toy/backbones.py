@@ -97,7 +97,8 @@ def encode_all(run, faces, encode):
     """(N, ...) `encode` of every clean face, once: a batch's are [batch["place"]]."""
     places = tqdm(torch.arange(len(faces)).split(64), "encoding", disable=None if run.main else True)
     with run.autocast():
-        return torch.cat([encode(faces.batch(k, torch.ones_like(k), degraded=False)["hq"].to(run.device)).cpu() for k in places])
+        clean = (faces.batch(k, torch.ones_like(k), degraded=False)["hq"] for k in places)
+        return torch.cat([encode(hq.to(run.device)).cpu() for hq in clean])
 
 
 def opponent(x):
@@ -148,7 +149,7 @@ def word_tokenizer(length: int, end: bool = True, text: str = "", marks: str = "
                                    **dict(eos_token="</s>") if end else {})
 
 
-def publish(run, folder, write) -> None:
+def publish(run, folder, write, **about) -> None:
     """`write(folder)` under a temporary name, then renamed, with an about.json: `folder` never holds half of it."""
     folder = Path(folder)
     if not run.main:
@@ -158,8 +159,8 @@ def publish(run, folder, write) -> None:
     write(part)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     (part / "about.json").write_text(json.dumps(dict(
-        command=" ".join(["python -m toy.backbones", *sys.argv[1:]]), seed=cfg.seed, steps=cfg.steps, vae_steps=cfg.vae_steps,
-        batch_size=cfg.batch_size, device=str(run.device), data=cfg.data or "data/toy", commit=commit.stdout.strip()),
+        command=" ".join(["python -m toy.backbones", *sys.argv[1:]]), seed=cfg.seed, **about,
+        device=str(run.device), data=cfg.data or "data/toy", commit=commit.stdout.strip()),
         indent=1))
     for file in part.rglob("*"):                                  # diffusers writes weights for their owner alone
         file.chmod(0o755 if file.is_dir() else 0o644)
@@ -204,7 +205,8 @@ def train_vae(run, faces, held, sizes: dict = KL):
     with torch.no_grad():
         z = vae.encode(faces.training(64, run.cfg.seed, 0, degraded=False)["hq"].to(run.device)).latent_dist.mean
     vae.register_to_config(scaling_factor=1 / z.square().mean().sqrt().item())
-    publish(run, Path(run.cfg.output) / "vae", lambda path: vae.to(torch.bfloat16).save_pretrained(path))
+    publish(run, Path(run.cfg.output) / "vae", lambda path: vae.to(torch.bfloat16).save_pretrained(path),
+            vae_steps=run.cfg.vae_steps)
 
 
 def open_vae(cfg, device):

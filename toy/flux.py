@@ -76,4 +76,4 @@ def train(run, faces, held, sizes: dict = SIZES) -> None:
         shutil.copytree(new, folder)
         for name, module in (*parts.items(), ("vae", codec.vae)):
             module.to(torch.bfloat16).save_pretrained(folder / name)
-    publish(run, Path(run.cfg.output) / "flux", write)
+    publish(run, Path(run.cfg.output) / "flux", write, steps=run.cfg.steps, batch_size=run.cfg.batch_size)

@@ -166,4 +166,5 @@ def train(run, faces, held, sizes: dict | None = None) -> None:
     trainable("integrator.", "sana.")
     parts = {"integrator": model.integrator, "sana": model.sana}
     fit(run, "prior", parts, faces, run.cfg.steps, 5e-3, prior_loss, show=samples)
-    publish(run, Path(run.cfg.output) / "sana", lambda folder: save(folder, model, vocab))
+    publish(run, Path(run.cfg.output) / "sana", lambda folder: save(folder, model, vocab),
+            steps=run.cfg.steps, vae_steps=run.cfg.vae_steps, batch_size=run.cfg.batch_size)

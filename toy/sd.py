@@ -75,4 +75,4 @@ def train(run, faces, held, sizes: dict = SIZES) -> None:
         shutil.copytree(new, folder)
         for name, module in (("unet", unet), ("text_encoder", text), ("vae", vae)):
             module.to(torch.bfloat16).save_pretrained(folder / name)
-    publish(run, Path(run.cfg.output) / "sd", write)
+    publish(run, Path(run.cfg.output) / "sd", write, steps=run.cfg.steps, batch_size=run.cfg.batch_size)
