@@ -107,7 +107,8 @@ class Train(TrainFlags):
 SETTINGS = ("pretrained_model_name_or_path", "image_size", "rank", "lora_alpha")
 TOY_VALUES = dict(
     TOY, pretrained_model_name_or_path="toy/weights/flux", batch_size=16, max_train_steps=600, rank=32,
-    optimizer="muon", learning_rate=2e-2, ema_decay=0.99, gradient_checkpointing=False, drop_text=0.1, time_shift=4.0,
+    optimizer="muon", learning_rate=2e-2, ema_decay=0.99, gradient_checkpointing=False, drop_text=0.3, drop_condition=0.05,
+    time_shift=4.0,
     num_inference_steps=4, guidance_scale=1.0, true_cfg_scale=2.0, image_guidance_scale=1.3, validation_faces=128)
 
 
@@ -117,7 +118,7 @@ class Sample(SampleFlags):
     output: str = "results/a2bfr"          # folder for restored_faces/, cmp/ and args.json
     checkpoint: str = "toy/weights/a2bfr"  # output folder of a training run
     prompt: str = TEMPLATE                 # what the restored face should look like
-    negative_prompt: str = ""              # for --true_cfg_scale
+    negative_prompt: str = TEMPLATE        # for --true_cfg_scale; training says it in place of a dropped prompt
     pretrained_model_name_or_path: str = ""  # FLUX: folder or hub id (default: as the checkpoint was trained)
     lora: str = ""                         # LoRA file, folder or hub id instead of a run: the release is thetrigger/A2BFR
     num_inference_steps: int = 0           # Euler steps (0: as trained; with --lora 28)
@@ -435,12 +436,19 @@ class Prompt(NamedTuple):
     guidance: float = 1.0                  # embedded guidance
 
 
+@functools.cache
+def compiled_velocity():
+    """What --compile takes: blocks of FLUX are functions here, so that no module's forward could be compiled."""
+    return torch.compile(flux_velocity)
+
+
 def velocity(nets, z, t, prompt: Prompt, condition=None):
     """Velocity (B, N, C) in float32 of the noisy tokens z: of the restorer, or without a condition of FLUX alone."""
     side = math.isqrt(z.shape[1])
     places = position_ids(side, side, device=z.device)               # the condition lies on the same places
     guidance = torch.full_like(t, prompt.guidance)
-    return flux_velocity(nets["prior"], z, condition, prompt.text, prompt.pooled, t, guidance, places, places).float()
+    forward = compiled_velocity() if getattr(nets["prior"], "compiled", False) else flux_velocity
+    return forward(nets["prior"], z, condition, prompt.text, prompt.pooled, t, guidance, places, places).float()
 
 
 # ------------------------------------------------------------------------------------------------ losses
@@ -646,7 +654,7 @@ def flow_edit(velocity, x_src, source, target, sigmas, n_max, n_min=0, n_avg=1, 
 
 
 @torch.no_grad()
-def restore(nets, cfg, lq, prompts: list, noise, negative: str = ""):
+def restore(nets, cfg, lq, prompts: list, noise, negative: str = TEMPLATE):
     """lq (B, 3, S, S) in [-1, 1], B prompts, noise (B, N, C) -> restored faces (B, 3, S, S) in [-1, 1].
 
     cfg: a `Train` configuration. A step takes up to three velocities: with everything, with the negative prompt, and with a
@@ -805,7 +813,8 @@ def pair_loss(cfg, run, nets, encoder, batch: dict, backward=None) -> tuple:
         for side in ("src", "tar") if cfg.dual_training else ("src",):
             z0[side] = codec.encode(hq[side], torch.randn_like)
             truth[side] = read_attributes(encoder, hq[side]).sigmoid()                       # AAE(I_GT)
-            prompt[side] = Prompt(*nets["text"].encode([p if keep else "" for p, keep in zip(prompts[side], keep_text)]))
+            said = [p if keep else TEMPLATE for p, keep in zip(prompts[side], keep_text)]    # UNSTATED: OminiControl says ""
+            prompt[side] = Prompt(*nets["text"].encode(said))
 
     # The rows whose one-step face the encoder reads: those that have a prompt, of times that are not too late
     keep_text = keep_text.to(run.device)
@@ -885,6 +894,7 @@ def train(cfg: Train) -> None:
     nets, encoder = load_networks(cfg, run.device), load_encoder(cfg, run.device)
     torch.manual_seed(mix("lora", cfg.seed))
     add_condition_lora(nets["prior"], cfg.rank, cfg.lora_alpha or cfg.rank)
+    nets["prior"].compiled = cfg.compile
     if path := run.part("lora"):
         run.say("stage lora: taken as it is")
         load_condition_lora(nets["prior"], path)
@@ -1048,6 +1058,7 @@ def sample(cfg: Sample) -> None:
     precision = "bf16" if trained.mixed_precision == "bf16" else "no"
     run, rank = Run(dataclasses.replace(cfg, mixed_precision=precision)), lora_rank(lora)
     nets = load_networks(trained, run.device)
+    nets["prior"].compiled = cfg.compile
     add_condition_lora(nets["prior"], rank, rank)                   # scale 1: the file's B carries alpha / rank
     load_condition_lora(nets["prior"], lora)
     for prompt in (cfg.prompt, cfg.negative_prompt):

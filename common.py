@@ -22,7 +22,6 @@ import functools
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -378,9 +377,9 @@ class Faces:
     def __len__(self) -> int:
         return len(self.files)
 
-    def load(self, k: int) -> tuple:
-        """(k, picture k as bytes (3, S, S), its (W, H)). In place of a damaged one, which is named once, the next."""
-        for k in itertools.chain(range(k, len(self)), range(k)):
+    def load(self, first: int) -> tuple:
+        """(k, picture k as bytes (3, S, S), its (W, H)): of the first, or where that is damaged, which is said, the next."""
+        for k in (*range(first, len(self)), *range(first)):
             if k not in self.cache:
                 try:
                     image = read_image(self.files[k])
@@ -563,6 +562,12 @@ class Run:
     def say(self, text: str) -> None:
         if self.main:
             tqdm.write(text)
+
+    def compile(self, nets) -> None:
+        """With --compile, torch.compile of the networks and of their parts, in place: names and weights stay."""
+        for net in nets if self.cfg.compile else ():
+            for module in (net, *net.children()):                 # some are called in parts: vae.encoder, vae.decoder
+                module.compile()
 
     def autocast(self):
         native = torch.cuda.is_bf16_supported if self.device.type == "cuda" else torch.cpu._is_avx512_bf16_supported
@@ -1058,6 +1063,7 @@ class TrainFlags:
     ema_decay: float = 0.9999              # of the averaged weights that are saved and sampled (0: no average)
     max_train_steps: int = 10_000_000      # cap on the optimiser steps of each stage
     mixed_precision: typing.Literal["auto", "no", "bf16"] = "bf16"  # autocast type; auto: bf16 where the processor has it
+    compile: bool = False                  # torch.compile the networks: minutes at the start, then faster steps
     device: str = "auto"                   # auto, cpu, cuda, cuda:1, mps
     seed: int = 0                          # every draw of a run follows from it
     num_workers: int = 4                   # processes that prepare batches ahead
@@ -1080,6 +1086,7 @@ class SampleFlags:
     seed: int = 0                          # of the noise
     device: str = "auto"                   # auto, cpu, cuda, cuda:1, mps
     mixed_precision: typing.Literal["no", "bf16"] = "no"  # autocast type
+    compile: bool = False                  # torch.compile the networks: for many faces
 
 
 TOY = dict(degradation="toy", image_size=64, mixed_precision="auto", optimizer="muon", lr_scheduler="cosine",

@@ -771,6 +771,7 @@ def train_vre(cfg, run, faces, nets, face_nets):
     """
     torch.manual_seed(cfg.seed)                                   # the same initial weights whatever was done before
     clean, degraded = (VQAutoencoder(**SIZES[cfg.size]["vre"]).to(run.device) for _ in range(2))
+    run.compile((clean, degraded))
     scale = nn.ParameterList([torch.tensor([math.log(1 / 0.07)])]).to(run.device)
     modules, steps = dict(clean=clean, degraded=degraded, scale=scale), min(cfg.vre_steps, cfg.max_train_steps)
     parameters = [p for module in modules.values() for p in module.parameters()]
@@ -820,6 +821,7 @@ def train_onestep(cfg, run, faces, nets, face_nets):
     torch.manual_seed(cfg.seed)
     unet, prompt, vae = nets["unet"], nets["prompt"], nets["vae"]
     discriminator = LatentDiscriminator(unet, ALL_LAYERS, cfg.rank, cfg.rank).to(run.device)
+    run.compile([discriminator])
     parameters = [*add_lora(unet, ALL_LAYERS, cfg.rank, cfg.rank), *[p for p in prompt.parameters() if p.requires_grad]]
     parameters_d = [p for p in discriminator.parameters() if p.requires_grad]
     if cfg.osdface:                                               # training starts there [sec. 4.1]
@@ -895,6 +897,7 @@ def train(cfg: Train) -> None:
         raise UserError(f"--data {cfg.data}: pictures of a person belong into a sub-folder of their own; or give --ide none")
     face_nets = face_networks(cfg, run.device)
     nets = build(cfg, face_nets, run.device)
+    run.compile(nets.values())
     released = osdface_files(cfg.osdface, "osdface")["vre"] if cfg.osdface else ""
     if vre := cfg.vre or released or run.part("vre"):
         run.say(f"stage vre: {vre} is taken as it is")
@@ -1135,6 +1138,7 @@ def sample(cfg: Sample) -> None:
     """Restore a picture or a folder with trained weights, into --output."""
     run = Run(cfg)
     nets, trained, face_nets = load_networks(cfg, run.device)
+    run.compile(nets.values())
     root, size, count = Path(cfg.reference), trained.image_size, cfg.max_references
     if cfg.reference and (face_nets is None or not root.exists()):
         raise UserError(f"--reference {root}: no such folder, or this model reads none (OSDFace's release, --ide none)")

@@ -403,6 +403,7 @@ class SwinIR(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ model: HDiT
 
+@torch.compiler.disable  # the mask is made once and kept, outside of what --compile compiles
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)  # one call inside inference mode must not spoil a training that follows
 def neighborhood_mask(height: int, width: int, kernel: int, device):
@@ -925,6 +926,7 @@ def train(cfg: Train) -> None:
     nets = {stage: build(cfg, stage) for stage in stages}
     done = take_networks(cfg, run, nets)
     nets = {stage: net.to(run.device).eval().requires_grad_(False) for stage, net in nets.items()}
+    run.compile(nets.values())
     for stage in stages if cfg.stage == "all" else [cfg.stage]:
         if stage in done:
             run.say(f"stage {stage}: taken as it is")
@@ -1103,6 +1105,7 @@ def sample(cfg: Sample) -> None:
     run = Run(cfg)
     nets, trained = load_networks(cfg)
     nets = {part: net.to(run.device).eval() for part, net in nets.items()}
+    run.compile(nets.values())
 
     def restore_batch(lq, names):
         # Every face gets the same noise, so that its result depends on the seed and not on its place in the folder.

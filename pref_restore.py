@@ -1188,6 +1188,7 @@ def train(cfg: Train) -> None:
     torch.manual_seed(cfg.seed)                                    # the new texture connector is the same for every --stage
     model, vocab, done = load_parts(cfg, files, known)
     model = model.to(run.device).eval().requires_grad_(False)
+    run.compile(model.children())
     if cfg.gradient_checkpointing:
         recompute_activations(model)
 
@@ -1423,6 +1424,7 @@ def sample(cfg: Sample) -> None:
     if cfg.lora:
         load_peft(model.sana, cfg.lora)
     model.to(run.device).eval().requires_grad_(False)
+    run.compile(model.children())
     choices = {name: getattr(cfg, name) for name in ("num_inference_steps", "solver", "guidance_scale", "ar")}
     trained = dataclasses.replace(trained, **{name: value for name, value in choices.items() if value})
     captions = read_json(cfg.captions) if cfg.captions else {}

@@ -370,7 +370,7 @@ def test_eq5_margin_is_at_most_what_the_clean_faces_differ_in_the_asked_directio
 
 
 def test_dropped_prompts_black_conditions_and_what_is_read(tiny, monkeypatch):
-    """A dropped prompt is empty on both sides, its face is not read and its target has no L_diff; late times are not read."""
+    """A dropped prompt is the template on both sides, its face is not read and its target has no L_diff; late times are not read."""
     cfg, nets, batch = dataclasses.replace(tiny[0], drop_text=.3, drop_condition=.2), *tiny[1:]
     batch = {k: v.repeat(100, *[1] * (v.dim() - 1)) if torch.is_tensor(v) else v * 100 for k, v in batch.items()}
     seen, losses, original, loss = [], [], ab.flux_velocity, ab.branch_loss
@@ -378,10 +378,10 @@ def test_dropped_prompts_black_conditions_and_what_is_read(tiny, monkeypatch):
     monkeypatch.setattr(ab, "branch_loss", lambda *a: losses.append(a) or loss(*a))
     with torch.no_grad():
         ab.pair_loss(cfg, cpu, nets, BRIGHT, batch)
-        black, empty = nets["codec"].encode(torch.full((1, 3, 32, 32), -1.)), nets["text"].encode([""])[0]
+        black, plain = nets["codec"].encode(torch.full((1, 3, 32, 32), -1.)), nets["text"].encode([ab.TEMPLATE])[0]
         (_, _, condition, text, *_), (_, _, _, text_tar, *_) = seen
         dark, silent, silent_tar = ((x - y).flatten(1).norm(dim=1) < 1e-3
-                                    for x, y in ((condition, black), (text, empty), (text_tar, empty)))
+                                    for x, y in ((condition, black), (text, plain), (text_tar, plain)))
         assert dark.float().mean().item() == pytest.approx(.2, abs=.06)
         assert silent.float().mean().item() == pytest.approx(.3, abs=.08) and torch.equal(silent, silent_tar)
         assert torch.equal(losses[0][6], (~silent & (losses[0][5] <= ab.READ_UNTIL)).nonzero()[:, 0])
@@ -507,6 +507,19 @@ def test_restore_adds_both_kinds_of_guidance(tiny):
                 z = z + (after - now) * (v + (s - 1) * (v - ask(against, condition)) + (image - 1) * (v - ask(asked, black)))
             found = ab.restore(nets, cfg, lq, prompts, noise, negative)
             torch.testing.assert_close(found, nets["codec"].decode(z).clamp(-1, 1), atol=1e-4, rtol=0)
+
+
+def test_a_compiled_velocity_is_the_velocity(monkeypatch):
+    """With a gradient, under the LoRA, and the transformer keeps its names. aot_eager: all of torch.compile but C++."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    noisy, condition, text, pooled, t, *_ = inputs()
+    nets, found = dict(prior=with_lora(tiny_flux(num_layers=1, num_single_layers=1))), []
+    names = list(nets["prior"].state_dict())
+    for nets["prior"].compiled in (False, True):
+        v = ab.velocity(nets, noisy, t, ab.Prompt(text, pooled), condition)
+        found.append((v, torch.autograd.grad(v.square().sum(), nets["prior"].x_embedder.lora_A.weight)[0]))
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] and list(nets["prior"].state_dict()) == names
 
 
 # ---------------------------------------------------------------- section 3.1: pairs

@@ -463,6 +463,33 @@ def test_two_processes_agree_and_go_on_after_a_kill_and_after_a_signal(tmp_path)
     assert sum("argv" in line for line in (tmp_path / "straight" / "log.jsonl").read_text().splitlines()) == 1
 
 
+class InParts(nn.Module):
+    """Its encoder is called alone, as that of an autoencoder; adds 1 where it is compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(4, 4), Compiled())
+
+    def encode(self, x):
+        return self.encoder(x)
+
+
+class Compiled(nn.Module):
+    def forward(self, x):
+        return x + float(torch.compiler.is_compiling())
+
+
+@pytest.mark.parametrize("wanted", (False, True))
+def test_compile_reaches_networks_that_are_called_in_parts_and_keeps_names(tmp_path, wanted):
+    run, net, x = common.Run(Tiny(output=str(tmp_path), compile=wanted)), InParts(), torch.randn(3, 4)
+    names, plain = list(net.state_dict()), net.encode(x)
+    run.compile([net])
+    torch.testing.assert_close(net.encode(x), plain + wanted)
+    assert list(net.state_dict()) == names
+    net.encode(x).sum().backward()
+    torch.testing.assert_close(net.encoder[0].bias.grad, torch.full((4,), 3.0))
+
+
 def test_ema_has_the_ramp_and_copies_integers():
     module = nn.BatchNorm1d(1)
     ema = common.EMA({"m": module}, 0.999)

@@ -45,7 +45,11 @@ def captions(batch) -> list:
 
 
 def train(run, faces, held, sizes: dict = SIZES) -> None:
-    """Transformer and both text encoders, by flow matching from noise (t = 1) to latents (t = 0)."""
+    """Transformer and both text encoders, by flow matching from noise (t = 1) to latents (t = 0).
+
+    FLUX relates two pictures in one sequence [In-Context LoRA]; faces alone would not teach that. So in half of the steps
+    the sequence goes on with a second, noisier or cleaner copy of the face.
+    """
     device, new = run.device, run.folder / "new"
     new_folder(new, run.cfg.seed, sizes, open_vae(run.cfg, "cpu"))
     nets = dict(a2bfr.load_flux(new, torch.float32), text=a2bfr.FluxText(new, dtype=torch.float32))
@@ -58,7 +62,8 @@ def train(run, faces, held, sizes: dict = SIZES) -> None:
         z0 = latents[batch["place"]].to(device)
         noise, t = torch.randn_like(z0), a2bfr.draw_times(len(z0), 4.0, z0.device)
         prompt = a2bfr.Prompt(*text.encode(captions(batch)))
-        v = a2bfr.velocity(nets, torch.lerp(z0, noise, t.view(-1, 1, 1)), t, prompt)
+        copied = torch.lerp(z0, torch.randn_like(z0), torch.rand_like(t).view(-1, 1, 1)) if torch.rand(()) < 0.5 else None
+        v = a2bfr.velocity(nets, torch.lerp(z0, noise, t.view(-1, 1, 1)), t, prompt, copied)
         loss = (v.float() - (noise - z0)).square().mean()
         return loss, dict(loss=loss)
 
