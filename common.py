@@ -831,6 +831,8 @@ def read_weights(path) -> dict:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path}: holds no named tensors")
+    if broken := [name for name, tensor in state.items() if torch.is_tensor(tensor) and tensor.isnan().any()]:
+        raise UserError(f"{path}: {broken[0]} holds values that are not numbers")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
@@ -865,8 +867,10 @@ def open_run(where: str, cls) -> tuple:
     if not folder.exists():
         raise UserError(f"--checkpoint {where}: no such folder; `train -o {where}` makes one")
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    if "method" not in config:
+    if not isinstance(config, dict) or "method" not in config:
         return folder, None
+    if not isinstance(config.get("train"), dict):
+        raise UserError(f"{folder / 'config.json'}: lacks the configuration of a run")
     if config["method"] != Path(inspect.getfile(cls)).stem:
         raise UserError(f"{where}: is a run of {config['method']}.py")
     known = {field.name for field in dataclasses.fields(cls)}     # fields that are gone are left out
@@ -1135,7 +1139,7 @@ def add_flags(parser: argparse.ArgumentParser, cls, values: dict) -> None:
 
 
 def check_config(cfg) -> None:
-    """UserError for a number out of range (shares and decays are at most 1), and for data inside --output."""
+    """UserError for a number out of range (shares and decays are at most 1), an empty path, and data inside --output."""
     for field in dataclasses.fields(cfg):
         values = getattr(cfg, field.name)
         least = int(bool(field.default != 0 and re.search("size|steps$|faces$|rank$", field.name)))
@@ -1143,6 +1147,11 @@ def check_config(cfg) -> None:
         for value in values if isinstance(values, tuple) else (values,):
             if isinstance(value, (int, float)) and not least <= value <= most:
                 raise UserError(f"--{field.name} {value}: must be a number from {least}" + " to 1" * (most == 1))
+    if getattr(cfg, "image_size", 0) % 8:
+        raise UserError(f"--image_size {cfg.image_size}: must be a multiple of 8")
+    for name in ("input", "output"):
+        if getattr(cfg, name, None) == "":
+            raise UserError(f"--{name}: is empty")
     for name in ("data", "validation_data", "input"):
         inside = getattr(cfg, name, "")
         if inside and hasattr(cfg, "output") and Path(inside).resolve().is_relative_to(Path(cfg.output).resolve()):

@@ -525,6 +525,9 @@ def test_read_weights_takes_off_the_usual_wrappings(tmp_path):
     assert same(common.read_weights(tmp_path / "x.safetensors"), state)
     with pytest.raises(UserError, match="here: .*Linear.*Missing.*bias.*Unexpected.*a.weight"):
         common.load_strict(nn.Linear(2, 2), state | {"weight": torch.ones(2, 2)}, "here")
+    save_file({"a": torch.tensor([1.0, math.nan])}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="a holds values that are not numbers"):
+        common.read_weights(tmp_path / "x.safetensors")
 
 
 def test_a_folder_that_lacks_weights_is_refused(tmp_path):
@@ -651,7 +654,8 @@ def test_flags_presets_and_overrides():
 
 @pytest.mark.parametrize("argv, message", [
     (("do", "--batch_size", "0"), "--batch_size 0: must be a number from 1"), (("do", "--learning_rate", "nan"), "--learning_rate"),
-    (("do", "--batchsize", "3"), "--batchsize"), (("do", "--data", "out/faces"), "--output out: holds --data out/faces")])
+    (("do", "--batchsize", "3"), "--batchsize"), (("do", "--data", "out/faces"), "--output out: holds --data out/faces"),
+    (("do", "-o", ""), "--output: is empty")])
 def test_a_wrong_command_is_one_line_and_a_status(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         call(*argv)

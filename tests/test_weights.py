@@ -84,6 +84,19 @@ def test_no_source_reads_weights_in_a_way_that_runs_code():
         assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^)]*\)", text)), path.name
 
 
+@pytest.mark.parametrize("text", ("null", "[]", "{}"))
+def test_a_folder_whose_configuration_is_not_ours_is_a_release(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    assert common.open_run(str(tmp_path), latent_pmrf.Train) == (tmp_path, None)
+
+
 def test_a_run_of_another_method_is_named():
     with pytest.raises(common.UserError, match="is a run of a2bfr.py"):
         common.open_run("toy/weights/a2bfr", latent_pmrf.Train)
+
+
+@pytest.mark.parametrize("text", ('{"method": "latent_pmrf"}', '{"method": "latent_pmrf", "train": []}'))
+def test_a_damaged_configuration_is_no_run(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(common.UserError, match="config.json: lacks the configuration of a run"):
+        common.open_run(str(tmp_path), latent_pmrf.Train)
