@@ -106,10 +106,9 @@ class Train(TrainFlags):
 # The fields that decide what weights mean: `Run` refuses to go on with a run that has others.
 SETTINGS = ("pretrained_model_name_or_path", "image_size", "rank", "lora_alpha")
 TOY_VALUES = dict(
-    TOY, pretrained_model_name_or_path="toy/weights/flux", batch_size=16, max_train_steps=600, rank=32,
+    TOY, pretrained_model_name_or_path="toy/weights/flux", batch_size=16, max_train_steps=600,
     optimizer="muon", learning_rate=2e-2, ema_decay=0.99, gradient_checkpointing=False, drop_text=0.3, drop_condition=0.05,
-    time_shift=4.0,
-    num_inference_steps=4, guidance_scale=1.0, true_cfg_scale=2.0, image_guidance_scale=1.3, validation_faces=128)
+    time_shift=4.0, num_inference_steps=4, guidance_scale=1.0, true_cfg_scale=2.5, image_guidance_scale=2.0, validation_faces=128)
 
 
 @dataclass(frozen=True)

@@ -1086,14 +1086,18 @@ def report(cfg, run, held, nets) -> None:
 
 
 def load_networks(cfg: Sample) -> tuple:
-    """(nets, Train configuration) for `sample`: a training run, or PMRF's release; --vae and --mmse replace its parts."""
+    """(nets, Train configuration) for `sample`: a training run, or PMRF's release; --vae and --mmse replace its parts.
+
+    A part that the run's folder lacks is where the run took it from.
+    """
     folder, trained = open_run(cfg.checkpoint, Train)
     if trained is None:
         return load_pmrf(folder), Train(space="pixel")
     nets = {}
     for part in stages_of(trained):
-        if getattr(cfg, part, ""):
-            nets[part] = load_part(trained, part, getattr(cfg, part))
+        there = (folder / f"{part}.safetensors").exists()
+        if where := getattr(cfg, part, "") or ("" if there else getattr(trained, part, "")):
+            nets[part] = load_part(trained, part, where)
         else:
             nets[part] = build(trained, part)
             load_strict(nets[part], read_weights(folder / f"{part}.safetensors"), f"--checkpoint {cfg.checkpoint}, {part}")

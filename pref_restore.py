@@ -126,7 +126,7 @@ TOY_VALUES = dict(
 class Sample(SampleFlags):
     """Restore faces with trained weights, with a caption or without."""
     output: str = "results/pref_restore"   # folder for restored_faces/, cmp/ and args.json
-    checkpoint: str = "runs/pref_restore"  # output folder of a training run, or the authors' folder or hub id
+    checkpoint: str = "toy/weights/pref_restore"  # output folder of a training run, or the authors' folder or hub id
     caption: str = ""                      # caption of all faces that --captions does not name
     captions: str = ""                     # JSON: {"file name": caption}
     sana: str = ""                         # for the authors' checkpoint: diffusers folder with configs and the VAE

@@ -149,6 +149,25 @@ def word_tokenizer(length: int, end: bool = True, text: str = "", marks: str = "
                                    **dict(eos_token="</s>") if end else {})
 
 
+@torch.no_grad()
+def judge(run, held, draw, count: int = 256) -> dict:
+    """`draw(captions, first)` -> faces, for the captions of `count` held-out faces, as reader b sees them: share of attributes
+    that are as the caption says, and fid_toy to `count` other faces, beside that of these and the faces of the captions."""
+    reader, batch = metrics.load_reader("b", run.cfg.readers).to(run.device), held.held_out(2 * count)
+    if not run.main or "attributes" not in batch:
+        return {}
+    places = tqdm(torch.arange(count).split(32), "judging", disable=None)
+    drawn = torch.cat([draw([batch["captions"][i] for i in rows], int(rows[0])).cpu() for rows in places])
+    features = [torch.cat([reader.features(x.to(run.device)) for x in faces.split(64)])
+                for faces in (drawn, batch["hq"][count:], batch["hq"][:count])]
+    read = torch.cat([reader.probabilities(x.to(run.device)).cpu() for x in drawn.split(64)])
+    found = dict(attributes=((read > 0.5) == (batch["attributes"][:count] > 0.5)).float().mean().item(),
+                 fid_toy=metrics.frechet_distance(*features[:2]).item(),
+                 fid_toy_real=metrics.frechet_distance(*features[2:0:-1]).item())
+    run.say(str(found))
+    return {name: round(value, 3) for name, value in found.items()}
+
+
 def publish(run, folder, write, **about) -> None:
     """`write(folder)` under a temporary name, then renamed, with an about.json: `folder` never holds half of it."""
     folder = Path(folder)
@@ -210,9 +229,10 @@ def train_vae(run, faces, held, sizes: dict = KL):
 
 
 def open_vae(cfg, device):
-    """The autoencoder of toy.backbones vae, which is trained first."""
+    """The autoencoder of toy.backbones vae, which is trained first; or that which sd and flux have in the repository."""
     from diffusers import AutoencoderKL
-    vae = AutoencoderKL.from_pretrained(Path(cfg.output) / "vae", low_cpu_mem_usage=False)
+    places = [Path(cfg.output) / name for name in ("vae", "sd/vae", "flux/vae")]
+    vae = AutoencoderKL.from_pretrained(next((p for p in places if p.exists()), places[0]), low_cpu_mem_usage=False)
     return vae.float().to(device).requires_grad_(False)
 
 
@@ -231,6 +251,8 @@ def train_method(cfg, name: str, folder: str) -> None:
         target.mkdir(parents=True)
         shutil.copy(Path(folder) / "config.json", target)
         for path in Path(folder).glob("*.safetensors"):
+            if name == "latent_pmrf" and path.stem == "mmse" and module.TOY_VALUES["mmse"]:
+                continue                                          # `sample` takes the stand-in's
             state = {key: t.bfloat16() if t.is_floating_point() else t for key, t in read_weights(path).items()}
             save_part(target / path.name, state)
     publish(Run(replace(cfg, output=folder, resume_from_checkpoint="latest")), Path(cfg.output) / name, write)

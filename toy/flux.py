@@ -3,7 +3,7 @@ import shutil
 from pathlib import Path
 
 # toy.backbones comes first: it sets up OpenMP before torch is imported
-from toy.backbones import KL, captions_of, encode_all, fit, kl_autoencoder, open_vae, publish, word_tokenizer
+from toy.backbones import KL, captions_of, encode_all, fit, judge, kl_autoencoder, open_vae, publish, word_tokenizer
 
 import torch
 
@@ -68,11 +68,14 @@ def train(run, faces, held, sizes: dict = SIZES) -> None:
         return loss, dict(loss=loss)
 
     @torch.no_grad()
+    def draw(captions, first):
+        editor = a2bfr.flux_editor(nets, 20, batch["hq"].shape[-1])              # with its guidance, towards the caption
+        noise = codec.noise(batch["hq"].shape[-1], list(range(first, first + len(captions))))
+        prompt = editor.prompt(captions, 1.5)
+        return editor.decode(a2bfr.euler_sample(lambda z, t: editor.velocity(z, t, prompt), noise, editor.sigmas))
+
     def show():
-        prompt = a2bfr.Prompt(*text.encode(batch["captions"]))
-        noise = codec.noise(batch["hq"].shape[-1], list(range(len(batch["hq"]))))
-        z = a2bfr.euler_sample(lambda z, t: a2bfr.velocity(nets, z, t, prompt), noise, a2bfr.flux_sigmas(20, noise.shape[1]))
-        return {"a real face": batch["hq"], "drawn from its caption": codec.decode(z).clamp(-1, 1)}
+        return {"a real face": batch["hq"], "drawn from its caption": draw(batch["captions"], 0)}
 
     latents, batch = encode_all(run, faces, lambda hq: codec.encode(hq).float()), held.held_out(12)
     fit(run, "flow", parts, faces, run.cfg.steps, 1e-2, loss_of, tables, show=show)
@@ -81,4 +84,5 @@ def train(run, faces, held, sizes: dict = SIZES) -> None:
         shutil.copytree(new, folder)
         for name, module in (*parts.items(), ("vae", codec.vae)):
             module.to(torch.bfloat16).save_pretrained(folder / name)
-    publish(run, Path(run.cfg.output) / "flux", write, steps=run.cfg.steps, batch_size=run.cfg.batch_size)
+    publish(run, Path(run.cfg.output) / "flux", write, steps=run.cfg.steps, batch_size=run.cfg.batch_size,
+            **judge(run, held, draw))

@@ -8,7 +8,7 @@ toy/weights/sana is in the layouts of the releases, so that `pref_restore.load_r
 from pathlib import Path
 
 # toy.backbones comes first: it sets up OpenMP before torch is imported
-from toy.backbones import captions_of, colour_slopes, copy_loss, encode_all, fit, publish, word_tokenizer
+from toy.backbones import captions_of, colour_slopes, copy_loss, encode_all, fit, judge, publish, word_tokenizer
 
 import torch
 import torch.nn as nn
@@ -143,13 +143,15 @@ def train(run, faces, held, sizes: dict | None = None) -> None:
         return ce + diffusion, dict(ce=ce, diffusion=diffusion)
 
     @torch.no_grad()
-    def samples():
-        captions = batch["captions"][:12]
+    def draw(captions, first):
         prompt = pr.build_sequence(vocab, [None] * len(captions), captions, count=model.tatok.count)
         prompt = pr.Sequence(*(t.to(device) for t in prompt))
         states = model.integrator.generate(prompt, vocab, model.tatok.count)[1]
-        noise = pr.noise_like(model, cfg, len(captions), torch.Generator().manual_seed(0))
-        return {"a real face": hq[:12], "drawn from its caption": pr.draw_face(model, cfg, model.condition(states), noise)}
+        noise = pr.noise_like(model, cfg, len(captions), torch.Generator().manual_seed(first))
+        return pr.draw_face(model, cfg, model.condition(states), noise)
+
+    def samples():
+        return {"a real face": hq[:12], "drawn from its caption": draw(batch["captions"][:12], 0)}
 
     def trainable(*prefixes):
         for name, parameter in model.named_parameters():
@@ -165,6 +167,6 @@ def train(run, faces, held, sizes: dict | None = None) -> None:
     tokens, latents = encode_all(run, faces, model.tatok.encode), encode_all(run, faces, lambda hq: model.encode(hq).float())
     trainable("integrator.", "sana.")
     parts = {"integrator": model.integrator, "sana": model.sana}
-    fit(run, "prior", parts, faces, run.cfg.steps, 5e-3, prior_loss, show=samples)
+    fit(run, "prior", parts, faces, run.cfg.steps, 1e-2, prior_loss, show=samples)
     publish(run, Path(run.cfg.output) / "sana", lambda folder: save(folder, model, vocab),
-            steps=run.cfg.steps, vae_steps=run.cfg.vae_steps, batch_size=run.cfg.batch_size)
+            steps=run.cfg.steps, vae_steps=run.cfg.vae_steps, batch_size=run.cfg.batch_size, **judge(run, held, draw))

@@ -3,7 +3,7 @@ import shutil
 from pathlib import Path
 
 # toy.backbones comes first: it sets up OpenMP before torch is imported
-from toy.backbones import KL, captions_of, encode_all, fit, kl_autoencoder, open_vae, publish, word_tokenizer
+from toy.backbones import KL, captions_of, encode_all, fit, judge, kl_autoencoder, open_vae, publish, word_tokenizer
 
 import torch
 import torch.nn as nn
@@ -61,11 +61,12 @@ def train(run, faces, held, sizes: dict = SIZES) -> None:
         loss = F.mse_loss(estimate.float(), noise)
         return loss, dict(noise=loss)
 
-    @torch.no_grad()
+    def draw(captions, first):
+        rng = torch.Generator().manual_seed(first)
+        return pipeline(captions, num_inference_steps=25, guidance_scale=2.0, generator=rng, output_type="pt").images * 2 - 1
+
     def show():
-        rng = torch.Generator().manual_seed(run.cfg.seed)
-        drawn = pipeline(batch["captions"], num_inference_steps=25, guidance_scale=2.0, generator=rng, output_type="pt").images
-        return {"a real face": batch["hq"], "drawn from its caption": drawn * 2 - 1}
+        return {"a real face": batch["hq"], "drawn from its caption": draw(batch["captions"], 0)}
 
     latents = encode_all(run, faces, lambda hq: vae.encode(hq).latent_dist.mean.float() * vae.config.scaling_factor)
     batch = held.held_out(12)
@@ -75,4 +76,5 @@ def train(run, faces, held, sizes: dict = SIZES) -> None:
         shutil.copytree(new, folder)
         for name, module in (("unet", unet), ("text_encoder", text), ("vae", vae)):
             module.to(torch.bfloat16).save_pretrained(folder / name)
-    publish(run, Path(run.cfg.output) / "sd", write, steps=run.cfg.steps, batch_size=run.cfg.batch_size)
+    publish(run, Path(run.cfg.output) / "sd", write, steps=run.cfg.steps, batch_size=run.cfg.batch_size,
+            **judge(run, held, draw))
