@@ -113,9 +113,9 @@ class Train(TrainFlags):
 # The fields that decide what weights mean: `Run` refuses to go on with a run that has others.
 SETTINGS = ("pretrained", "sana", "ta_tok", "semantic", "rank")
 TOY_VALUES = dict(
-    TOY, batch_size=32, gradient_accumulation_steps=1, gradient_checkpointing=False, lr_warmup_steps=5,
-    ema_decay=0.995, pretrained="toy/weights/sana", sana="toy/weights/sana", semantic_steps=200, semantic_learning_rate=5e-3,
-    texture_steps=500, texture_learning_rate=1e-2, own_answers=1.0, preference_steps=100, learning_rate=2e-3, rank=16, groups=8,
+    TOY, batch_size=8, gradient_accumulation_steps=1, gradient_checkpointing=False, lr_warmup_steps=5,
+    ema_decay=0.995, pretrained="toy/weights/sana", sana="toy/weights/sana", semantic_steps=600, semantic_learning_rate=5e-3,
+    texture_steps=2000, texture_learning_rate=1e-2, own_answers=1.0, preference_steps=80, learning_rate=4e-3, rank=16, groups=8,
     group_size=12, rollout_steps=10, timestep_fraction=0.3, adv_clip=1.5, kl_weight=0.0, num_inference_steps=10, solver="dpm",
     guidance_scale=1.0,
     # A reward of likeness deviates by 0.125 over the faces of stage 1.2, one of looks by 0.03

@@ -150,12 +150,13 @@ def word_tokenizer(length: int, end: bool = True, text: str = "", marks: str = "
 
 
 @torch.no_grad()
-def judge(run, held, draw, count: int = 256) -> dict:
-    """`draw(captions, first)` -> faces, for the captions of `count` held-out faces, as reader b sees them: share of attributes
-    that are as the caption says, and fid_toy to `count` other faces, beside that of these and the faces of the captions."""
-    reader, batch = metrics.load_reader("b", run.cfg.readers).to(run.device), held.held_out(2 * count)
+def judge(run, held, draw, faces: int = 512) -> dict:
+    """`draw(captions, first)` -> pictures, for the captions of half of the held-out faces, as reader b sees them: share of
+    attributes that are as the caption says, and fid_toy to the other half, beside that between the two halves."""
+    reader, batch = metrics.load_reader("b", run.cfg.readers).to(run.device), held.held_out(faces)
     if not run.main or "attributes" not in batch:
         return {}
+    count = len(batch["hq"]) // 2
     places = tqdm(torch.arange(count).split(32), "judging", disable=None)
     drawn = torch.cat([draw([batch["captions"][i] for i in rows], int(rows[0])).cpu() for rows in places])
     features = [torch.cat([reader.features(x.to(run.device)) for x in faces.split(64)])
