@@ -693,7 +693,7 @@ def test_the_authors_layout_trains_and_samples_and_other_arms_run(trained, tmp_p
     call("train", *flags, tmp_path / "release", "--sana", tmp_path / "sana", "-o", tmp_path / "out")
     assert parts_in(tmp_path / "out") == {"2"}
     ours = restored(trained, tmp_path / "s", "--checkpoint", tmp_path / "out", "--policy", "base", "--solver", "dpm")
-    monkeypatch.setattr(pr, "Train", functools.partial(pr.Train, image_size=32, guidance_scale=1.0))
+    monkeypatch.setattr(pr, "Train", functools.partial(pr.Train, image_size=32, guidance_scale=pr.TOY_VALUES["guidance_scale"]))
     monkeypatch.setattr(pr, "open_run", lambda where, cls: (Path(where), None))
     theirs = restored(trained, tmp_path / "t", "--checkpoint", tmp_path / "release", "--sana", tmp_path / "sana",
                       "--num_inference_steps", "2", "--solver", "dpm")
