@@ -159,8 +159,8 @@ def judge(run, held, draw, faces: int = 512) -> dict:
     count = len(batch["hq"]) // 2
     places = tqdm(torch.arange(count).split(32), "judging", disable=None)
     drawn = torch.cat([draw([batch["captions"][i] for i in rows], int(rows[0])).cpu() for rows in places])
-    features = [torch.cat([reader.features(x.to(run.device)) for x in faces.split(64)])
-                for faces in (drawn, batch["hq"][count:], batch["hq"][:count])]
+    features = [torch.cat([reader.features(x.to(run.device)) for x in shown.split(64)])
+                for shown in (drawn, batch["hq"][count:], batch["hq"][:count])]
     read = torch.cat([reader.probabilities(x.to(run.device)).cpu() for x in drawn.split(64)])
     found = dict(attributes=((read > 0.5) == (batch["attributes"][:count] > 0.5)).float().mean().item(),
                  fid_toy=metrics.frechet_distance(*features[:2]).item(),
