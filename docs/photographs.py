@@ -17,14 +17,13 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 ROOT = Path(__file__).parent.parent
+NEEDED = {"cv2": "opencv-python", "dlib": "dlib-bin", "face_recognition_models": "face-recognition-models"}
 FFHQ_512 = np.array([[192.98138, 239.94708], [318.90277, 240.1936], [256.63416, 314.01935], [201.26117, 371.41043],
                      [313.08905, 371.15118]])                     # facexlib's template of five points
 
 
 def find_faces(picture: Image.Image) -> list:
     """[(5, 2) pixels] of the faces that dlib finds, the largest first."""
-    if not importlib.util.find_spec("dlib") or not importlib.util.find_spec("face_recognition_models"):
-        sys.exit("error: finding faces needs dlib: pip install dlib-bin face-recognition-models, or give --points")
     import dlib
     models = Path(importlib.util.find_spec("face_recognition_models").submodule_search_locations[0]) / "models"
     shape = dlib.shape_predictor(str(models / "shape_predictor_68_face_landmarks.dat"))
@@ -43,7 +42,9 @@ def align(points, size: int):
         raise ValueError("wants five (x, y) points")
     matrix, _ = cv2.estimateAffinePartial2D(points, target, method=cv2.LMEDS)
     fitted = None if matrix is None else points @ matrix[:, :2].T + matrix[:, 2]
-    if fitted is None or np.abs(fitted - target).max() > 0.2 * size:
+    eyes, mouth, down = points[1] - points[0], points[4] - points[3], points[3:].mean(0) - points[:2].mean(0)
+    ordered = eyes @ mouth > 0 and eyes[0] * down[1] > eyes[1] * down[0]         # left and right of either not exchanged
+    if fitted is None or not ordered or np.abs(fitted - target).max() > 0.2 * size:
         raise ValueError("five points that are no face in the order left eye, right eye, nose, left, right mouth corner")
     return matrix
 
@@ -73,7 +74,7 @@ def paste(photo: np.ndarray, face: np.ndarray, matrix, others: list) -> None:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=["latent_pmrf", "honestface", "a2bfr", "pref_restore"])
     parser.add_argument("-i", "--input", required=True, help="photograph or folder of photographs")
     parser.add_argument("-o", "--output", required=True)
@@ -82,9 +83,17 @@ def main(argv=None) -> None:
     parser.add_argument("--upscale", type=float, default=1.0, help="enlarge the photograph")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="what follows goes to `sample`")
     given = parser.parse_args(argv)
+    wanted = [package for module, package in NEEDED.items() if not importlib.util.find_spec(module)]
+    if wanted and not (given.points and importlib.util.find_spec("cv2")):
+        sys.exit(f"error: pip install {' '.join(wanted)}")
     import cv2
-    out, known = Path(given.output), json.loads(Path(given.points).read_text()) if given.points else None
-    files = [Path(given.input)] if Path(given.input).is_file() else sorted(p for p in Path(given.input).iterdir() if p.is_file())
+    out, known = Path(given.output), None
+    try:
+        if given.points:
+            known = json.loads(Path(given.points).read_text())
+        files = [Path(given.input)] if Path(given.input).is_file() else sorted(p for p in Path(given.input).iterdir() if p.is_file())
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
     photos, cuts = {}, out / "cut_faces"
     for path in files:
         try:
