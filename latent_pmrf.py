@@ -3,8 +3,8 @@
 Paper: "Latent-PMRF" (arXiv 2507.00447 v1); baseline: PMRF (arXiv 2410.00418). Among all estimators whose outputs look
 real, the one with the least squared error transports the posterior mean to the distribution of clean images. PMRF
 (posterior-mean rectified flow) learns that transport on pixels. Latent-PMRF learns it between latents of Sim-VAE, an
-autoencoder so plain (3x3 convolutions, per-pixel LayerNorm, no attention) that it reconstructs faces almost exactly. Its
-reconstruction error bounds the distortion.
+autoencoder of 3x3 convolutions and per-pixel LayerNorm, without attention. Its reconstruction error bounds the distortion
+[Eq. 4], and 32 channels make it small: 42.7 dB [Table 2].
 
     paper      name here   shape                range     meaning
     y, x       lq, hq      (B, 3, S, S)         [-1, 1]   degraded and clean face
@@ -18,9 +18,9 @@ reconstruction error bounds the distortion.
     [Eq. 1] euler_sample   [Eq. 2, 3, 5] cfm_loss   [Eq. 4] flow_source: options 1 and 2   [Eq. 6] vae_loss
     [Figure 2] interpolate   [sec. 4.1] SimVAE   [sec. 6.1] HDiT and the values of `Train`
 
-Read first: `train_flow`, `restore`, the losses and `euler_sample` between them; then `SimVAE`. SwinIR and HDiT are networks
+Read first: `train_flow`, `restore`, `flow_source`, `euler_sample`, `cfm_loss`; then `SimVAE`. SwinIR and HDiT are networks
 of other papers. Run `python latent_pmrf.py train` (toy faces, CPU, minutes) or `train --preset paper --data FFHQ`.
-`--space pixel` is PMRF itself. Left out: the Real-ESRGAN degradation for natural images.
+`--space pixel` is PMRF itself. y is made from x on the way: blur, shrink, noise, JPEG, enlarge (`DEGRADATIONS` of common.py).
 """
 import functools
 import math
@@ -61,8 +61,8 @@ SIZES = {
         pixel_flow=dict(widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64, mapping_width=768))}
 HDIT_PMRF = dict(in_channels=3, **SIZES["paper"]["pixel_flow"])
 # Changes of the paper to SD-VAE, undone one by one. sd: all of them (DIFFERS: without SD's attention and last norm).
-# UNSTATED: pixel_shuffle, the authors' switch `upsample_method`, is our reading of Table 2's "- interpolate"; sd_resizers
-# (Figure 5a) is the other one.
+# Table 2's "- interpolate" means "non-optimal resizing layers" [sec. 6.3]: sd_resizers, which are Figure 5a's. UNSTATED:
+# or pixel_shuffle, the authors' switch `upsample_method`. sd_block is no row of Table 2.
 VAE_STYLES = {"sim": {}, "group_norm": dict(norm="group"), "pixel_shuffle": dict(resizer="pixel_shuffle"),
               "sd_resizers": dict(resizer="sd"), "sd_block": dict(block="sd"), "sd": dict(norm="group", resizer="sd", block="sd")}
 
@@ -70,12 +70,13 @@ VAE_STYLES = {"sim": {}, "group_norm": dict(norm="group"), "pixel_shuffle": dict
 @dataclass(frozen=True)
 class Train(TrainFlags):
     """Train Sim-VAE, the posterior mean and the flow, then restore held-out faces."""
-    # The values are the paper's [sec. 6.1] where no comment says otherwise; TOY_VALUES below are the toy's.
+    # The values are the paper's [sec. 6.1; kl_weight 4.2] where no comment says otherwise; TOY_VALUES below are the toy's.
+    # UNSTATED: ema_decay (PMRF's 0.9999) and bf16 of TrainFlags.
     output: str = "runs/latent_pmrf"       # folder for weights, checkpoints, log and pictures
     stage: typing.Literal["all", "vae", "mmse", "flow"] = "all"  # one stage, or all in order
     size: typing.Literal["toy", "small", "paper"] = "paper"  # of the networks, see SIZES
     degradation: typing.Literal[tuple(DEGRADATIONS)] = "difface"  # "following [46, 60]": PMRF's
-    batch_size: int = 8                    # faces per process and micro-batch; paper 64 over 8 GPUs
+    batch_size: int = 8                    # faces per process and micro-batch; paper 64 in all, 8 processes
     space: typing.Literal["latent", "pixel"] = "latent"  # where the flow runs; pixel is PMRF, which has no VAE
     source: typing.Literal["encode_mean", "latent_mean"] = "encode_mean"  # Eq. 4: options 2 and 1
     vae: str = ""                          # Sim-VAE to use, not train: folder of a run, diffusers folder or hub id
@@ -88,18 +89,18 @@ class Train(TrainFlags):
     kl_weight: float = 1e-6                # of the KL summed over a latent
     vae_steps: int = 150_000               # of Sim-VAE
     vae_learning_rate: float = 1e-4        # peak of a cosine that ends at a hundredth of it
-    mmse_steps: int = 270_000              # paper trains none (DifFace's weights); this is PMRF's 1000 epochs of FFHQ
+    mmse_steps: int = 270_000              # paper trains none (DifFace's weights); PMRF's 1000 epochs at its batch of 256
     mmse_learning_rate: float = 5e-4       # PMRF, constant
     flow_steps: int = 400_000              # of the flow
     learning_rate: float = 5e-4            # of the flow, constant
-    source_noise: float = 0.1              # sigma_s: noise on the source; UNSTATED: authors' file
-    source_sample: bool = True             # source is a sample of the posterior q(z | x_hat), not its mean
+    source_noise: float = 0.1              # sigma_s: noise on the source; DIFFERS: authors' file, the paper adds none
+    source_sample: bool = True             # both ends are draws of q(z | .), not its mean; DIFFERS: authors' file
     num_inference_steps: int = 25          # Euler steps of the faces restored at the end [sec. 3.3]
 
 
 # The fields that decide what weights mean: `Run` refuses to go on with a run that has others.
 SETTINGS = ("size", "space", "source", "latent_channels", "vae_style")
-TOY_VALUES = dict(
+TOY_VALUES = dict(                          # mmse is shipped; --mmse '' trains it, as --source latent_mean needs
     TOY, size="toy", mmse="toy/weights/swinir", latent_channels=16, perceptual="reader", vae_steps=1150, vae_learning_rate=2e-3,
     mmse_steps=5000, mmse_learning_rate=2e-3, flow_steps=600, learning_rate=2e-3, num_inference_steps=4)
 SMALL = dict(
@@ -132,7 +133,7 @@ class PixelLayerNorm(nn.LayerNorm):
 
 
 def vae_norm(kind: str, channels: int) -> nn.Module:
-    """"layer", or "group": 32 groups of at least 4 channels, as SD-VAE has them from 128 channels on."""
+    """"layer", or "group": 32 groups as SD-VAE, fewer below 128 channels so that each has 4."""
     groups = math.gcd(32, max(1, channels // 4), channels)
     return PixelLayerNorm(channels) if kind == "layer" else nn.GroupNorm(groups, channels, eps=1e-6)
 
@@ -250,7 +251,6 @@ class SimVAE(nn.Module):
         super().__init__()
         sizes = (latent_channels, tuple(widths), layers, mid_layers, norm, resizer, block)
         self.encoder, self.decoder = Encoder(*sizes), Decoder(*sizes)
-        self.factor, self.widths = 2 ** (len(widths) - 1), tuple(widths)
 
     def encode(self, x):
         """-> mean, logvar (B, c, h, w) of q(z | x); logvar within [-30, 20]."""
@@ -385,7 +385,7 @@ class SwinIR(nn.Module):
     def forward(self, x):
         given, (height, width) = x, x.shape[-2:]
         step = self.window * self.unshuffle
-        x = F.pad(x, (0, -width % step, 0, -height % step), mode="reflect") if height % step or width % step else x
+        x = F.pad(x, (0, -width % step, 0, -height % step), mode="reflect")
         shallow = self.conv_first(x - self.mean)                                             # (B, dim, h, w)
         h, w = shallow.shape[-2:]
         deep = self.patch_embed.norm(shallow.flatten(2).transpose(1, 2))                     # (B, h w, dim)
@@ -581,7 +581,7 @@ class Mapping(nn.Module):
 
     def __init__(self, width: int, depth: int):
         super().__init__()
-        self.in_norm = RMSNorm(width)                              # in k-diffusion's order: PMRF's averages are a list
+        self.in_norm = RMSNorm(width)                              # k-diffusion's order: PMRF's EMA is a list, without names
         self.blocks = nn.ModuleList(MappingBlock(width, 3 * width) for _ in range(depth))
         self.out_norm = RMSNorm(width)
 
@@ -729,12 +729,12 @@ class VGGLoss(nn.Module):
 
 
 def mmse_loss(estimate, hq):
-    """Mean squared error in [0, 1], whose minimiser is the posterior mean; clipping is part of the network."""
+    """Mean squared error in [0, 1], whose minimiser is the posterior mean; clipped as in `posterior_mean`."""
     return (estimate.clamp(0, 1) - hq).square().mean()
 
 
 def interpolate(z0, z1, t):
-    """z_t = (1 - t) z0 + t z1 [Figure 2]; t (B,), 0 the source, 1 clean. DIFFERS: the authors' code reverses t."""
+    """z_t = (1 - t) z0 + t z1 [Figure 2]; t (B,), 0 the source, 1 clean. The authors' code reverses t."""
     t = t.view(-1, *[1] * (z0.dim() - 1))
     return (1 - t) * z0 + t * z1
 
@@ -767,9 +767,9 @@ def posterior_mean(mmse, lq):
 
 
 def latent_source(vae, estimate, sample: bool, noise):
-    """z_0 = E(x_hat) [Eq. 4, option 2]. Its error is the autoencoder's: D(z_0) - x_hat is reconstruction error.
+    """E(estimate): a draw of q(z | estimate), or its mean. Of x_hat it is option 2 of Eq. 4: D(E(x_hat)) errs as the VAE does.
 
-    UNSTATED: the authors draw from q(z | x_hat) and add noise of std 0.1 (`source_noise`); the paper says E(x_hat).
+    noise(like) draws N(0, 1). DIFFERS: as the authors' code a draw, to which noise of std 0.1 is added; the paper says E(x_hat).
     """
     mean, logvar = vae.encode(estimate)
     return mean + (0.5 * logvar).exp() * noise(mean) if sample else mean
@@ -872,7 +872,7 @@ def train_flow(cfg, run, faces, nets):
     flow = nets["flow"].train().requires_grad_(True)
     flow.gradient_checkpointing = cfg.gradient_checkpointing
     steps = min(cfg.flow_steps, cfg.max_train_steps)
-    # Adam (0.9, 0.95) [sec. 6.1]: AdamW without decay (PMRF: 0.01). DIFFERS: gradients are clipped, the paper does not say so
+    # Adam (0.9, 0.95) [sec. 6.1]: AdamW without decay (PMRF: 0.01). UNSTATED: gradients are clipped
     optimizer = make_optimizer(cfg, flow.parameters(), cfg.learning_rate, weight_decay=0.0)
     modules, factor = {"flow": flow}, lr_schedule(cfg, steps)
     ema = EMA(modules, cfg.ema_decay)
@@ -882,9 +882,10 @@ def train_flow(cfg, run, faces, nets):
         # The two ends of the path: t = 0 a noisy latent of the posterior mean, t = 1 a latent of the clean face
         with torch.no_grad(), run.autocast():
             z0, _ = flow_source(nets, cfg, batch["lq"], torch.randn_like)
-            # UNSTATED: a draw of q(z | x), as the authors' code; the paper says E(x)
             hq = batch["hq"]
-            z1 = hq * 0.5 + 0.5 if cfg.space == "pixel" else latent_source(nets["vae"], hq, True, torch.randn_like)
+            z1 = hq * 0.5 + 0.5
+            if cfg.space == "latent":
+                z1 = latent_source(nets["vae"], hq, cfg.source_sample, torch.randn_like)
         z0 = z0.float() + cfg.source_noise * torch.randn_like(z0, dtype=torch.float32)
         t = stratified_time(len(z0), run.rank, run.world).to(run.device)
 
@@ -892,7 +893,7 @@ def train_flow(cfg, run, faces, nets):
         optimizer.zero_grad()
         for a, b, s in zip(z0.chunk(pieces), z1.float().chunk(pieces), t.chunk(pieces)):
             with run.autocast():
-                loss = cfm_loss(lambda z, t: flow(z, t).float(), a, b, s)                    # [Eq. 3, 5]
+                loss = cfm_loss(lambda z, when: flow(z, when).float(), a, b, s)              # [Eq. 3, 5]
             (loss / pieces).backward()
         run.average_gradients(modules)
         grad_norm = nn.utils.clip_grad_norm_(flow.parameters(), cfg.max_grad_norm)
@@ -912,7 +913,7 @@ def stages_of(cfg) -> list:
 
 
 def stands_on(cfg, part: str) -> list:
-    """The parts that are trained on top of `part`; of the autoencoder the posterior mean only if it predicts latents."""
+    """The parts that are trained on top of `part`: always the flow; the posterior mean if it predicts latents of the VAE."""
     return ["flow"] * (part != "flow") + ["mmse"] * (part == "vae" and cfg.source == "latent_mean")
 
 
@@ -920,7 +921,7 @@ def train(cfg: Train) -> None:
     """The stages asked for, in order. Each is written when it ends, with pictures of what there is."""
     stages = stages_of(cfg)
     if cfg.stage not in ["all", *stages] or cfg.space == "pixel" and cfg.source == "latent_mean":
-        raise UserError(f"--space {cfg.space}: has the stages {', '.join(stages)}, and no latents to start from in pixels")
+        raise UserError("--space pixel: has no stage vae and no --source latent_mean")
     run = Run(cfg, SETTINGS)
     faces, held = open_faces(cfg, mirror=True)
     nets = {stage: build(cfg, stage) for stage in stages}
@@ -981,15 +982,15 @@ def take_networks(cfg, run, nets: dict) -> list:
 def load_part(cfg, part: str, where: str) -> nn.Module:
     """A released Sim-VAE or SwinIR, or that of another run's folder, in place of one that is trained here."""
     path = Path(where) / f"{part}.safetensors"
+    if part == "mmse":
+        return load_swinir(build(cfg, "mmse"), path if path.exists() else where)
     if path.exists():
         _, before = open_run(where, Train)
-        if part == "vae" and before and before.vae_style != cfg.vae_style:                   # some styles have the same names
+        if before and before.vae_style != cfg.vae_style:                   # some styles have the same names
             raise UserError(f"--vae {where}: was trained with --vae_style {before.vae_style}, not {cfg.vae_style}")
         net = build(cfg, part)
         load_strict(net, read_weights(path), f"--{part} {where}")
         return net
-    if part == "mmse":
-        return load_swinir(build(cfg, "mmse"), where)
     vae = load_sim_vae(where)
     if vae.decoder.conv_in.in_channels != cfg.latent_channels:
         raise UserError(f"--vae {where}: set --latent_channels {vae.decoder.conv_in.in_channels}, which it has")
@@ -1005,8 +1006,8 @@ def weights_file(where: Path) -> Path:
     return files[0]
 
 
-def load_swinir(mmse: SwinIR, where: str) -> SwinIR:
-    """DifFace's weights into `mmse`. The masks of shifted windows belong to the picture's size: ours are kept."""
+def load_swinir(mmse: SwinIR, where) -> SwinIR:
+    """Weights of a run or DifFace's into `mmse`. The masks of shifted windows belong to the picture's size: ours are kept."""
     state = {name.removeprefix("model."): tensor for name, tensor in read_weights(where).items()}
     masks = {name: t for name, t in mmse.state_dict().items() if name.endswith("attn_mask") and name in state}
     load_strict(mmse, state | masks, f"--mmse {where}")
@@ -1049,7 +1050,7 @@ def load_pmrf(where: Path) -> dict:
 def restore_held_out(cfg, run, nets, batch) -> dict:
     """What the finished networks make of held-out faces: {name: (N, 3, S, S) on the CPU}, in batches.
 
-    `latents` and `reconstruction` are of the clean faces, `bound` is the posterior mean coded and decoded [Eq. 4, option 2].
+    `latents` (N, c, h, w) and `reconstruction` are of the clean faces, `bound` is the posterior mean coded and decoded [Eq. 4, option 2].
     """
     rng, found = torch.Generator().manual_seed(cfg.seed), {"lq": [batch["lq"]]}
     noise = lambda like: torch.randn(like.shape, generator=rng).to(like)
@@ -1062,7 +1063,7 @@ def restore_held_out(cfg, run, nets, batch) -> dict:
             result |= restore(nets, cfg, lq, noise, cfg.num_inference_steps)
         elif "mmse" in nets and cfg.source == "encode_mean":
             result["posterior_mean"] = posterior_mean(nets["mmse"], lq)
-        if "vae" in nets and "posterior_mean" in result:
+        if "vae" in nets and "posterior_mean" in result and cfg.source == "encode_mean":
             result["bound"] = nets["vae"].decode(nets["vae"].encode(result["posterior_mean"])[0]).clamp(-1, 1)
         for name, images in result.items():
             found.setdefault(name, []).append(images.cpu())
@@ -1079,7 +1080,8 @@ def report(cfg, run, held, nets) -> None:
     more = dict(faces=count, protocol=metrics.toy_protocol(held.folder, cfg.degradation, count, cfg.readers))
     if "vae" in nets:
         rows["reconstruction"] = metrics.toy_scores(found["reconstruction"], found["hq"], reader)
-        more["bound_psnr"] = metrics.mean_psnr(found["bound"], found["posterior_mean"])     # of option 2 [Eq. 4]
+        if "bound" in found:                                       # option 2 [Eq. 4]
+            more["bound_psnr"] = metrics.mean_psnr(found["bound"], found["posterior_mean"])
         length = found["latents"].norm(dim=1).flatten(1)
         more["latent_peak"] = (length.amax(1) / length.mean(1)).mean().item()                # outliers [Figure 4]
     run.report(rows, {name: found[name] for name in (*shown, "hq")}, nets, **more)
@@ -1092,6 +1094,8 @@ def load_networks(cfg: Sample) -> tuple:
     """
     folder, trained = open_run(cfg.checkpoint, Train)
     if trained is None:
+        if cfg.vae or cfg.mmse:
+            raise UserError("--vae, --mmse: PMRF's release has its own SwinIR, and no VAE")
         return load_pmrf(folder), Train(space="pixel")
     nets = {}
     for part in stages_of(trained):
