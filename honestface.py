@@ -11,10 +11,10 @@ feature extractor) and the identity (FIE, the face identity encoder).
     z_L, z_H   z_l, z_h      (B, c, S/f, S/f)      std 1      their latents, from the frozen VAE of Stable Diffusion
     z_H^       z_hat         (B, c, S/f, S/f)                 restored latent
     T_L        timestep      int                   399        the step whose noise the degradation is taken for
-    alpha_bar  alpha_bar     float                 (0, 1)     share of signal at T_L; 1 is clean, 0 is noise
+    alpha_bar  alpha_bar     float                 (0, 1)     share of signal power at a step; 1 is clean, 0 is noise
     r_i        references    (B, N, 3, S, S)       [-1, 1]    photographs of the person; `present` (B, N) says which exist
     p_L        p_l           (B, 77, dim)                     prompt of the degraded face
-    p_F, p_I   p_f, p_i      (B, 4 and 7, dim)                tokens of the photographs (TYPO: the figure swaps them)
+    p_F, p_I   p_f, p_i      (B, 4 and 7, dim)                tokens of the photographs (TYPO: Fig. 1 swaps them)
     p          prompt        (B, 77, dim)                     what the UNet reads
     M          mask          (B, 1, S, S)          [0, 1]     where the landmarks are
     L, H, W    l, h, w       (..., K, 2), (K,)     pixels     two sets of landmarks and their weights
@@ -27,7 +27,9 @@ feature extractor) and the identity (FIE, the face identity encoder).
 Read first: `train_onestep`, then what it calls: `make_prompt`, `restore_latent`, `LatentDiscriminator`, `restorer_losses`. The
 sampler is `restore`. HonestFace's own modules are the FFE, the FIE and `PromptFusion`; the VRE is OSDFace's. Run `python
 honestface.py train` (toy faces, CPU, minutes) or `train --preset paper --data PEOPLE --osdface FOLDER --face_networks FOLDER`,
-then `sample -i LQ --reference PHOTOGRAPHS`. Left out: the PatchGAN of OSDFace's first stage, the metric MS-SWD.
+then `sample -i LQ --reference PHOTOGRAPHS`. PEOPLE of the paper: Reface-HQ's training set and the last 905 identities of
+CelebRef-HQ, 512 px [sec. 4.1]. Left out: the PatchGAN of OSDFace's first stage, the metric MS-SWD. UNSTATED: the paper is
+silent, and what follows is our choice or its source. DIFFERS: we depart from the paper. TYPO: the paper errs.
 """
 import copy
 import dataclasses
@@ -69,11 +71,12 @@ SIZES = {
 @dataclass(frozen=True)
 class Train(TrainFlags):
     """Train the prompt's encoder and the one-step restorer, then restore held-out faces."""
-    # The values are the paper's [sec. 4.1] where no comment says otherwise; TOY_VALUES below are the toy's.
+    # The values are the paper's [sec. 4.1] where no comment says otherwise; TOY_VALUES below are the toy's. UNSTATED and
+    # inherited from TrainFlags: bf16, clipping of gradients, constant rate, weight decay.
     output: str = "runs/honestface"        # folder for weights, checkpoints, log and pictures
     stage: typing.Literal["all", "vre", "onestep"] = "all"  # one stage, or all in order
     size: typing.Literal["toy", "paper"] = "paper"  # of the networks, see SIZES
-    degradation: typing.Literal[tuple(DEGRADATIONS)] = "vqfr1"  # VQFR's; UNSTATED: its version (v1 fits the 25 dB of Table 2)
+    degradation: typing.Literal[tuple(DEGRADATIONS)] = "vqfr1"  # VQFR's; UNSTATED: its version
     batch_size: int = 1                    # faces per process and micro-batch; paper 4 on 4 GPUs (UNSTATED: 1 each)
     gradient_checkpointing: bool = True    # recompute UNet and VAE in the backward pass: less memory, more time
     ema_decay: float = 0.0                 # of the averaged weights that are saved and sampled (0: no average); UNSTATED
@@ -160,7 +163,8 @@ def restore_latent(unet, z_l, prompt, timestep: int):
 def encode(vae, x, noise=None):
     """(B, 3, S, S) in [-1, 1] -> scaled latents (B, c, h, w): the posterior's mean, or with `noise` a sample of it.
 
-    noise: a function of the mean that gives standard normal noise of its shape, as torch.randn_like. UNSTATED: OSDFace samples.
+    noise: a function of the mean that gives standard normal noise of its shape, as torch.randn_like. UNSTATED: mean or sample;
+    OSDFace's code samples, and so do training and restoring here.
     """
     posterior = vae.encode(x).latent_dist
     z = posterior.mean if noise is None else posterior.mean + posterior.std * noise(posterior.mean)
@@ -377,7 +381,7 @@ def affine_fit(l, h, w):
 def affine_landmark_distance(l, h, w):
     """d(L, H; W) = min_A sum_k w_k |A l'_k - h_k|^2   [Eq. 14]; shapes of `affine_fit` -> (...).
 
-    This file computes with `metrics.affine_landmark_distance`, which is the same number, also for points on a line.
+    The printed form. This file computes with `metrics.affine_landmark_distance`: the same number, also for points on a line.
     """
     return (w * (F.pad(l, (0, 1), value=1.0) @ affine_fit(l, h, w).mT - h).square().sum(-1)).sum(-1)
 
@@ -386,7 +390,7 @@ def select_reference(reference_landmarks, lq_landmarks, weights=None) -> int:
     """r_0 = argmin_i d(landmarks of r_i, landmarks of x_L)   [Eq. 6]: the reference whose geometry fits best.
 
     reference_landmarks (N, K, 2), lq_landmarks (K, 2), weights (K,). All distances are measured in the frame of the degraded
-    face, so that they compare. A tie, or landmarks that are not finite, give the first candidate.
+    face, so that they compare. Landmarks that are not finite are passed over; of equals the first is taken.
     """
     known = reference_landmarks.isfinite().all((-1, -2))
     points = metrics.double(torch.where(known[:, None, None], reference_landmarks, 0))
@@ -456,7 +460,7 @@ class FacialFeatureExtractor(nn.Module):
 
 
 class FaceIdentityEncoder(nn.Module):
-    """FIE: embeddings of any number of photographs -> `tokens` prompt tokens   [sec. 3.2; UNSTATED: the pooling]
+    """FIE: embeddings of any number of photographs -> `tokens` prompt tokens   [sec. 3.2, Fig. 3; UNSTATED: the attention]
 
     embeddings (B, N, id_dim) unit vectors, mask (B, N) True where there is a photograph -> (B, tokens, dim). Learnt queries
     weigh the photographs. The pooled values are the raw embeddings, so that attention does not distort the recogniser's space.
@@ -537,13 +541,16 @@ class PromptBuilder(nn.Module):
 
 @dataclass
 class FaceNetworks:
-    """The frozen networks that look at faces, made by `face_networks`. x is (B, 3, S, S) in [-1, 1]."""
+    """The frozen networks that look at faces, made by `face_networks`. x is (B, 3, S, S) in [-1, 1], aligned as FFHQ.
+
+    A recogniser cuts its own 112 px out of that (`metrics.crop_112`).
+    """
     recogniser: typing.Callable            # x -> (B, id_dim) unit vectors: X_FR of the FIE
     id_dim: int
-    detector: nn.Module                    # .landmarks(x) -> (B, 98, 2) pixels; .heatmaps(x) -> (B, 98, h, w): X_HM of Eq. 10
-    eyes: nn.Module                        # backbone of the FFE
+    detector: nn.Module | None             # .landmarks(x) -> (B, 98, 2) pixels; .heatmaps(x) -> (B, 98, h, w): X_HM of Eq. 10
+    eyes: nn.Module | None                 # backbone of the FFE
     recognisers: tuple = ()                # f_1 ... f_M of Eq. 8: x -> (B, D); the losses alone read these and the two below
-    lpips: typing.Callable | None = None   # (x, y) -> (B,)
+    lpips: typing.Callable | None = None   # (x, y) -> (B,) or (B, 1, 1, 1)
     dists: typing.Callable | None = None   # the same, of images in [0, 1]
 
 
@@ -551,8 +558,8 @@ class Reference(typing.NamedTuple):
     """What the frozen networks read from N photographs per face."""
     embeddings: torch.Tensor  # (B, N, id_dim) unit vectors
     present: torch.Tensor     # (B, N) bool
-    chosen: torch.Tensor      # (B, 3, S, S) the one that fits the degraded face best; None without FFE
-    landmarks: torch.Tensor   # (B, 98, 2) of that one; None without FFE
+    chosen: torch.Tensor | None     # (B, 3, S, S) the one that fits the degraded face best; None without FFE
+    landmarks: torch.Tensor | None  # (B, 98, 2) of that one; None without FFE
 
 
 @torch.no_grad()
@@ -567,7 +574,7 @@ def read_references(face_nets, lq_landmarks, references, present) -> Reference:
     if lq_landmarks is None:
         return Reference(embeddings, present, None, None)
     landmarks = face_nets.detector.landmarks(flat).float().unflatten(0, (batch, count))
-    rows, frame = torch.arange(batch), list(metrics.EYES_AND_BROWS)  # UNSTATED: which points; only the eyes are used here
+    rows, frame = torch.arange(batch), list(metrics.EYES_AND_BROWS)  # UNSTATED: which points; the FFE reads only eyes
     chosen = torch.zeros_like(rows)
     for i, row in enumerate(present):
         places = row.nonzero().flatten()
@@ -597,14 +604,14 @@ class LatentDiscriminator(nn.Module):
     """D(z_t, t; p): the frozen first half of the diffusion UNet with LoRA, and a small head   [sec. 3.1]
 
     z_t (B, c, h, w) diffused latents, t (B,) steps, prompt (B, L, dim) -> logits (B,), high = real. UNSTATED: the network,
-    "presented in OSDFace". The figure gives it the prompt. D3SR, by the same group, reads diffusion features.
+    "presented in OSDFace". Fig. 1 gives it the prompt. D3SR, by the same group, reads diffusion features.
     """
 
     def __init__(self, unet, layers: tuple, rank: int, alpha: float):
         super().__init__()
         for name in ("time_proj", "time_embedding", "conv_in", "down_blocks", "mid_block"):
             self.add_module(name, copy.deepcopy(getattr(unet, name)))     # before the UNet gets its own LoRA
-        add_lora(self, layers, rank, alpha)
+        add_lora(self, layers, rank, alpha)                       # freezes all else; the head below is trained
         width, inner = unet.config.block_out_channels[-1], min(512, unet.config.block_out_channels[-1] // 2)
         self.head = nn.Sequential(nn.Linear(width, inner), nn.LeakyReLU(0.2), nn.Linear(inner, 1))
 
@@ -654,7 +661,7 @@ def identity_loss(encoders, restored, target):
 
 
 def sobel(x):
-    """Edge strength of the mean of RGB: (B, 3, H, W) in [0, 1] -> (B, 1, H, W), 0 to about 4.5."""
+    """Edge strength: (B, 3, H, W) in [0, 1] -> (B, 1, H, W), 0 to about 4.5. UNSTATED: mean of RGB, black border, scale."""
     grey = F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1))
     kernel = x.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
     edges = F.conv2d(grey, torch.stack([kernel, kernel.T])[:, None])
@@ -672,7 +679,8 @@ def mfa_mask(heatmaps, size: int, k: float = 10.0, eps: float = 1e-6):
     """Where the landmarks are: heatmaps (B, K, h, w) -> (B, 1, size, size) in [0, 1]   [Eq. 10-11]
 
     M_raw is the mean over the K maps. 1 - exp(-k M_raw) is then brought to [0, 1] per image; a constant map gives 0. The paper
-    says that k sharpens. The curve is concave, so it lifts weak responses. At k = 10 it is almost straight, as M_raw < 0.05.
+    says that k sharpens. The curve is concave, so it lifts weak responses. At k = 10 it is nearly straight: M_raw of the toy's
+    reader peaks at 0.05 to 0.08, and the mask is within 0.09 of M_raw brought to [0, 1].
     """
     raw = F.interpolate(heatmaps.float().mean(1, keepdim=True), (size, size), mode="bilinear", align_corners=False)
     contrast = 1 - torch.exp(-k * raw)
@@ -738,7 +746,8 @@ def restore(nets, cfg, face_nets, lq, references, present, noise=torch.randn_lik
 def other_photographs(faces, batch, count: int) -> tuple:
     """Other photographs of each person of a batch: images (B, count, 3, S, S), present (B, count). Never the face itself.
 
-    Where attributes.csv is there, those of the same age and hair come first, as in an album of one time.
+    DIFFERS: where attributes.csv is there, those that share most attributes with the clean face come first, as in an album
+    of one time.
     """
     labels = faces.labels.get("attributes", torch.zeros(len(faces), 12)).nan_to_num(0.5)
     images = torch.zeros(len(batch["hq"]), count, *batch["hq"].shape[1:])
@@ -766,8 +775,8 @@ def with_references(faces, cfg, *which) -> dict:
 def train_vre(cfg, run, faces, nets, face_nets):
     """Stage 1: autoencoders of clean and of degraded faces. In the second half their features must find each other [OSDFace].
 
-    DIFFERS: one run. OSDFace has three (clean, degraded, degraded with association: 70 epochs, six times as many faces), a
-    PatchGAN, and DAEFR's betas (0.5, 0.9).
+    DIFFERS: one run. OSDFace has three (clean, degraded, degraded with association: 70 epochs), a PatchGAN, and DAEFR's betas
+    (0.5, 0.9).
     """
     torch.manual_seed(cfg.seed)                                   # the same initial weights whatever was done before
     clean, degraded = (VQAutoencoder(**SIZES[cfg.size]["vre"]).to(run.device) for _ in range(2))
@@ -823,11 +832,9 @@ def train_onestep(cfg, run, faces, nets, face_nets):
     discriminator = LatentDiscriminator(unet, ALL_LAYERS, cfg.rank, cfg.rank).to(run.device)
     run.compile([discriminator])
     parameters = [*add_lora(unet, ALL_LAYERS, cfg.rank, cfg.rank), *[p for p in prompt.parameters() if p.requires_grad]]
-    parameters_d = [p for p in discriminator.parameters() if p.requires_grad]
+    parameters_d = [p for p in discriminator.parameters() if p.requires_grad]                # the rest of both UNets is frozen
     if cfg.osdface:                                               # training starts there [sec. 4.1]
-        release = osdface_files(cfg.osdface, "osdface")
-        load_adapter(prompt.adapter, release["adapter"])
-        load_unet_lora(unet, release["lora"])
+        load_osdface(nets, osdface_files(cfg.osdface, "osdface"))
     optimizer = make_optimizer(cfg, parameters, cfg.learning_rate, (0.9, 0.999))
     optimizer_d = make_optimizer(cfg, parameters_d, cfg.discriminator_learning_rate, (0.9, 0.999))
     modules, steps = dict(unet=unet, prompt=prompt, discriminator=discriminator), min(cfg.onestep_steps, cfg.max_train_steps)
@@ -835,7 +842,7 @@ def train_onestep(cfg, run, faces, nets, face_nets):
     first, pieces = run.load("onestep", modules, ema, optimizer, optimizer_d), cfg.gradient_accumulation_steps
 
     for step, batch in run.batches(functools.partial(with_references, faces, cfg), "onestep", first, steps):
-        # Latents of both faces, where the landmarks are, and what is random: step and noise of F(z, t), which photographs
+        # All that the step needs: both latents, the landmark mask, t and noise of F(z, t), how many references
         with torch.no_grad(), run.autocast():
             z_l, z_h = (encode(vae, batch[name], torch.randn_like) for name in ("lq", "hq"))
             mask = torch.zeros_like(batch["lq"][:, :1]) if cfg.mfa == "none" else \
@@ -862,7 +869,7 @@ def train_onestep(cfg, run, faces, nets, face_nets):
                         logits = discriminator(forward_diffuse(z_hat, eps[0], alpha_bar), t_i, p.detach())
                     losses["gan"] = generator_loss(logits.float())        # [Eq. 5]
                 loss = sum(getattr(cfg, f"{name}_weight") * value for name, value in losses.items())
-                (loss / pieces).backward()
+                (loss / pieces).backward()                        # in here: checkpointing runs the frozen D once more
 
             # The discriminator's turn
             if cfg.gan_weight:
@@ -955,12 +962,13 @@ FACE_FILES = {"arcface": "*arcface*ir*", "adaface": "*adaface*", "fan": "*WFLW_4
 
 
 def face_networks(cfg, device, losses: bool = True) -> FaceNetworks:
-    """The released networks in the folder --face_networks, or the face readers, which have the same calls.
+    """The released networks in the folder --face_networks, or the toy's face readers, which have the same calls.
 
-    Reader a stands in for ArcFace, FAN and VGG16, reader c for AdaFace. `losses`: also what only the losses use.
+    A face reader (`metrics.FaceReader`) is a small CNN for identity, landmarks, attributes and quality. Reader a stands in for
+    ArcFace, FAN and VGG16, reader c for AdaFace. `losses`: also what only the losses use.
     """
     if not cfg.face_networks:
-        needs = ["identity"] + ["landmarks"] * (cfg.mfa != "none" or cfg.ide in ("both", "ffe"))
+        needs = ["identity"] + ["landmarks"] * (losses and cfg.mfa != "none" or cfg.ide in ("both", "ffe"))
         a, c = (metrics.load_reader(name, cfg.readers, needs).to(device) for name in "ac")
         return FaceNetworks(
             recogniser=(c if cfg.fie_network == "adaface" else a).embed, id_dim=128, detector=a, eyes=ReaderEyes(a),
@@ -977,8 +985,11 @@ def face_networks(cfg, device, losses: bool = True) -> FaceNetworks:
     names = ("arcface", "adaface") if losses else (cfg.fie_network,)
     embed = {name: freeze(metrics.load_iresnet(file(name), bgr=name == "adaface")).embed for name in names}
     networks = FaceNetworks(
-        recogniser=embed[cfg.fie_network], id_dim=512, detector=freeze(metrics.load_weights(metrics.FAN98(), file("fan"))),
-        eyes=VGGEyes(file("vgg")), recognisers=tuple(embed.values()))
+        recogniser=embed[cfg.fie_network], id_dim=512, detector=None, eyes=None, recognisers=tuple(embed.values()))
+    if cfg.ide in ("both", "ffe"):
+        networks.eyes = VGGEyes(file("vgg"))
+    if cfg.ide in ("both", "ffe") or losses and cfg.mfa != "none":
+        networks.detector = freeze(metrics.load_weights(metrics.FAN98(), file("fan")))
     if losses:
         networks.lpips = metrics.lpips_network("vgg", file("vgg")).to(device)
         networks.dists = metrics.DISTS(file("dists"), file("vgg")).to(device)
@@ -986,7 +997,7 @@ def face_networks(cfg, device, losses: bool = True) -> FaceNetworks:
 
 
 def build(cfg, face_nets, device) -> dict:
-    """{"vae", "unet", "vre", "prompt"}: the first two pretrained; all frozen but what is trained of the prompt.
+    """{"vae", "unet", "vre", "prompt"}: the first two pretrained; all frozen but adapter, FFE heads, FIE and fusion.
 
     face_nets None: a model without identity embedder, which needs none.
     """
@@ -1046,6 +1057,12 @@ def load_unet_lora(unet, path: str) -> None:
         own[name].data.copy_(tensor.view_as(own[name]))
 
 
+def load_osdface(nets, files: dict) -> None:
+    """OSDFace's release into the adapter and into the UNet, which has its LoRA layers already."""
+    load_adapter(nets["prompt"].adapter, files["adapter"])
+    load_unet_lora(nets["unet"], files["lora"])
+
+
 def osdface_files(folder: str, flag: str) -> dict:
     """{"vre", "adapter", "lora"}: the three files of OSDFace's release in a folder."""
     files = {}
@@ -1070,9 +1087,8 @@ def load_networks(cfg: Sample, device) -> tuple:
     nets = build(trained, face_nets, device)
     if release:
         load_vre(nets["vre"], release["vre"])
-        load_adapter(nets["prompt"].adapter, release["adapter"])
         add_lora(nets["unet"], ALL_LAYERS, trained.rank, trained.rank)
-        load_unet_lora(nets["unet"], release["lora"])
+        load_osdface(nets, release)
         merge_lora(nets["unet"])
     else:
         load_vre(nets["vre"], folder)
@@ -1140,6 +1156,8 @@ def sample(cfg: Sample) -> None:
     nets, trained, face_nets = load_networks(cfg, run.device)
     run.compile(nets.values())
     root, size, count = Path(cfg.reference), trained.image_size, cfg.max_references
+    if count < 1:
+        raise UserError("--max_references: wants at least 1; without --reference none are used")
     if cfg.reference and (face_nets is None or not root.exists()):
         raise UserError(f"--reference {root}: no such folder, or this model reads none (OSDFace's release, --ide none)")
 
