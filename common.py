@@ -7,7 +7,7 @@
     run           Run                                              device, precision, processes, checkpoints, log
     updates       make_optimizer, lr_schedule, EMA                 what a training loop is made of
     weights       read_weights, load_strict, save_part, open_run, from_folder
-    LoRA          LoRALinear, add_lora, merge_lora, load_lora
+    LoRA          LoRALinear, add_lora, merge_lora, read_lora
     restoring     restore_folder                                   `sample` of every method, without its network
     command line  TrainFlags, SampleFlags, command_line            flags from the fields of a dataclass
 
@@ -134,7 +134,6 @@ DEGRADATIONS = {
                           jitter=0.3, grey=0.01),
     "difface": Degradation("DifFace, taken over by PMRF", (0.1, 15), (0.8, 32), (0, 20), (30, 100), grey=0.01),
     "pref_restore": Degradation("Pref-Restore training script", (1, 15), (1, 30), (0, 20), (30, 90)),
-    "vqfr2": Degradation("VQFR v2", (1, 15), (1, 30), (0, 20), (30, 90)),
     "vqfr1": Degradation("VQFR v1: GFPGAN without colour changes", (0.1, 10), (0.8, 8), (0, 20), (60, 100)),
     # DIFFERS: the release resizes by a random interpolation and half of its noise is grey; here as everywhere.
     "a2bfr": Degradation("A2BFR release, condition helper", (3, 15), (16, 16), (0, 25.5), (35, 90), isotropic=1.0,
@@ -183,7 +182,7 @@ def degrade_one(hq: torch.Tensor, spec: Degradation, seed: int) -> tuple:
 
     x = hq * 0.5 + 0.5
     if blurred:
-        # A kernel of 41 at 512 px, or as wide as its sigma for the box kinds, never narrower than 3.
+        # At 512 px: gaussian 41, average and median sigma, motion 1.7 sigma pixels; never narrower than 3
         side = spec.kernel if kind == "gaussian" else sigma_x * (1.7 if kind == "motion" else 1)
         side = max(3, 2 * round((side * unit - 1) / 2) + 1)
         if kind == "median":
@@ -283,7 +282,7 @@ def read_image(path, size: int | None = None) -> torch.Tensor:
 
 
 def centred_square(image: torch.Tensor, size: int) -> torch.Tensor:
-    """(3, H, W) -> (3, size, size), the middle; bicubic, antialiased when it shrinks (FFHQ's own way from 1024 to 512)."""
+    """(3, H, W) -> (3, size, size), the middle; bicubic, antialiased when it shrinks (PMRF's way from FFHQ's 1024 to 512)."""
     side = min(image.shape[-2:])
     top, left = ((n - side) // 2 for n in image.shape[-2:])
     image = image[:, top:top + side, left:left + side]
@@ -379,7 +378,7 @@ class Faces:
 
     def load(self, first: int) -> tuple:
         """(k, picture k as bytes (3, S, S), its (W, H)): of the first, or where that is damaged, which is said, the next."""
-        for k in (*range(first, len(self)), *range(first)):
+        for k in ((first + i) % len(self) for i in range(len(self))):
             if k not in self.cache:
                 try:
                     image = read_image(self.files[k])
@@ -392,7 +391,7 @@ class Faces:
                 if image.shape[1] != image.shape[2] and not self.told:
                     print(f"{self.files[k]}: not square, its centred square is used; so is that of others", flush=True)
                     self.told = True
-                if len(self.cache) * square.numel() > 2 ** 31:    # small sets are read many times: they stay in memory
+                if len(self) * square.numel() > 2 ** 31:          # a large set does not fit into memory
                     return found
                 self.cache[k] = found
             if self.cache[k]:
@@ -582,8 +581,8 @@ class Run:
         """
         count = self.cfg.batch_size * self.cfg.gradient_accumulation_steps
         loader = torch.utils.data.DataLoader(
-            Steps(batch_at, count, self.cfg.seed, self.rank, self.world), batch_size=None, sampler=range(first, last),
-            num_workers=self.cfg.num_workers, worker_init_fn=ignore_signals)
+            range(first, last), batch_size=None, num_workers=self.cfg.num_workers, worker_init_fn=ignore_signals,
+            collate_fn=functools.partial(one_batch, batch_at, count, self.cfg.seed, self.rank, self.world))
         if not self.entered:
             self.enter_folder()
         self.begun, self.waited = time.time(), 0.0                # waited: for faces, reading and degrading them
@@ -612,7 +611,7 @@ class Run:
         if self.stop and self.world == 1:
             raise KeyboardInterrupt
         self.stop = "asked"
-        self.say("stopping after this step (once more: at once, without saving)")
+        self.say("stopping after this step" + " (once more: at once, without saving)" * (self.world == 1))
 
     def log(self, stage: str, step: int, every: int = 0, **values) -> None:
         """Mean of each value over `every` (0: --log_steps) steps, as a line of log.jsonl. UserError where one is not finite."""
@@ -645,10 +644,9 @@ class Run:
         asked for. modules {name: module}, ema {name: {tensor name: tensor}}. UserError where weights are not finite."""
         stop = self.stop == "asked"
         if self.world > 1:                                        # all processes stop at the same step
-            asked, stop = torch.tensor(float(stop), device=self.device), False
-            if (step + 1) % self.cfg.log_steps == 0:
-                dist.all_reduce(asked)
-                stop = asked.item() > 0
+            asked = torch.tensor(float(stop), device=self.device)
+            dist.all_reduce(asked)
+            stop = asked.item() > 0
         if not stop and (step + 1) % (every or self.cfg.checkpointing_steps):
             return
         weights = {name: trained(module) for name, module in modules.items()}
@@ -710,17 +708,12 @@ class Run:
         self.say(f"pictures and numbers in {self.folder}")
 
 
-class Steps(torch.utils.data.Dataset):
-    """Item k is the whole batch of step k, so that DataLoader's workers can run ahead."""
-
-    def __init__(self, batch_at, count, seed, rank, world):
-        self.batch_at, self.count, self.seed, self.rank, self.world = batch_at, count, seed, rank, world
-
-    def __getitem__(self, step: int) -> dict:
-        try:
-            return self.batch_at(self.count, self.seed, step, self.rank, self.world)
-        except UserError as error:                                # raised in the main process, in one line
-            return error
+def one_batch(batch_at, count, seed, rank, world, step):
+    """In a loader's process: the batch of a step, or the UserError that the main process raises."""
+    try:
+        return batch_at(count, seed, step, rank, world)
+    except UserError as error:
+        return error
 
 
 def ignore_signals(worker: int) -> None:
@@ -865,7 +858,7 @@ def open_run(where: str, cls) -> tuple:
     """
     folder = find_checkpoint(where)
     if not folder.exists():
-        raise UserError(f"--checkpoint {where}: no such folder; `train -o {where}` makes one")
+        raise UserError(f"{where}: no such checkpoint; `train -o {where}` makes one")
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     if not isinstance(config, dict) or "method" not in config:
         return folder, None
@@ -945,13 +938,9 @@ def add_lora(module: nn.Module, names: tuple, rank: int, alpha: float) -> list:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def lora_layers(module: nn.Module) -> dict:
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRALinear)}
-
-
 def merge_lora(module: nn.Module) -> None:
     """W <- W + (alpha / rank) B A, in place; the module is plain again."""
-    for name, layer in lora_layers(module).items():
+    for name, layer in [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoRALinear)]:
         a, b = layer.lora_A.weight.data, layer.lora_B.weight.data
         layer.base.weight.data += layer.scale * (b.flatten(1) @ a.flatten(1)).view_as(layer.base.weight)
         module.set_submodule(name, layer.base)
@@ -981,19 +970,10 @@ def read_lora(path, prefix: str = "transformer.") -> dict:
             rank = rank ** 0.5 if settings.get("use_rslora") else rank
             scale = match("alpha_pattern", layer, settings["lora_alpha"]) / rank
         found[layer] = (a, scale * b)
-    if state or settings.get("use_dora") or settings.get("lora_bias"):
-        raise UserError(f"{path}: holds {min(state, default='DoRA, or biases')}; wants pairs {prefix}LAYER.lora_A.weight and "
+    if state or not found or settings.get("use_dora") or settings.get("lora_bias"):
+        raise UserError(f"{path}: holds {min(state, default='no LoRA, DoRA, or biases')}; wants pairs {prefix}LAYER.lora_A.weight and "
                         "lora_B.weight alone")
     return found
-
-
-def load_lora(module: nn.Module, path, prefix: str = "transformer.") -> None:
-    """Read a LoRA file into the LoRA layers of `module`. UserError on another rank or other layers."""
-    state, layers = {n: t for n, t in module.state_dict().items() if ".lora_" not in n}, lora_layers(module)
-    for name, (a, b) in read_lora(path, prefix).items():
-        scale = layers[name].scale if name in layers else 1
-        state |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b / scale}
-    load_strict(module, state, path)
 
 
 # ------------------------------------------------------------------------------------------------ restoring
@@ -1053,7 +1033,7 @@ class TrainFlags:
     """Flags that mean the same in every `train`. The comment beside a field is its --help text."""
     output: str = ""                       # folder for weights, checkpoints, log and pictures
     data: str = ""                         # folder of aligned faces, sub-folders = people (default: the toy world, drawn once)
-    validation_data: str = ""              # folder of held-out people (default: the last tenth of --data)
+    validation_data: str = ""              # folder of held-out people (default: the last tenth of --data, at most about 200)
     stage: str = "all"                     # one stage, or all in order
     degradation: typing.Literal[tuple(DEGRADATIONS)] = "codeformer"  # preset of common.DEGRADATIONS
     image_size: int = 512                  # side of the faces in pixels
@@ -1099,7 +1079,6 @@ EVERYDAY = ("input", "output", "checkpoint", "data", "stage", "resume_from_check
             "max_train_steps", "device", "seed")
 
 
-@functools.lru_cache                                              # finding a class's source parses its whole file
 def field_help(cls) -> dict:
     """{field: the comment beside it} for a dataclass and its parents."""
     return {m[1]: m[2] for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)
@@ -1116,7 +1095,7 @@ class OneLine(argparse.ArgumentParser):
 def add_flags(parser: argparse.ArgumentParser, cls, values: dict) -> None:
     """One --flag per field, in groups. Literal fields become choices, bool fields --x / --no-x, tuples take several values.
     The help ends with the value that holds without the flag: the one in `values`, or the field's default."""
-    hints, texts, own = typing.get_type_hints(cls), field_help(cls), set(vars(cls).get("__annotations__", {}))
+    hints, texts, own = typing.get_type_hints(cls), field_help(cls), set(inspect.get_annotations(cls))
     groups = {title: parser.add_argument_group(title) for title in ("everyday", "of this method", "of every run")}
     for field in dataclasses.fields(cls):
         kind, names = hints[field.name], [f"--{field.name}"]

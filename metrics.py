@@ -215,7 +215,7 @@ def mmd_rbf(x, y, sigma=10.0, scale=1000.0):
 # ------------------------------------------------------------------------------------------------ faces
 
 # WFLW-98 indices; "left" is the left of the picture. UNSTATED: HonestFace says eyes, eyebrows and mouth border, not which
-# points. 34 for eyes and brows and 20 for the mouth give the ratio of its two columns, the root of Eq. 14 their size.
+# points. 34 for eyes and brows and 20 for the mouth reproduce the ratio of its two A-LD columns, the root of Eq. 14 their size.
 EYES_AND_BROWS = tuple(range(33, 51)) + tuple(range(60, 76))
 MOUTH = tuple(range(76, 96))
 LEFT_EYE, RIGHT_EYE = tuple(range(60, 68)), tuple(range(68, 76))
@@ -661,7 +661,7 @@ class Reading(NamedTuple):
     identity: torch.Tensor                                        # (B, 128) unit vectors
     attributes: torch.Tensor                                      # (B, 12) logits, order of ATTRIBUTES
     heatmaps: torch.Tensor                                        # (B, 98, 32, 32) in 0..1: 1 where a point surely is
-    quality: torch.Tensor                                         # (B,) in 0..1, higher is better, about 1 for a clean face
+    quality: torch.Tensor                                         # (B,) in 0..1, higher is better, about 0.95 for a clean face
 
 
 def conv_unit(width, out, stride=1):
@@ -760,7 +760,7 @@ class FaceReader(nn.Module):
         return self.score(self.stages(x))
 
     def features(self, x):
-        """-> (B, 10 w), at most 192: what fid_toy compares."""
+        """-> (B, 10 w): what fid_toy compares."""
         return self.pool(self.stages(x))
 
 
@@ -841,7 +841,7 @@ def toy_protocol(data, degradation, count, readers=""):
         fid=f"Frechet distance of pooled features to the same {count} clean faces", deg="angle between embeddings in degrees",
         lmd="mean distance of 98 points in pixels of the image", attr="share of 12 attributes read alike",
         ald_e="root of HonestFace's Eq. 14, 34 points of eyes and brows, pixels", lpips="LPIPS' form on the reader's features",
-        ald_m="root of HonestFace's Eq. 14, 20 points of the mouth, pixels", quality="mean of the restored face, 1 = clean")
+        ald_m="root of HonestFace's Eq. 14, 20 points of the mouth, pixels", quality="mean of the restored face, clean ones have 0.95")
     return dict(
         faces=f"{count} held-out faces of {data or 'the toy world'}", degradation=degradation,
         psnr="RGB, 8 bits", psnr_gain="PSNR minus the PSNR of the degraded face",
@@ -921,7 +921,7 @@ def pair_numbers(net, x, y, estimate=None):
         found["dists"] = net["dists"](a, b)
     if "deg" in net:
         angle = identity_angle(net["deg"].embed(x), net["deg"].embed(y))
-        found["deg"] = torch.where(angle < 1, math.nan, angle)
+        found["deg"] = torch.where(angle < 1, math.nan, angle)    # PMRF's and VQFR's scripts leave such pairs out
     for name in [name for name in net if name.startswith("ids")]:
         found[name] = identity_similarity(net[name].embed(x), net[name].embed(y))
     if "lmd" in net:
@@ -1000,8 +1000,8 @@ def measure(cfg):
 def main(argv=None):
     """`metrics.py RESTORED ...` is short for `metrics.py measure --input RESTORED ...`."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and argv[0][0] != "-" and argv[0] != "measure":
-        argv = ["measure", "--input", *argv]
+    if argv[:1] != ["measure"]:
+        argv = ["measure", *["--input"] * bool(argv and argv[0][:1] != "-"), *argv]
     command_line(__doc__, {"measure": (Measure, {}, measure)}, argv)
 
 

@@ -211,7 +211,7 @@ def test_without_condition_and_lora_it_is_flux(guidance):
         torch.testing.assert_close(ours(), wanted, atol=2 ** -7 * wanted.abs().max().item(), rtol=0)
 
 
-def branch(net, adapted, text, image, condition, temb, temb0, ids, independent):
+def branch(net, adapted, text, image, condition, temb, temb0, ids):
     """OminiControl with three separate branches, plain loops: `net` for text and image, `adapted` (LoRA merged) for the
     condition. Written apart from a2bfr.flux_velocity."""
     modulate = lambda linear, signal, parts: [m[:, None] for m in linear(F.silu(signal)).chunk(parts, -1)]
@@ -225,9 +225,8 @@ def branch(net, adapted, text, image, condition, temb, temb0, ids, independent):
         return rope(norms[0](q), positions), rope(norms[1](k), positions), v
     def attend(parts):
         found = []
-        for number, (q, _, _) in enumerate(parts):
-            seen = parts[2:] if independent and number == 2 else parts
-            k, v = (torch.cat([p[i] for p in seen], 1) for i in (1, 2))
+        for q, _, _ in parts:
+            k, v = (torch.cat([p[i] for p in parts], 1) for i in (1, 2))
             shares = (torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** .5).softmax(-1)
             found.append(torch.einsum("bhnm,bmhd->bnhd", shares, v).flatten(2))
         return found
@@ -252,8 +251,7 @@ def branch(net, adapted, text, image, condition, temb, temb0, ids, independent):
     return net.proj_out(net.norm_out(x[1], temb))
 
 
-@pytest.mark.parametrize("independent", [False, True])
-def test_one_sequence_equals_three_branches_with_lora_on_the_condition(independent):
+def test_one_sequence_equals_three_branches_with_lora_on_the_condition():
     plain, merged, net = tiny_flux(), tiny_flux(), with_lora(tiny_flux())
     for name in ab.condition_layers(net):
         layer = net.get_submodule(name)
@@ -262,25 +260,16 @@ def test_one_sequence_equals_three_branches_with_lora_on_the_condition(independe
     clock = lambda t, g: plain.time_text_embed(1000 * t, 1000 * g, pooled)
     with torch.no_grad():
         wanted = branch(plain, merged, plain.context_embedder(text), plain.x_embedder(noisy), merged.x_embedder(condition),
-                        clock(t, g), clock(0 * t, 0 * t + 1), (ids, condition_ids), independent)
-        torch.testing.assert_close(ab.flux_velocity(net, *args, independent), wanted, atol=2e-5, rtol=0)
+                        clock(t, g), clock(0 * t, 0 * t + 1), (ids, condition_ids))
+        torch.testing.assert_close(ab.flux_velocity(net, *args), wanted, atol=2e-5, rtol=0)
 
 
-def test_a_fresh_lora_changes_nothing_and_the_cache_of_an_independent_condition_is_exact():
+def test_a_fresh_lora_changes_nothing():
     plain, net, args = tiny_flux(), tiny_flux(), list(inputs())
     new = ab.add_condition_lora(net, 4, 4)
     assert {id(p) for p in new} == {id(p) for p in net.parameters() if p.requires_grad}
     with torch.no_grad():
         torch.testing.assert_close(ab.flux_velocity(net, *args), ab.flux_velocity(plain, *args), atol=1e-6, rtol=0)
-        for p in new:
-            nn.init.normal_(p)
-        cache, other, call = {}, {}, functools.partial(ab.flux_velocity, net, independent=True)
-        assert torch.equal(call(*args, cache=cache), call(*args)) and len(cache) == 4
-        args[0], args[4] = torch.randn(2, 16, 16), torch.rand(2)                        # another noise, another time
-        later = call(*args, cache=other)
-        assert all(torch.allclose(a, b, atol=1e-6) for i in cache for a, b in zip(cache[i], other[i]))
-        args[1] = args[1] * math.nan                                                    # not even looked at
-        torch.testing.assert_close(call(*args, cache=cache), later, atol=1e-5, rtol=0)
 
 
 def test_paper_size_has_231_8_million_trainable_parameters_on_released_names_and_defaults_are_as_printed():
@@ -307,7 +296,7 @@ def test_lora_file_has_the_layout_of_the_release_survives_the_round_trip_and_dif
     assert len(state) == 2 * len(ab.condition_layers(net)) and not any("alpha" in n for n in state) and ab.lora_rank(path) == 4
     assert state["transformer.single_transformer_blocks.1.norm.linear.lora_B.weight"].shape == (96, 4)
     ab.add_condition_lora(other, 4, 8)                                              # at any scale of the layers
-    ab.load_condition_lora(other, path)
+    ab.load_lora(other, path)
     with torch.no_grad():
         torch.testing.assert_close(ab.flux_velocity(other, *args), ab.flux_velocity(net, *args), atol=1e-6, rtol=0)
         pytest.importorskip("peft", reason="diffusers reads LoRA files with peft only")
