@@ -12,19 +12,22 @@ the velocity field towards the better half of each group.
     x_LQ, x_HQ    lq, hq       (B, 3, S, S)       [-1, 1]     degraded and clean face
     T             captions     B strings                      what the faces show, may be empty
     s_1..s_729    tokens       (B, N)             0..65535    TA-Tok's visual tokens, N = 27 x 27
-    S             states       (B, N + 1, H)                  Qwen3's last hidden states at <S0>, s_1 .. s_N
+    S             states       (B, N + 1, H)                  Qwen3's last hidden states at <S0>, s_1 .. s_N (DIFFERS: S of
+                                                              Eq. 7-8 is the tokens)
     Z_LQ          z_lq         (B, c, h, w)                   scaled latent of the trained encoder E_psi
     z_0           x0, z_hq     (B, c, h, w)       sigma = 0   scaled latent of the frozen encoder E_0
     z_t           x, x_t       (B, c, h, w)                   (1 - sigma) x0 + sigma eps; t of the paper is sigma here
     v_theta       v            (B, c, h, w)                   velocity eps - x0, from sigma = 1 (noise) to 0 (face)
-    v_old         v_old        (B, c, h, w)                   the lagged policy that draws the roll-outs
+    v_ref         v_old        (B, c, h, w)                   the lagged policy that draws the roll-outs (DIFFERS: in print
+                                                              stage 1's velocity, v_stage1 here)
     C             cond         (B, N + 1 + h w, D)            semantic tokens, then texture tokens
     r             r            (B,)               [0, 1]      optimality probability of a roll-out
 
     [Eq. 1-4] implicit_velocities, nft_loss   [Eq. 5-6] are the Bayesian reading, with nothing to compute
     [Eq. 7] SemanticIntegrator.generate, token_loss   [Eq. 8] euler_sample, dpm_solver_sample
     [Eq. 9] semantic_loss   [Eq. 10] texture_loss, latent_consistency_loss   [Eq. 11] total_reward   [Eq. 12] optimality
-    [Eq. 13-14] implicit_velocities   [Eq. 15] nft_loss   [Eq. 16] common.degrade, preset pref_restore
+    [Eq. 13-14] implicit_velocities   [Eq. 15] nft_loss
+    [Eq. 16] common.degrade, preset pref_restore: blur of sigma 1-15, down 1-30, noise 0-20, JPEG 30-90
 
 Read first: `PrefRestore`, `build_sequence`, `semantic_loss`, `texture_loss`, then the loops `train_alignment` (stage 1) and
 `train_preference`, then `read_face` and `draw_face`. Qwen3, SANA, DC-AE and SigLIP come from transformers and diffusers.
@@ -77,12 +80,12 @@ class Train(TrainFlags):
     sana: str = "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"  # diffusers folder with transformer/ and vae/
     ta_tok: str = ""                       # ta_tok.pth, where --pretrained holds no TA-Tok
     semantic: bool = True                  # Table VII: --no-semantic conditions on texture tokens alone
-    as_printed: bool = False               # as printed, not as coded: all SANA frozen in 1.1, no loss on text, Eq. 13-15
+    as_printed: bool = False               # where the code differs: SANA's caption layers frozen, no loss on text, Eq. 13-15
     semantic_steps: int = 50_000           # stage 1.1 [sec. V-F, Table IX]; UNSTATED for Table II
     semantic_learning_rate: float = 1e-4   # stage 1.1, peak
     texture_steps: int = 50_000            # stage 1.2; joint training has both: 100 000 [sec. V-F]
-    texture_learning_rate: float = 2e-5    # stage 1.2 and joint, peak
-    diffusion_weight: float = 1.0          # lambda of Eq. 9. UNSTATED: authors' code
+    texture_learning_rate: float = 2e-5    # stage 1.2, peak; UNSTATED for joint
+    diffusion_weight: float = 1.0          # lambda of Eq. 9, stage 1.2 and joint. UNSTATED: authors' code
     caption_share: float = 0.9             # share of prompts with the caption. UNSTATED: authors' code
     identity_share: float = 0.2            # share whose input is the clean face. UNSTATED: authors' code, a side task
     condition_dropout: float = 0.1         # share with the null condition, for guidance. UNSTATED: authors' code
@@ -90,7 +93,7 @@ class Train(TrainFlags):
     preference_steps: int = 300            # epochs of stage 2. UNSTATED: the authors' code runs until it is stopped
     learning_rate: float = 3e-4            # of stage 2, constant
     rank: int = 32                         # of the LoRA, whose alpha is twice that. UNSTATED: authors' code
-    groups: int = 6                        # degraded faces per process and epoch; authors 48 over 8 GPUs
+    groups: int = 6                        # degraded faces per process and epoch; authors 48 over 8 GPUs, Table I batch 72
     group_size: int = 24                   # K roll-outs of each. UNSTATED: authors' code
     rollout_steps: int = 30                # solver steps of a roll-out. UNSTATED: authors' code
     timestep_fraction: float = 0.99        # share of the noise levels trained on. UNSTATED: authors' code, 29 of 30
@@ -98,7 +101,7 @@ class Train(TrainFlags):
     adv_clip: float = 5.0                  # Z of Eq. 12 in standard deviations. UNSTATED: authors' code
     kl_weight: float = 1e-4                # distance to stage 1's velocity. UNSTATED: authors' code
     rewards: str = ""                      # folder of the reward networks, see REWARD_FILES (default: toy face readers)
-    hps_weight: float = 1.0                # HPSv2.1, looks given the caption. UNSTATED: authors' code, as all six
+    hps_weight: float = 1.0                # HPSv2.1 (paper HPSv2), looks given the caption. UNSTATED: authors' code, as all six
     clip_weight: float = 1.0               # CLIPScore, agreement with the caption
     pick_weight: float = 1.0               # PickScore, looks given the caption
     identity_weight: float = 0.5           # ArcFace cosine
@@ -166,11 +169,11 @@ HPS_CLIP = dict(  # open_clip's ViT-H/14
 
 # ------------------------------------------------------------------------------------------------ model: sequences
 
-SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"                      # 11 tokens of Qwen3
-USER = "<|im_start|>user\n"                                                                  # 3
-END = "<|im_end|>\n"                                                                         # 2
-ASSISTANT = "<|im_start|>assistant\n"                                                        # 3
-ASK = "\nPlease reconstruct the given image."                                                # 7
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+USER = "<|im_start|>user\n"
+END = "<|im_end|>\n"
+ASSISTANT = "<|im_start|>assistant\n"
+ASK = "\nPlease reconstruct the given image."
 ASK_CAPTION = "\nPlease reconstruct the given image based on the image content:"
 COPY = ("\nThis is a side mission. Please complete the auxiliary reconstruction task by duplicating "
         "the given high-definition image.")
@@ -224,8 +227,8 @@ def build_sequence(vocab, source, captions, answer=None, tasks=None, context=204
         system | user: [N tokens of the degraded face] request (caption) | assistant: <im_start> <S0> [N tokens] <im_end> end
 
     With an answer (B, N) the rows are padded on the right, for training. Without, they end after <S0> and are padded on
-    the LEFT, so that all rows of a batch continue at the same place. No label: padding and the degraded face; with
-    ce_on_text False also the prompt, which the authors' code learns (its masking line is commented out).
+    the LEFT, so that all rows of a batch continue at the same place. Labels are -100 on padding and the degraded face; with
+    ce_on_text False on all text too, which the authors' code learns (its masking line is commented out).
     """
     device = answer.device if answer is not None else next((s.device for s in source if s is not None), "cpu")
     source, answer = (rows.cpu() if torch.is_tensor(rows) else rows for rows in (source, answer))
@@ -453,7 +456,7 @@ class PrefRestore(nn.Module):
 
     def condition(self, states=None, z_lq=None):
         """C = [semantic tokens ; texture tokens] along the sequence, of what is given; texture passes SANA's frozen patch
-        embedding."""
+        embedding. Inside SANA caption_projection and caption_norm act on C before the cross-attention."""
         semantic = [] if states is None else [self.integrator.connector(states)]
         texture = [] if z_lq is None else [self.texture(self.sana.patch_embed(z_lq))]
         return torch.cat(semantic + texture, 1)
@@ -463,7 +466,7 @@ class PrefRestore(nn.Module):
         return self.sana(x, encoder_hidden_states=cond, timestep=1000 * sigma, return_dict=False)[0].float()
 
 
-# What a stage trains and its file holds, by the names of the parameters; all else stays frozen. What a stage stands on.
+# PARTS: names of the parameters that a stage trains and its file holds; all else is frozen. BEFORE: stages it stands on.
 SEMANTIC, TEXTURE = r"integrator\.|sana\.caption_", r"sana\.transformer_blocks\.|texture\.|lq_encoder\."
 PARTS = {"1.1": SEMANTIC, "1.2": TEXTURE, "joint": f"{SEMANTIC}|{TEXTURE}", "2": r"sana\..*\.lora_[AB]$"}
 BEFORE = {"1.1": (), "1.2": ("1.1",), "joint": (), "2": ("1.1", "1.2", "joint")}
@@ -473,7 +476,7 @@ def route(model, stage: str, cfg) -> list:
     """Freeze all but what the stage trains; returns those parameters."""
     for name, parameter in model.named_parameters():
         # DIFFERS: the paper freezes SANA in stage 1.1; the authors' code trains its caption_projection and caption_norm
-        frozen = cfg.as_printed and name.startswith("sana.caption_")
+        frozen = stage == "1.1" and cfg.as_printed and name.startswith("sana.caption_")
         parameter.requires_grad_(bool(re.match(PARTS[stage], name)) and not frozen)
     return [p for p in model.parameters() if p.requires_grad]
 
@@ -629,7 +632,7 @@ def diffusion_loss(model, cfg, cond, z_hq):
 
 
 def teacher_forced(model, vocab, cfg, batch, source, answer) -> tuple:
-    """(states (B, L, H), sequence) with the true answer as input. At inference the model sees its own answer."""
+    """(states (B, L, H), sequence) with a given answer as input: the true one, or the model's own (`write_answers`)."""
     sequence = build_sequence(vocab, source, batch["captions"], answer, batch["tasks"], count=model.tatok.count,
                               ce_on_text=not cfg.as_printed)       # DIFFERS: Eq. 9 is over visual tokens, the code over all
     return model.integrator(sequence), sequence
@@ -651,7 +654,7 @@ def semantic_loss(model, vocab, cfg, batch, source=None):
 
 @torch.no_grad()
 def write_answers(model, vocab, cfg, batch, source, answer):
-    """A share of the rows of `answer` as the model itself generates them, always the likeliest token.
+    """A share of the rows of `answer` as the model itself generates them, the likeliest tokens (inference may draw them).
 
     DIFFERS: the authors (and the paper preset) train on the true tokens, which inference does not have.
     """
@@ -666,7 +669,7 @@ def write_answers(model, vocab, cfg, batch, source, answer):
 
 
 def texture_loss(model, vocab, cfg, batch, ce_weight: float = 0.0):
-    """Stage 1.2: (L = L_diff + L_vae, its parts) [Eq. 10]; the condition is both kinds of tokens.
+    """Stage 1.2: (L = lambda L_diff + L_vae, its parts) [Eq. 10]; the condition is both kinds of tokens.
 
     E_psi sees the degraded face and learns from both losses. With ce_weight (`joint_loss`) the language model learns too.
     """
@@ -694,7 +697,7 @@ def joint_loss(model, vocab, cfg, batch):
 
 
 def total_reward(scores: dict, weights: dict):
-    """R = sum_k w_k R_k [Eq. 11]: {name: (B,)}, {name: float} -> (B,)."""
+    """R = sum_k w_k R_k [Eq. 11]: {name: (B,)}, {name: float} -> (B,). DIFFERS: the paper normalises the terms, the code not."""
     return sum(weight * scores[name] for name, weight in weights.items())
 
 
@@ -705,24 +708,27 @@ def optimality(rewards, group, scale: float = 5.0, eps: float = 1e-4):
     UNSTATED: the paper says Z is a scaling factor; 5 standard deviations of the whole batch are the authors' code.
     """
     number = group.unique(return_inverse=True)[1]
-    count = torch.zeros(int(number.max()) + 1, dtype=rewards.dtype, device=rewards.device)
-    total = count.index_add(0, number, rewards) / count.index_add(0, number, torch.ones_like(rewards))
-    advantage = (rewards - total[number]) / (rewards.std(unbiased=False) + eps)
+    zeros = torch.zeros(int(number.max()) + 1, dtype=rewards.dtype, device=rewards.device)
+    means = zeros.index_add(0, number, rewards) / zeros.index_add(0, number, torch.ones_like(rewards))
+    advantage = (rewards - means[number]) / (rewards.std(unbiased=False) + eps)
     return (0.5 + 0.5 * advantage / scale).clamp(0, 1)
 
 
 def implicit_velocities(v, v_old, beta: float):
-    """v+ = (1 - beta) v_old + beta v [Eq. 13], v- = (1 + beta) v_old - beta v [Eq. 14]: v- mirrors v+ at v_old."""
+    """v+ = (1 - beta) v_old + beta v [Eq. 13], v- = (1 + beta) v_old - beta v [Eq. 14]: v- mirrors v+ at v_old.
+
+    DIFFERS: in print v_old is stage 1's velocity (--as_printed).
+    """
     return (1 - beta) * v_old + beta * v, (1 + beta) * v_old - beta * v
 
 
 def nft_loss(v, v_old, x_t, x0, sigma, r, beta, v_ref=None, kl_weight=0.0, adv_clip=5.0, form="x0"):
     """L = E[ r || v+ - (eps - x0) ||^2 + (1 - r) || v- - (eps - x0) ||^2 ]  [Eq. 4, 15] + kl_weight || v - v_ref ||^2.
 
-    v, v_old, x_t, x0 (B, c, h, w); sigma, r (B,). form "velocity" is the printed loss. DIFFERS: "x0" is the authors'
-    code: the same errors as clean latents, each divided by its own mean size (no gradient through that), times
-    adv_clip / beta, so that at v = v_old the gradient is that of advantage-weighted flow matching: 5 and 1 / beta
-    cancel against the 1 / 10 of Eq. 12. The value there does not depend on r, the gradient does.
+    v, v_old, v_ref (stage 1's, of the KL term alone), x_t, x0 (B, c, h, w); sigma, r (B,). form "velocity" is the printed
+    loss. DIFFERS: "x0" is the authors' code: the same errors as clean latents, each divided by its own mean size (no gradient
+    through that), times adv_clip / beta. At v = v_old the gradient then has the factor adv_clip (2 r - 1), the advantage in
+    standard deviations: advantage-weighted flow matching. The value there does not depend on r.
     """
     level = sigma.view(-1, *[1] * (x0.dim() - 1))
 
@@ -1032,7 +1038,7 @@ def captions_of(batch: dict) -> list:
 
 def micro_batches(batch: dict, pieces: int) -> list:
     """The batch cut into `pieces` batches."""
-    size = -(-len(batch["hq"]) // pieces)
+    size = len(batch["hq"]) // pieces
     return [{name: values[i:i + size] for name, values in batch.items()} for i in range(0, len(batch["hq"]), size)]
 
 
@@ -1102,7 +1108,8 @@ def train_preference(cfg, run, faces, model, vocab):
         hq, captions = batch["hq"].repeat_interleave(K, 0), [c for c in captions_of(batch) for _ in range(K)]
         pieces = torch.arange(len(hq), device=run.device).split(cfg.batch_size)
 
-        # Roll out: the old policy draws K restorations of each face, without guidance [Eq. 8]
+        # Roll out: the old policy draws K restorations of each face, without guidance [Eq. 8]. DIFFERS: sec. IV-C2 says the
+        # current one
         noise, x0, images = torch.randn(len(hq), *latent_shape(model, cfg), device=run.device), [], []
         with torch.no_grad(), run.autocast(), acting(model.sana, "old"):
             for rows in pieces:
@@ -1126,12 +1133,12 @@ def train_preference(cfg, run, faces, model, vocab):
                 sigma = levels[order[rows, column]]
                 x_t = interpolate(x0[rows], torch.randn_like(x0[rows]), sigma)
                 with run.autocast():
-                    v_old = frozen_velocity(model, "old", x_t, sigma, cond[rows])
                     if cfg.kl_weight or cfg.as_printed:
                         v_stage1 = frozen_velocity(model, "base", x_t, sigma, cond[rows])
+                    # DIFFERS: v_ref of Eq. 13-14 is stage 1 in print, in the authors' code the old policy
+                    v_old = v_stage1 if cfg.as_printed else frozen_velocity(model, "old", x_t, sigma, cond[rows])
                     v = model.velocity(x_t, sigma, cond[rows])
-                # DIFFERS: v_ref of Eq. 13-14 is stage 1 in print, in the authors' code the old policy
-                loss = nft_loss(v, v_stage1 if cfg.as_printed else v_old, x_t, x0[rows], sigma, r[rows], cfg.nft_beta,
+                loss = nft_loss(v, v_old, x_t, x0[rows], sigma, r[rows], cfg.nft_beta,
                                 v_stage1, cfg.kl_weight, cfg.adv_clip, "velocity" if cfg.as_printed else "x0")
                 (loss * len(rows) / (T * len(hq))).backward()
         run.average_gradients(modules)
@@ -1174,6 +1181,8 @@ def train(cfg: Train) -> None:
     """The stages asked for, in order. Each is written when it ends, with pictures of what there is."""
     order = ["1.1", "1.2", "2"] if cfg.semantic else ["1.2", "2"]
     wanted = {"all": order, "1": order[:-1]}.get(cfg.stage, [cfg.stage])
+    if not cfg.semantic and cfg.stage in ("1.1", "joint"):
+        raise UserError(f"--no-semantic has no --stage {cfg.stage}: there are no semantic tokens to train")
     run = Run(cfg, SETTINGS)
     faces, held = open_faces(cfg)                                  # never mirrored: a caption may say left or right
     if "2" in wanted:
@@ -1306,8 +1315,8 @@ def load_release(folder: Path, sana: str = "", ta_tok: str = "") -> tuple:
     load_strict(model.tatok, tower, f"{ta_tok or folder}, TA-Tok")
     flow = part("model.sana.") or from_folder(SanaTransformer2DModel, sana, "sana", "transformer").state_dict()
     load_strict(model.sana, flow, f"{folder}, sana")
-    if connector := part("model.diffusion_connector."):
-        load_strict(model.integrator.connector, connector, f"{folder}, diffusion_connector")
+    if semantic := part("model.diffusion_connector."):
+        load_strict(model.integrator.connector, semantic, f"{folder}, diffusion_connector")
     tuned, frozen = part("model.sana_vae."), part("fixed_vae.")
     if sana and not frozen:
         frozen = from_folder(AutoencoderDC, sana, "sana", "vae").state_dict()
@@ -1315,7 +1324,8 @@ def load_release(folder: Path, sana: str = "", ta_tok: str = "") -> tuple:
     load_strict(model.vae.decoder, part("decoder.", tuned or frozen), f"{folder}, sana_vae.decoder")
     load_strict(model.lq_encoder, part("encoder.", tuned or frozen), f"{folder}, sana_vae.encoder")
     if texture := part("model.vae_connector."):                    # a missing norm is that of the semantic connector
-        load_strict(model.texture, {"3.weight": connector["3.weight"]} | texture, f"{folder}, vae_connector")
+        norm = {"3.weight": semantic["3.weight"]} if semantic else {}
+        load_strict(model.texture, norm | texture, f"{folder}, vae_connector")
     return model, vocab, ["1.1", "1.2"] if texture else []
 
 
