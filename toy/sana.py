@@ -146,8 +146,9 @@ def train(run, faces, held, sizes: dict | None = None) -> None:
     def draw(captions, first):
         prompt = pr.build_sequence(vocab, [None] * len(captions), captions, count=model.tatok.count)
         prompt = pr.Sequence(*(t.to(device) for t in prompt))
-        states = model.integrator.generate(prompt, vocab, model.tatok.count)[1]
-        noise = pr.noise_like(model, cfg, len(captions), torch.Generator().manual_seed(first))
+        rng = torch.Generator().manual_seed(first)                 # the likeliest tokens are always the same few faces
+        states = model.integrator.generate(prompt, vocab, model.tatok.count, generator=rng, **pr.CHOICE["sample"])[1]
+        noise = pr.noise_like(model, cfg, len(captions), rng)
         return pr.draw_face(model, cfg, model.condition(states), noise)
 
     def samples():
