@@ -70,7 +70,7 @@ class Train(TrainFlags):
     output: str = "runs/pref_restore"      # folder for weights, checkpoints, log and pictures
     stage: typing.Literal["all", "1", "1.1", "1.2", "joint", "2"] = "all"  # one stage, 1 (1.1 and 1.2), or all in order
     degradation: typing.Literal[tuple(DEGRADATIONS)] = "pref_restore"  # Eq. 16; the ranges are the authors' code's
-    batch_size: int = 8                    # faces (stage 2: roll-outs) per process at a time; paper 128 over 8 GPUs
+    batch_size: int = 8                    # faces (stage 2: roll-outs of each) per process at a time; paper 128 over 8 GPUs
     gradient_accumulation_steps: int = 2   # micro-batches per step of stages 1.1 and 1.2
     gradient_checkpointing: bool = True    # recompute layers in the backward pass: less memory, more time
     lr_scheduler: typing.Literal["cosine", "constant"] = "cosine"  # of stages 1.1 and 1.2; stage 2 is constant
@@ -96,12 +96,13 @@ class Train(TrainFlags):
     groups: int = 6                        # degraded faces per process and epoch; authors 48 over 8 GPUs, Table I batch 72
     group_size: int = 24                   # K roll-outs of each. UNSTATED: authors' code
     rollout_steps: int = 30                # solver steps of a roll-out. UNSTATED: authors' code
+    rollout_guidance: float = 1.0          # guidance of roll-outs, which the loss then moves. UNSTATED: authors' code, none
     timestep_fraction: float = 0.99        # share of the noise levels trained on. UNSTATED: authors' code, 29 of 30
     nft_beta: float = 0.1                  # beta of Eq. 13-14. UNSTATED: authors' code
     adv_clip: float = 5.0                  # Z of Eq. 12 in standard deviations. UNSTATED: authors' code
     kl_weight: float = 1e-4                # distance to stage 1's velocity. UNSTATED: authors' code
     rewards: str = ""                      # folder of the reward networks, see REWARD_FILES (default: toy face readers)
-    hps_weight: float = 1.0                # HPSv2.1 (paper HPSv2), looks given the caption. UNSTATED: authors' code, as all six
+    hps_weight: float = 1.0                # HPSv2.1 (paper HPSv2): looks, given the caption. UNSTATED: authors' code, as all six
     clip_weight: float = 1.0               # CLIPScore, agreement with the caption
     pick_weight: float = 1.0               # PickScore, looks given the caption
     identity_weight: float = 0.5           # ArcFace cosine
@@ -119,8 +120,8 @@ TOY_VALUES = dict(
     TOY, batch_size=8, gradient_accumulation_steps=1, gradient_checkpointing=False, lr_warmup_steps=5,
     ema_decay=0.995, pretrained="toy/weights/sana", sana="toy/weights/sana", semantic_steps=600, semantic_learning_rate=5e-3,
     texture_steps=2000, texture_learning_rate=1e-2, own_answers=1.0, preference_steps=31, learning_rate=4e-3, rank=16, groups=8,
-    group_size=12, rollout_steps=10, timestep_fraction=0.3, adv_clip=1.5, kl_weight=0.0, num_inference_steps=10, solver="dpm",
-    guidance_scale=1.5,
+    group_size=12, rollout_steps=10, rollout_guidance=1.5, timestep_fraction=0.3, adv_clip=1.5, kl_weight=0.0,
+    num_inference_steps=10, solver="dpm", guidance_scale=1.5,
     # Looks weigh little: four times as heavy they raised contrast and cost a decibel
     hps_weight=0.15, clip_weight=0.08, pick_weight=0.1, identity_weight=0.6, lpips_weight=0.45, lmd_weight=2.0)
 
@@ -697,7 +698,7 @@ def joint_loss(model, vocab, cfg, batch):
 
 
 def total_reward(scores: dict, weights: dict):
-    """R = sum_k w_k R_k [Eq. 11]: {name: (B,)}, {name: float} -> (B,). DIFFERS: the paper normalises the terms, the code not."""
+    """R = sum_k w_k R_k [Eq. 11]: {name: (B,)}, {name: float} -> (B,). DIFFERS: the paper normalises R_k, the code does not."""
     return sum(weight * scores[name] for name, weight in weights.items())
 
 
@@ -1106,20 +1107,21 @@ def train_preference(cfg, run, faces, model, vocab):
         with run.autocast():
             cond = read_face(model, vocab, greedy, batch["lq"], [""] * len(batch["lq"])).float().repeat_interleave(K, 0)
         hq, captions = batch["hq"].repeat_interleave(K, 0), [c for c in captions_of(batch) for _ in range(K)]
-        pieces = torch.arange(len(hq), device=run.device).split(cfg.batch_size)
+        size = cfg.batch_size * cfg.groups
+        pieces = torch.arange(len(hq), device=run.device).split(size)
 
-        # Roll out: the old policy draws K restorations of each face, without guidance [Eq. 8]. DIFFERS: sec. IV-C2 says the
-        # current one
+        # Roll out: the old policy draws K restorations of each face [Eq. 8]. DIFFERS: sec. IV-C2 says the current one
+        field = lambda rows: guided(model.velocity, cond[rows], cfg.rollout_guidance)
         noise, x0, images = torch.randn(len(hq), *latent_shape(model, cfg), device=run.device), [], []
         with torch.no_grad(), run.autocast(), acting(model.sana, "old"):
             for rows in pieces:
-                x0.append(dpm_solver_sample(guided(model.velocity, cond[rows], 1.0), noise[rows], sigmas).float())
+                x0.append(dpm_solver_sample(field(rows), noise[rows], sigmas).float())
                 images.append(model.decode(x0[-1]))
         x0, images = torch.cat(x0), torch.cat(images)
 
         # Reward, and r of each roll-out against its group [Eq. 11, 12]. DIFFERS: a group is a face; in the authors' code
         # it is a caption, so that faces with equal captions merge
-        scores = score(rewards, images, hq, captions, cfg.batch_size)
+        scores = score(rewards, images, hq, captions, size)
         reward = total_reward(scores, weights)
         group = torch.arange(len(hq), device=run.device) // K + run.rank * cfg.groups
         r = optimality(gathered(reward, run), gathered(group, run), cfg.adv_clip)            # over all processes
@@ -1134,10 +1136,10 @@ def train_preference(cfg, run, faces, model, vocab):
                 x_t = interpolate(x0[rows], torch.randn_like(x0[rows]), sigma)
                 with run.autocast():
                     if cfg.kl_weight or cfg.as_printed:
-                        v_stage1 = frozen_velocity(model, "base", x_t, sigma, cond[rows])
+                        v_stage1 = frozen_velocity(model, "base", field(rows), x_t, sigma)
                     # DIFFERS: v_ref of Eq. 13-14 is stage 1 in print, in the authors' code the old policy
-                    v_old = v_stage1 if cfg.as_printed else frozen_velocity(model, "old", x_t, sigma, cond[rows])
-                    v = model.velocity(x_t, sigma, cond[rows])
+                    v_old = v_stage1 if cfg.as_printed else frozen_velocity(model, "old", field(rows), x_t, sigma)
+                    v = field(rows)(x_t, sigma)
                 loss = nft_loss(v, v_old, x_t, x0[rows], sigma, r[rows], cfg.nft_beta,
                                 v_stage1, cfg.kl_weight, cfg.adv_clip, "velocity" if cfg.as_printed else "x0")
                 (loss * len(rows) / (T * len(hq))).backward()
@@ -1162,10 +1164,10 @@ def training_groups(faces, groups: int, count: int, *where) -> dict:
 
 
 @torch.no_grad()
-def frozen_velocity(model, policy: str, x, sigma, cond):
-    """The velocity of another policy than the trained one: old, or base, which is stage 1."""
+def frozen_velocity(model, policy: str, field, x, sigma):
+    """field(x, sigma) of another policy than the trained one: old, or base, which is stage 1."""
     with acting(model.sana, policy):
-        return model.velocity(x, sigma, cond)
+        return field(x, sigma)
 
 
 def gathered(values, run):
