@@ -96,7 +96,6 @@ class Train(TrainFlags):
     groups: int = 6                        # degraded faces per process and epoch; authors 48 over 8 GPUs, Table I batch 72
     group_size: int = 24                   # K roll-outs of each. UNSTATED: authors' code
     rollout_steps: int = 30                # solver steps of a roll-out. UNSTATED: authors' code
-    rollout_guidance: float = 1.0          # guidance of roll-outs, which the loss then moves. UNSTATED: authors' code, none
     timestep_fraction: float = 0.99        # share of the noise levels trained on. UNSTATED: authors' code, 29 of 30
     nft_beta: float = 0.1                  # beta of Eq. 13-14. UNSTATED: authors' code
     adv_clip: float = 5.0                  # Z of Eq. 12 in standard deviations. UNSTATED: authors' code
@@ -119,9 +118,9 @@ SETTINGS = ("pretrained", "sana", "ta_tok", "semantic", "rank")
 TOY_VALUES = dict(
     TOY, batch_size=8, gradient_accumulation_steps=1, gradient_checkpointing=False, lr_warmup_steps=5,
     ema_decay=0.995, pretrained="toy/weights/sana", sana="toy/weights/sana", semantic_steps=600, semantic_learning_rate=5e-3,
-    texture_steps=2000, texture_learning_rate=1e-2, own_answers=1.0, preference_steps=31, learning_rate=4e-3, rank=16, groups=8,
-    group_size=12, rollout_steps=10, rollout_guidance=1.5, timestep_fraction=0.3, adv_clip=1.5, kl_weight=0.0,
-    num_inference_steps=10, solver="dpm", guidance_scale=1.5,
+    texture_steps=2000, texture_learning_rate=1e-2, own_answers=1.0, preference_steps=120, learning_rate=4e-3, rank=16, groups=8,
+    group_size=12, rollout_steps=10, timestep_fraction=0.3, adv_clip=1.5, kl_weight=0.0, num_inference_steps=10,
+    solver="dpm", guidance_scale=1.25,
     # Looks weigh little: four times as heavy they raised contrast and cost a decibel
     hps_weight=0.15, clip_weight=0.08, pick_weight=0.1, identity_weight=0.6, lpips_weight=0.45, lmd_weight=2.0)
 
@@ -1110,12 +1109,12 @@ def train_preference(cfg, run, faces, model, vocab):
         size = cfg.batch_size * cfg.groups
         pieces = torch.arange(len(hq), device=run.device).split(size)
 
-        # Roll out: the old policy draws K restorations of each face [Eq. 8]. DIFFERS: sec. IV-C2 says the current one
-        field = lambda rows: guided(model.velocity, cond[rows], cfg.rollout_guidance)
+        # Roll out: the old policy draws K restorations of each face, without guidance [Eq. 8]. DIFFERS: sec. IV-C2 says the
+        # current one
         noise, x0, images = torch.randn(len(hq), *latent_shape(model, cfg), device=run.device), [], []
         with torch.no_grad(), run.autocast(), acting(model.sana, "old"):
             for rows in pieces:
-                x0.append(dpm_solver_sample(field(rows), noise[rows], sigmas).float())
+                x0.append(dpm_solver_sample(guided(model.velocity, cond[rows], 1.0), noise[rows], sigmas).float())
                 images.append(model.decode(x0[-1]))
         x0, images = torch.cat(x0), torch.cat(images)
 
@@ -1136,10 +1135,10 @@ def train_preference(cfg, run, faces, model, vocab):
                 x_t = interpolate(x0[rows], torch.randn_like(x0[rows]), sigma)
                 with run.autocast():
                     if cfg.kl_weight or cfg.as_printed:
-                        v_stage1 = frozen_velocity(model, "base", field(rows), x_t, sigma)
+                        v_stage1 = frozen_velocity(model, "base", x_t, sigma, cond[rows])
                     # DIFFERS: v_ref of Eq. 13-14 is stage 1 in print, in the authors' code the old policy
-                    v_old = v_stage1 if cfg.as_printed else frozen_velocity(model, "old", field(rows), x_t, sigma)
-                    v = field(rows)(x_t, sigma)
+                    v_old = v_stage1 if cfg.as_printed else frozen_velocity(model, "old", x_t, sigma, cond[rows])
+                    v = model.velocity(x_t, sigma, cond[rows])
                 loss = nft_loss(v, v_old, x_t, x0[rows], sigma, r[rows], cfg.nft_beta,
                                 v_stage1, cfg.kl_weight, cfg.adv_clip, "velocity" if cfg.as_printed else "x0")
                 (loss * len(rows) / (T * len(hq))).backward()
@@ -1164,10 +1163,10 @@ def training_groups(faces, groups: int, count: int, *where) -> dict:
 
 
 @torch.no_grad()
-def frozen_velocity(model, policy: str, field, x, sigma):
-    """field(x, sigma) of another policy than the trained one: old, or base, which is stage 1."""
+def frozen_velocity(model, policy: str, x, sigma, cond):
+    """The velocity of another policy than the trained one: old, or base, which is stage 1."""
     with acting(model.sana, policy):
-        return field(x, sigma)
+        return model.velocity(x, sigma, cond)
 
 
 def gathered(values, run):
