@@ -132,9 +132,10 @@ def test_a_replication_runs_its_rows_once_and_flattens_their_scores(tmp_path, mo
         return type("Done", (), dict(returncode=0))
 
     monkeypatch.setattr(replicate.subprocess, "run", run)
-    argv = ["latent_pmrf", "--rows", "Latent-PMRF", "group norm", "--seeds", "2", "-o", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    row = "option 1, posterior mean of latents"
+    argv = ["latent_pmrf", "--rows", "Latent-PMRF", row, "--seeds", "2", "-o", str(tmp_path / "runs"), "--results", str(tmp_path)]
     replicate.main(argv)
     replicate.main(argv)
-    assert len(calls) == 4 and "--vae_style" in calls[1] and str(tmp_path / "runs" / "latent_pmrf" / "latent_pmrf_0") in calls[1]
+    assert len(calls) == 4 and "--source" in calls[1] and str(tmp_path / "runs" / "latent_pmrf" / "latent_pmrf_0") in calls[1]
     found = json.loads((tmp_path / "latent_pmrf_ablation.json").read_text())
-    assert len(found) == 4 and found["group norm, seed 1"]["scores"] == dict(psnr=29.0, lq_psnr=20.0, bound_psnr=38.0, seconds=1)
+    assert len(found) == 4 and found[f"{row}, seed 1"]["scores"] == dict(psnr=29.0, lq_psnr=20.0, bound_psnr=38.0, seconds=1)
