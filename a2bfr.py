@@ -83,7 +83,7 @@ class Train(TrainFlags):
     stage: typing.Literal["all", "lora"] = "all"  # there is one stage
     batch_size: int = 1                    # pairs per process and micro-batch
     max_train_steps: int = 60_000          # optimiser steps
-    farl: str = ""                         # face_attribute.farl.celeba.pt: the paper's attribute encoder (default: reader_a, toy faces)
+    farl: str = ""                         # face_attribute.farl.celeba.pt: the paper's encoder (default: reader_a, for toy faces)
     rank: int = 64                         # of the LoRA
     lora_alpha: float = 0.0                # 0: scale 1, as the release; else lora_alpha / rank. DIFFERS: paper 4
     optimizer: typing.Literal["prodigy", "adamw", "muon"] = "prodigy"  # of the LoRA

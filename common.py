@@ -971,8 +971,8 @@ def read_lora(path, prefix: str = "transformer.") -> dict:
             scale = match("alpha_pattern", layer, settings["lora_alpha"]) / rank
         found[layer] = (a, scale * b)
     if state or not found or settings.get("use_dora") or settings.get("lora_bias"):
-        raise UserError(f"{path}: holds {min(state, default='no LoRA, DoRA, or biases')}; wants pairs {prefix}LAYER.lora_A.weight and "
-                        "lora_B.weight alone")
+        kind = min(state, default="DoRA, or biases" if found else "no LoRA")
+        raise UserError(f"{path}: holds {kind}; wants pairs {prefix}LAYER.lora_A.weight and lora_B.weight alone")
     return found
 
 

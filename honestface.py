@@ -834,7 +834,9 @@ def train_onestep(cfg, run, faces, nets, face_nets):
     parameters = [*add_lora(unet, ALL_LAYERS, cfg.rank, cfg.rank), *[p for p in prompt.parameters() if p.requires_grad]]
     parameters_d = [p for p in discriminator.parameters() if p.requires_grad]                # the rest of both UNets is frozen
     if cfg.osdface:                                               # training starts there [sec. 4.1]
-        load_osdface(nets, osdface_files(cfg.osdface, "osdface"))
+        release = osdface_files(cfg.osdface, "osdface")
+        load_adapter(prompt.adapter, release["adapter"])
+        load_unet_lora(unet, release["lora"])
     optimizer = make_optimizer(cfg, parameters, cfg.learning_rate, (0.9, 0.999))
     optimizer_d = make_optimizer(cfg, parameters_d, cfg.discriminator_learning_rate, (0.9, 0.999))
     modules, steps = dict(unet=unet, prompt=prompt, discriminator=discriminator), min(cfg.onestep_steps, cfg.max_train_steps)
@@ -1057,12 +1059,6 @@ def load_unet_lora(unet, path: str) -> None:
         own[name].data.copy_(tensor.view_as(own[name]))
 
 
-def load_osdface(nets, files: dict) -> None:
-    """OSDFace's release into the adapter and into the UNet, which has its LoRA layers already."""
-    load_adapter(nets["prompt"].adapter, files["adapter"])
-    load_unet_lora(nets["unet"], files["lora"])
-
-
 def osdface_files(folder: str, flag: str) -> dict:
     """{"vre", "adapter", "lora"}: the three files of OSDFace's release in a folder."""
     files = {}
@@ -1088,7 +1084,8 @@ def load_networks(cfg: Sample, device) -> tuple:
     if release:
         load_vre(nets["vre"], release["vre"])
         add_lora(nets["unet"], ALL_LAYERS, trained.rank, trained.rank)
-        load_osdface(nets, release)
+        load_adapter(nets["prompt"].adapter, release["adapter"])
+        load_unet_lora(nets["unet"], release["lora"])
         merge_lora(nets["unet"])
     else:
         load_vre(nets["vre"], folder)

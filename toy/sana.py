@@ -146,7 +146,7 @@ def train(run, faces, held, sizes: dict | None = None) -> None:
     def draw(captions, first):
         prompt = pr.build_sequence(vocab, [None] * len(captions), captions, count=model.tatok.count)
         prompt = pr.Sequence(*(t.to(device) for t in prompt))
-        rng = torch.Generator().manual_seed(first)                 # the likeliest tokens are always the same few faces
+        rng = torch.Generator().manual_seed(first)                 # of drawn tokens: the likeliest of a caption are always the same
         states = model.integrator.generate(prompt, vocab, model.tatok.count, generator=rng, **pr.CHOICE["sample"])[1]
         noise = pr.noise_like(model, cfg, len(captions), rng)
         return pr.draw_face(model, cfg, model.condition(states), noise)
