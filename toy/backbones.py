@@ -121,15 +121,15 @@ def copy_loss(reader, copied, hq):
     return (copied - hq).abs().mean() + colours + 0.1 * metrics.reader_lpips(reader, copied, hq).mean()
 
 
-def captions_of(batch) -> list:
-    """A caption per face: that of captions.json, else what the attributes say. Half leave attributes out; a tenth is empty."""
-    count, said = len(batch["hq"]), [""] * len(batch["hq"])
+def captions_of(batch, whole: bool = False) -> list:
+    """A caption per face: what the attributes say, else that of captions.json, else none. In training half of them leave
+    attributes out and a tenth is empty; `whole` are complete."""
+    count = len(batch["hq"])
+    said = batch.get("captions", [""] * count)
     if "attributes" in batch:
         quiet = (torch.rand(count, 1) < 0.5) & (torch.rand(count, len(ATTRIBUTES)) < 0.5)
-        said = [verbalise(row) for row in torch.where(quiet, 0.5, batch["attributes"].cpu())]
-    elif "captions" in batch:
-        said = batch["captions"]
-    return ["" if empty else caption for empty, caption in zip(torch.rand(count) < 0.1, said)]
+        said = [verbalise(row) for row in torch.where(quiet & (not whole), 0.5, batch["attributes"].cpu())]
+    return ["" if empty and not whole else caption for empty, caption in zip(torch.rand(count) < 0.1, said)]
 
 
 def word_tokenizer(length: int, end: bool = True, text: str = "", marks: str = ""):
@@ -158,7 +158,8 @@ def judge(run, held, draw, faces: int = 512) -> dict:
         return {}
     count = len(batch["hq"]) // 2
     places = tqdm(torch.arange(count).split(32), "judging", disable=None)
-    drawn = torch.cat([draw([batch["captions"][i] for i in rows], int(rows[0])).cpu() for rows in places])
+    captions = captions_of(batch, whole=True)
+    drawn = torch.cat([draw([captions[i] for i in rows], int(rows[0])).cpu() for rows in places])
     features = [torch.cat([reader.features(x.to(run.device)) for x in shown.split(64)])
                 for shown in (drawn, batch["hq"][count:], batch["hq"][:count])]
     read = torch.cat([reader.probabilities(x.to(run.device)).cpu() for x in drawn.split(64)])

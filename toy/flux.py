@@ -75,7 +75,7 @@ def train(run, faces, held, sizes: dict = SIZES) -> None:
         return editor.decode(a2bfr.euler_sample(lambda z, t: editor.velocity(z, t, prompt), noise, editor.sigmas))
 
     def show():
-        return {"a real face": batch["hq"], "drawn from its caption": draw(batch["captions"], 0)}
+        return {"a real face": batch["hq"], "drawn from its caption": draw(captions_of(batch, whole=True), 0)}
 
     latents, batch = encode_all(run, faces, lambda hq: codec.encode(hq).float()), held.held_out(12)
     fit(run, "flow", parts, faces, run.cfg.steps, 1e-2, loss_of, tables, show=show)

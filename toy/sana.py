@@ -152,7 +152,7 @@ def train(run, faces, held, sizes: dict | None = None) -> None:
         return pr.draw_face(model, cfg, model.condition(states), noise)
 
     def samples():
-        return {"a real face": hq[:12], "drawn from its caption": draw(batch["captions"][:12], 0)}
+        return {"a real face": hq[:12], "drawn from its caption": draw(captions_of(batch, whole=True)[:12], 0)}
 
     def trainable(*prefixes):
         for name, parameter in model.named_parameters():

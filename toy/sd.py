@@ -66,7 +66,7 @@ def train(run, faces, held, sizes: dict = SIZES) -> None:
         return pipeline(captions, num_inference_steps=25, guidance_scale=2.0, generator=rng, output_type="pt").images * 2 - 1
 
     def show():
-        return {"a real face": batch["hq"], "drawn from its caption": draw(batch["captions"], 0)}
+        return {"a real face": batch["hq"], "drawn from its caption": draw(captions_of(batch, whole=True), 0)}
 
     latents = encode_all(run, faces, lambda hq: vae.encode(hq).latent_dist.mean.float() * vae.config.scaling_factor)
     batch = held.held_out(12)
