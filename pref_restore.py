@@ -119,7 +119,7 @@ TOY_VALUES = dict(
     TOY, batch_size=8, gradient_accumulation_steps=1, gradient_checkpointing=False, lr_warmup_steps=5,
     ema_decay=0.995, pretrained="toy/weights/sana", sana="toy/weights/sana", semantic_steps=600, semantic_learning_rate=5e-3,
     texture_steps=2000, texture_learning_rate=1e-2, own_answers=1.0, preference_steps=120, learning_rate=4e-3, rank=16, groups=8,
-    group_size=12, rollout_steps=10, timestep_fraction=0.3, adv_clip=1.5, kl_weight=0.02, num_inference_steps=10,
+    group_size=12, rollout_steps=10, timestep_fraction=0.3, adv_clip=1.5, kl_weight=0.005, num_inference_steps=10,
     solver="dpm", guidance_scale=1.25,
     # Looks weigh little: four times as heavy they raised contrast and cost a decibel
     hps_weight=0.15, clip_weight=0.08, pick_weight=0.1, identity_weight=0.6, lpips_weight=0.45, lmd_weight=2.0)
