@@ -82,7 +82,7 @@ def table(name: str, columns: list) -> str:
                  for row, s in content["rows"].items() if s.keys() & set(columns)}
     else:
         rows = {}
-        for entry in (e for e in content.values() if group in ("", e["table"]) or not e["table"]):
+        for entry in (e for e in content.values() if not group or e.get("table", group) in ("", group)):
             rows.setdefault(entry["row"], []).append(entry)
         most = max(map(len, rows.values()))
         first = f"{most} seed(s)"                                  # a row with fewer says so
