@@ -38,8 +38,8 @@ ROWS = {"lq": "degraded", "posterior_mean": "posterior mean", "restored_faces": 
         "source": "restored, prompt of the source", "target": "restored, prompt of the target",
         "template": "restored, template prompt", "prior": "painted by the prior alone",
         "edited": "restored with the template, then edited (FlowEdit)"}
-DIGITS = {"psnr": 2, "psnr_gain": 2, "source_psnr_gain": 2, "ssim": 3, "fid_toy": 2, "deg_toy": 1, "lmd_toy": 2, "ald_e_toy": 2,
-          "lpips_toy": 3, "reconstruction_fid_toy": 2, "reconstruction_lpips_toy": 3, "latent_peak": 2,
+DIGITS = {"psnr": 2, "psnr_gain": 2, "source_psnr_gain": 2, "ssim": 3, "fid_toy": 3, "deg_toy": 1, "lmd_toy": 2, "ald_e_toy": 2,
+          "lpips_toy": 3, "reconstruction_fid_toy": 3, "reconstruction_lpips_toy": 3, "latent_peak": 2,
           "ald_m_toy": 2, "attr_toy": 3, "quality_toy": 2, "reconstruction_psnr": 2, "seconds": 0, "steps": 0,
           "ms_per_face": 0, "generator_calls": 0, "million_parameters": 1,
           "hps_std_toy": 4, "pick_std_toy": 4, "clip_std_toy": 4}
