@@ -102,7 +102,7 @@ def test_every_two_printed_rows_are_compared_by_the_seeds_they_share(tmp_path, m
                [("A", 0, 1.0), ("B", 0, 2.0), ("A", 1, 1.5), ("B", 1, 2.6), ("A", 2, 0.0), ("A", 3, 1.0), ("B", 3, 1.9)]]
     (tmp_path / "results" / "x.json").write_text(json.dumps({str(i): e for i, e in enumerate(entries)}))
     assert tables.claims("x").splitlines()[2:] == [
-        "| Table 1 | A | B | FID 1 / 2 | fid_toy, lower is better | -1.000 ± 0.100 | 3 | reproduced |",
+        "| Table 1 | A | B | FID 1 / 2 | fid_toy, lower is better | -1.0000 ± 0.1000 | 3 | reproduced |",
         "| Table 1 | B | A | PSNR 20 / 20 | psnr, higher is better |  | 0 | equal in print |",
         "| Table 1 | B | C | FID 2 / 3 | fid_toy, lower is better |  | 0 | to be measured |",
         "| Table 1 | A | C | FID 1 / 3 | fid_toy, lower is better |  | 0 | to be measured |",
