@@ -1185,18 +1185,23 @@ def train(cfg: Train) -> None:
     if not cfg.semantic and cfg.stage in ("1.1", "joint"):
         raise UserError(f"--no-semantic has no --stage {cfg.stage}: there are no semantic tokens to train")
     run = Run(cfg, SETTINGS)
-    faces, held = open_faces(cfg)                                  # never mirrored: a caption may say left or right
     if "2" in wanted:
         build_rewards(cfg, "cpu")                                  # a missing file is said now, not after days
-        if cfg.rewards and not faces.captions and {"hps", "clip", "pick"} & reward_weights(cfg).keys():
-            raise UserError(f"--data {cfg.data}: rewards hps, clip and pick need its captions.json; or give --hps_weight 0 "
-                            "--clip_weight 0 --pick_weight 0")
     again = cfg.overwrite and not cfg.resume_from_checkpoint
     files = {part: run.part(part) for part in PARTS if run.part(part) and not (again and part in wanted)}
     # A stage that is asked for alone is trained, whatever --pretrained has; of several stages those that are not there
     known = [*BEFORE[wanted[0]], *wanted] if len(wanted) > 1 or wanted[0] in files else BEFORE[wanted[0]]
     torch.manual_seed(cfg.seed)                                    # the new texture connector is the same for every --stage
     model, vocab, done = load_parts(cfg, files, known)
+    ready = {*done, *wanted}
+    for stage, before in (("1.2", {"1.1"} if cfg.semantic else ready), ("2", {"1.2", "joint"})):
+        if stage in wanted and stage not in done and not before & ready:
+            raise UserError(f"--stage {stage} needs the stages before: train them first, or give a run that has them with "
+                            "--pretrained")
+    faces, held = open_faces(cfg)                                  # never mirrored: a caption may say left or right
+    if "2" in wanted and cfg.rewards and not faces.captions and {"hps", "clip", "pick"} & reward_weights(cfg).keys():
+        raise UserError(f"--data {cfg.data}: rewards hps, clip and pick need its captions.json; or give --hps_weight 0 "
+                        "--clip_weight 0 --pick_weight 0")
     model = model.to(run.device).eval().requires_grad_(False)
     run.compile(model.children())
     if cfg.gradient_checkpointing:
@@ -1206,9 +1211,6 @@ def train(cfg: Train) -> None:
         if stage in done:
             run.say(f"stage {stage}: taken as it is")
             continue
-        if stage == "1.2" and cfg.semantic and "1.1" not in done or stage == "2" and not {"1.2", "joint"} & set(done):
-            raise UserError(f"--stage {stage} needs the stages before: train them first, or give a run that has them with "
-                            "--pretrained")
         model.train()
         if stage == "2":
             train_preference(cfg, run, faces, model, vocab)
