@@ -49,7 +49,11 @@ def main(argv=None) -> None:
     if unknown := [row for row in given.rows or [] if row not in rows]:
         parser.error(f"no row {unknown[0]!r}; there are: {', '.join(rows)}")
     path = Path(given.results) / f"{given.method}_ablation.json"
-    folder = lambda row, seed: Path(given.output) / given.method / f"{re.sub(r'[^a-z0-9]+', '_', row.lower()).strip('_')}_{seed}"
+
+    def folder(row, seed):
+        first = next(name for name in rows if rows[name] == rows[row])          # rows of the same settings are one training
+        return Path(given.output) / given.method / f"{re.sub(r'[^a-z0-9]+', '_', first.lower()).strip('_')}_{seed}"
+
     for seed in range(given.seeds):
         base = folder(next(iter(rows)), seed)
         for row in given.rows or [row for row, settings in rows.items() if settings is not None]:
