@@ -1,6 +1,6 @@
 """Rows of Pref-Restore's Tables VII and X, which restore with one trained network in several ways.
 
-    python docs/preference_tables.py runs/pref_restore -o docs/results/pref_restore_tables.json --guidance_scale 1.5
+    python docs/preference_tables.py runs/pref_restore -o docs/results/pref_restore_tables.json
 
 The rows are named as in claims.json. Table VII: captions at inference, with the network of stage 1. Table X: standard
 deviations over seeds (_std_toy), with the networks of stage 1 and 2; tokens are the likeliest ones, or drawn anew with every

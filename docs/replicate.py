@@ -1,9 +1,10 @@
 """Rerun the papers' ablation tables at toy size: python docs/replicate.py METHOD [--rows ROW ...] [--seeds 3]
 
 A row of rows.json is `METHOD.py train` with other settings, in a folder of its own; it is done when its metrics.json is
-there, so a stopped command goes on where it was. Rows that are null come from docs/preference_tables.py. "{base}" in a setting
-is the folder of the method's first row of the same seed: rows share the parts that they do not change. Numbers go into
-results/METHOD_ablation.json, and `python docs/tables.py` prints them into the pages.
+there, so a stopped command goes on where it was. "{base}" in a setting is the folder of the method's first row of the same
+seed: rows share the parts that they do not change. A row {"of": "other row"} trains nothing: preference_tables.py restores in
+another way with the other row's network. Numbers go into results/METHOD_ablation.json, and `python docs/tables.py` prints them
+into the pages.
 """
 import argparse
 import json
@@ -56,18 +57,22 @@ def main(argv=None) -> None:
 
     for seed in range(given.seeds):
         base = folder(next(iter(rows)), seed)
-        for row in given.rows or [row for row, settings in rows.items() if settings is not None]:
-            place = folder(row, seed)
+        for row in given.rows or rows:
+            of = rows[row].get("of")
+            place = folder(of or row, seed)
             command = [f"{given.method}.py", "train", "-o", str(place), "--seed", str(seed),
                        *flags_of(common | rows[row], base), *given.flags]
-            if not (place / "metrics.json").exists():
+            if of:
+                command = ["docs/preference_tables.py", str(place), "-o", str(place / "tables.json")]
+            if not (place / ("tables.json" if of else "metrics.json")).exists():
                 print(f"--- {row}, seed {seed}: python {' '.join(command)}", flush=True)
-                again = ["--resume_from_checkpoint", "latest"] if (place / "config.json").exists() else []
+                again = ["--resume_from_checkpoint", "latest"] if (place / "config.json").exists() and not of else []
                 if subprocess.run([sys.executable, *command, *again], cwd=DOCS.parent).returncode:
                     sys.exit(f"{row}, seed {seed}: stopped; the same command goes on")
             numbers = json.loads((place / "metrics.json").read_text())
+            scores = json.loads((place / "tables.json").read_text())[row] if of else scores_of(numbers)
             done = json.loads(path.read_text()) if path.exists() else {}
-            done[f"{row}, seed {seed}"] = dict(row=row, seed=seed, command=command, scores=scores_of(numbers), **{
+            done[f"{row}, seed {seed}"] = dict(row=row, seed=seed, command=command, scores=scores, **{
                 name: numbers[name] for name in ("seconds", "torch", "python", "device", "commit")})
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(done, indent=1) + "\n")

@@ -113,7 +113,8 @@ def test_every_two_printed_rows_are_compared_by_the_seeds_they_share(tmp_path, m
 def test_every_row_of_the_ablations_is_a_configuration(name):
     cls, presets, _ = METHODS[name].VERBS["train"]
     flags_of = script("replicate").flags_of
-    for settings in filter(None, ROWS[name]["rows"].values()):
+    rows = ROWS[name]["rows"]
+    for settings in (rows[settings["of"]] if "of" in settings else settings for settings in rows.values()):
         argv = ["train", *flags_of(ROWS[name]["every row"] | settings, Path("base"))]
         common.check_config(common.parse("x", METHODS[name].VERBS, argv)[1])
 
