@@ -261,7 +261,7 @@ def list_images(path, recursive: bool = False) -> list:
     inside = [file for file in inside if file.name[0] != "."]
     found = [file for file in inside if file.suffix.lower() in known and file.is_file()]
     if not found:
-        raise UserError(f"{path}: no pictures there")
+        raise UserError(f"{path}: {'no pictures there' if path.exists() else 'no such file or folder'}")
     if passed := [file.name for file in inside if file.suffix.lower() not in known | {".csv", ".json", ".jsonl"}]:
         print(f"{path}: {len(passed)} files or folders passed over, such as {passed[0]}", flush=True)
     return sorted(found)
@@ -811,8 +811,10 @@ def read_torch(path):
         if Path(path).suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a stage writes its own when it ends") from None
     except Exception as error:                                    # a damaged file fails in a dozen ways
-        raise UserError(f"{path}: refused: missing, damaged, or it holds more than tensors, which could run code "
+        raise UserError(f"{path}: refused: damaged, or it holds more than tensors, which could run code "
                         f"({first_line(error)[:80]}); convert it to safetensors") from None
 
 
