@@ -51,7 +51,7 @@ def table_rows(folder, guidance=None, faces: int = 128, seeds: int = 8, seed_fac
 
     few = {name: values[:seed_faces] for name, values in batch.items()}
     hq = few["hq"].to(run.device)
-    for stage in ("1", "2") if "2" in done else ("1",):
+    for stage in ("1", "2") if "2" in done else ():                # Table X compares the two
         for name, chosen in ((f"seeds, stage {stage}", greedy), (f"seeds and words, stage {stage}", replace(cfg, ar="sample"))):
             found, means = {}, []
             for seed in range(seeds):
