@@ -11,8 +11,8 @@ A block looks like this; the script replaces what stands between the marks, and 
     <!-- piece FILE NAME -->                     one cell: what else of FILE `NAME` needs
 
 NAME.json is the metrics.json of a training run (its rows) or the rows.json of an ablation (mean and standard deviation
-over seeds). Columns are scores; `seconds`, `steps` and `paper` can be columns of an ablation. `NAME@group` picks one
-group of an ablation's rows, beside the unchanged method, or another table of metrics.json, such as `per_attribute`.
+over seeds). Columns are scores; `seconds` and `paper` can be columns of an ablation. `NAME@group` picks the rows of one printed
+table of claims.json, such as `Table_VIII`, or another table of metrics.json, such as `per_attribute`.
 claims.json holds the ablation tables of the papers as printed, each row beside the name of ours and each column beside
 our score; `claims` compares every two rows in every column with our rows of NAME.json. "statements" are comparisons that
 a paper makes in words or curves, "not_computed" lists what the toy world cannot tell, "stale" the rows whose saved
@@ -81,9 +81,13 @@ def table(name: str, columns: list) -> str:
         lines = {ROWS.get(row, row): [number(c, [s[c]] if c in s else []) for c in columns]
                  for row, s in content["rows"].items() if s.keys() & set(columns)}
     else:
-        rows = {}
-        for entry in (e for e in content.values() if not group or e.get("table", group) in ("", group)):
-            rows.setdefault(entry["row"], []).append(entry)
+        rows = {entry["row"]: [] for entry in content.values()}
+        if group:
+            printed = json.loads((DOCS / "claims.json").read_text())[name]["tables"]
+            rows = {row: [] for t in printed if t["where"].replace(" ", "_") == group for _, row, _ in t["rows"]}
+        for entry in content.values():
+            rows.get(entry["row"], []).append(entry)
+        rows = {row: entries for row, entries in rows.items() if entries}
         most = max(map(len, rows.values()))
         first = f"{most} seed(s)"                                  # a row with fewer says so
         lines = {row if len(of_row) == most else f"{row} ({len(of_row)} seed(s))": cells(of_row, columns)
