@@ -60,17 +60,18 @@ def main(argv=None) -> None:
         for row in given.rows or rows:
             of = rows[row].get("of")
             place = folder(of or row, seed)
-            command = [f"{given.method}.py", "train", "-o", str(place), "--seed", str(seed),
-                       *flags_of(common | rows[row], base), *given.flags]
             if of:
-                command = ["docs/preference_tables.py", str(place), "-o", str(place / "tables.json")]
-            if not (place / ("tables.json" if of else "metrics.json")).exists():
+                result, command = place / "tables.json", ["docs/preference_tables.py", str(place), "-o", str(place / "tables.json")]
+            else:
+                result, command = place / "metrics.json", [f"{given.method}.py", "train", "-o", str(place), "--seed", str(seed),
+                                                           *flags_of(common | rows[row], base), *given.flags]
+            if not result.exists():
                 print(f"--- {row}, seed {seed}: python {' '.join(command)}", flush=True)
                 again = ["--resume_from_checkpoint", "latest"] if (place / "config.json").exists() and not of else []
                 if subprocess.run([sys.executable, *command, *again], cwd=DOCS.parent).returncode:
                     sys.exit(f"{row}, seed {seed}: stopped; the same command goes on")
             numbers = json.loads((place / "metrics.json").read_text())
-            scores = json.loads((place / "tables.json").read_text())[row] if of else scores_of(numbers)
+            scores = json.loads(result.read_text())[row] if of else scores_of(numbers)
             done = json.loads(path.read_text()) if path.exists() else {}
             done[f"{row}, seed {seed}"] = dict(row=row, seed=seed, command=command, scores=scores, **{
                 name: numbers[name] for name in ("seconds", "torch", "python", "device", "commit")})

@@ -15,8 +15,7 @@ over seeds). Columns are scores; `seconds` and `paper` can be columns of an abla
 table of claims.json, such as `Table_VIII`, or another table of metrics.json, such as `per_attribute`.
 claims.json holds the ablation tables of the papers as printed, each row beside the name of ours and each column beside
 our score; `claims` compares every two rows in every column with our rows of NAME.json. "statements" are comparisons that
-a paper makes in words or curves, "not_computed" lists what the toy world cannot tell, "stale" the rows whose saved
-numbers were made by code that is gone.
+a paper makes in words or curves, "not_computed" lists what the toy world cannot tell.
 """
 import ast
 import functools
@@ -129,7 +128,7 @@ def claims(name: str) -> str:
     printed = json.loads((DOCS / "claims.json").read_text())[name]
     path = DOCS / "results" / f"{name}.json"
     entries = json.loads(path.read_text()).values() if path.exists() else []
-    scores = {(e["row"], e["seed"]): e["scores"] for e in entries if e["row"] not in printed.get("stale", [])}
+    scores = {(e["row"], e["seed"]): e["scores"] for e in entries}
     lines = [["paper", "better in print", "than", "in print", "ours: score", "difference", "seeds", "verdict"], ["---"] * 8]
     for where, row, other, head, numbers, score, better in comparisons(printed):
         seeds = sorted({seed for r, seed in scores if r == row} & {seed for r, seed in scores if r == other})

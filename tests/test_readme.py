@@ -140,3 +140,26 @@ def test_a_replication_runs_its_rows_once_and_flattens_their_scores(tmp_path, mo
     assert len(calls) == 4 and "--source" in calls[1] and str(tmp_path / "runs" / "latent_pmrf" / "latent_pmrf_0") in calls[1]
     found = json.loads((tmp_path / "latent_pmrf_ablation.json").read_text())
     assert len(found) == 4 and found[f"{row}, seed 1"]["scores"] == dict(psnr=29.0, lq_psnr=20.0, bound_psnr=38.0, seconds=1)
+
+
+def test_rows_of_equal_settings_are_one_training_and_others_restore_with_it(tmp_path, monkeypatch):
+    replicate, calls = script("replicate"), []
+
+    def run(command, cwd):
+        calls.append(command[1])
+        out = Path(command[command.index("-o") + 1])
+        if command[1].startswith("docs"):
+            out.write_text(json.dumps({"seeds, stage 2": dict(deg_std_toy=4.0)}))
+        else:
+            out.mkdir(parents=True)
+            about = dict(seconds=1, torch="t", python="p", device="d", commit="c")
+            (out / "metrics.json").write_text(json.dumps(dict(rows={"restored_faces": dict(psnr=25.0)}, **about)))
+        return type("Done", (), dict(returncode=0))
+
+    monkeypatch.setattr(replicate.subprocess, "run", run)
+    replicate.main(["pref_restore", "--rows", "all rewards", "NFT", "seeds, stage 2", "--seeds", "1", "-o", str(tmp_path / "runs"),
+                    "--results", str(tmp_path)])
+    found = json.loads((tmp_path / "pref_restore_ablation.json").read_text())
+    assert calls == ["pref_restore.py", "docs/preference_tables.py"]
+    assert found["NFT, seed 0"]["scores"] == found["all rewards, seed 0"]["scores"] == dict(psnr=25.0, seconds=1)
+    assert found["seeds, stage 2, seed 0"]["scores"] == dict(deg_std_toy=4.0)
