@@ -1133,6 +1133,8 @@ def check_config(cfg) -> None:
     for name in ("input", "output"):
         if getattr(cfg, name, None) == "":
             raise UserError(f"--{name}: is empty")
+    if Path(getattr(cfg, "output", "")).is_file():
+        raise UserError(f"--output {cfg.output}: is a file; name a folder")
     for name in ("data", "validation_data", "input"):
         inside = getattr(cfg, name, "")
         if inside and hasattr(cfg, "output") and Path(inside).resolve().is_relative_to(Path(cfg.output).resolve()):
@@ -1168,7 +1170,8 @@ def command_line(doc: str, verbs: dict, argv: list | None = None) -> None:
         function(cfg)
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        print(f"error: {'the memory is full: give a smaller --batch_size' if memory else error}", file=sys.stderr)
+        text = "the memory is full: give a smaller --batch_size" if memory else str(error)
+        print(text if text.startswith("stopped") else f"error: {text}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped at once, nothing saved since the last checkpoint", file=sys.stderr)

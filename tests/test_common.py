@@ -648,7 +648,7 @@ def test_flags_presets_and_overrides():
 @pytest.mark.parametrize("argv, message", [
     (("do", "--batch_size", "0"), "--batch_size 0: must be a number from 1"), (("do", "--learning_rate", "nan"), "--learning_rate"),
     (("do", "--batchsize", "3"), "--batchsize"), (("do", "--data", "out/faces"), "--output out: holds --data out/faces"),
-    (("do", "-o", ""), "--output: is empty")])
+    (("do", "-o", ""), "--output: is empty"), (("do", "-o", __file__), "is a file; name a folder")])
 def test_a_wrong_command_is_one_line_and_a_status(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         call(*argv)
