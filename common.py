@@ -61,7 +61,7 @@ def mix(*numbers) -> int:
 
 # ------------------------------------------------------------------------------------------------ captions
 
-# (CelebA's index, name, phrase when on, phrase when off). A hat's absence is not worth a phrase.
+# (CelebA's index, name, phrase when on, phrase when off)
 ATTRIBUTES = (
     (39, "Young", "young", "older"),
     (31, "Smiling", "smiling", "serious"),
@@ -108,7 +108,7 @@ def verbalise(scores) -> str:
 class Degradation:
     """Ranges of lq = { JPEG_q( (hq * k_sigma) down_r + n_delta ) } up_r, each drawn uniformly per image.
 
-    `blur` and `down` are lengths in pixels of a 512 px image and scale with the image: the small image in the middle
+    `blur` and `kernel` are pixels of a 512 px image and scale with the image. `down` is r: the small image in the middle
     has 512 / r pixels a side at every image size.
     """
     source: str                            # where the numbers come from
@@ -463,8 +463,9 @@ def read_json(path):
 def open_faces(cfg, mirror: bool = False) -> tuple:
     """(Faces to train on, Faces held out) of --data and --validation_data.
 
-    Without --data the toy world is drawn into data/toy, once. Without --validation_data the last people of --data are
-    held out, about a tenth of the pictures and at most 200; of a folder without people its last pictures are.
+    Without --data the toy world is drawn into data/toy, once. Without --validation_data the last people of --data are held
+    out, from the person whose first picture is nearest to the last tenth (or the last 200 pictures); of a folder without
+    people its last pictures are.
     """
     data, validation = cfg.data, cfg.validation_data
     if not data:
@@ -499,7 +500,8 @@ class Run:
         """`settings`: fields of cfg that decide what weights mean; UserError where the run in --output has others."""
         self.cfg, self.folder, self.started = cfg, Path(cfg.output), time.time()
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main, self.stop, self.waited, self.begun, self.told = self.rank == 0, False, 0.0, self.started, 0.0
+        self.main, self.waited, self.begun, self.told = self.rank == 0, 0.0, self.started, 0.0
+        self.stop = False                                         # "asked" by a signal, "saved" by `save`
         self.device = pick_device(cfg.device)
         if self.world > 1 and not dist.is_initialized():
             if self.device.type == "cuda":
@@ -517,7 +519,7 @@ class Run:
         cfg, config = self.cfg, self.folder / "config.json"
         replaced = ["config.json", "state.pt", "log.jsonl", "metrics.json", "*.safetensors"]
         if cfg.stage != "all":
-            replaced = [f"{cfg.stage}.safetensors", "state.pt"]
+            replaced = [f"{cfg.stage}*.safetensors", "state.pt"]          # 1: 1.1 and 1.2
         self.former = [path for name in replaced for path in self.folder.glob(name) if not cfg.resume_from_checkpoint]
         if self.former and not cfg.overwrite:
             raise UserError(f"--output {self.folder}: holds another run ({self.former[0].name} is there); "
@@ -532,7 +534,10 @@ class Run:
             self.say(f"{self.folder} holds no run yet: starting anew")
 
     def enter_folder(self) -> None:
-        """Before the first step, when all that a run needs has been opened: what --overwrite replaces goes."""
+        """Before the first step: delete what --overwrite replaces, write config.json, begin log.jsonl.
+
+        Until then all that a run needs has been opened, so that a mistake costs no file.
+        """
         self.entered = True
         self.wait()                                               # all have looked before rank 0 writes
         if self.main:
@@ -580,6 +585,7 @@ class Run:
         does. Ctrl-C and SIGTERM end the loop after the step in progress, when `save` has been called.
         """
         count = self.cfg.batch_size * self.cfg.gradient_accumulation_steps
+        # The loader's data set is the range of steps: a worker gets a step, and `collate_fn` makes its batch.
         loader = torch.utils.data.DataLoader(
             range(first, last), batch_size=None, num_workers=self.cfg.num_workers, worker_init_fn=ignore_signals,
             collate_fn=functools.partial(one_batch, batch_at, count, self.cfg.seed, self.rank, self.world))
@@ -613,10 +619,14 @@ class Run:
         self.stop = "asked"
         self.say("stopping after this step" + " (once more: at once, without saving)" * (self.world == 1))
 
-    def log(self, stage: str, step: int, every: int = 0, **values) -> None:
-        """Mean of each value over `every` (0: --log_steps) steps, as a line of log.jsonl. UserError where one is not finite."""
+    def note(self, **values) -> None:
+        """Values of one micro-batch for the next line of the log."""
         for name, value in values.items():
             self.logged[name].append(value.detach())              # stays on the device: no wait for a GPU
+
+    def log(self, stage: str, step: int, every: int = 0, **values) -> None:
+        """Mean of each value over `every` (0: --log_steps) steps, as a line of log.jsonl. UserError where one is not finite."""
+        self.note(**values)
         if (step + 1) % (every or self.cfg.log_steps) and (step + 1) % self.cfg.checkpointing_steps:
             return
         means = {name: torch.stack(found).mean() for name, found in self.logged.items()}
@@ -677,7 +687,8 @@ class Run:
         return state["step"]
 
     def finish(self, stage: str, weights: dict, later: tuple = ()) -> None:
-        """Write NAME.safetensors for each {NAME: {tensor name: tensor}}; parts of `later` stages stood on an older one."""
+        """Write NAME.safetensors for each {NAME: {tensor name: tensor}}. `later` names parts that were trained on a former
+        version of this stage: their files are deleted."""
         check_finite(weights, f"stage {stage}")
         if self.main:
             for name in later:
@@ -706,6 +717,15 @@ class Run:
         write_grid(self.folder / "samples.png", pictures)
         print_table(rows)
         self.say(f"pictures and numbers in {self.folder}")
+
+
+def print_table(rows: dict) -> None:
+    """{row: {column: number}} as a table; a column that a row lacks stays empty."""
+    columns = {name: max(12, len(name) + 2) for row in rows.values() for name in row}
+    width = max(16, *map(len, rows)) + 1
+    print(" " * width + "".join(f"{c:>{w}}" for c, w in columns.items()))
+    for name, row in rows.items():
+        print(f"{name:>{width}}" + "".join(f"{row[c]:{w}.4g}" if c in row else " " * w for c, w in columns.items()), flush=True)
 
 
 def one_batch(batch_at, count, seed, rank, world, step):
@@ -788,7 +808,7 @@ def make_optimizer(cfg, params, lr: float, betas: tuple = (0.9, 0.95), weight_de
 
 
 def warmup_cosine(steps: int, warmup: int = 0, floor: float = 0.0, first: float = 0.0):
-    """factor(step) of the peak learning rate: `warmup` steps from `first` up, `steps` of a cosine to `floor`, flat."""
+    """factor(step) of the peak learning rate: `warmup` steps from `first` up, `steps` of a cosine to `floor`, constant."""
     def factor(step):
         if step < warmup:
             return first + (1 - first) * step / warmup
@@ -797,7 +817,7 @@ def warmup_cosine(steps: int, warmup: int = 0, floor: float = 0.0, first: float 
 
 
 def lr_schedule(cfg, steps: int):
-    """factor(step) of the peak by --lr_scheduler and --lr_warmup_steps; the cosine ends near 0 at the last of `steps`."""
+    """factor(step) of the peak by --lr_scheduler and --lr_warmup_steps; the cosine ends at 0.02 at the last of `steps`."""
     if cfg.lr_scheduler == "cosine":
         return warmup_cosine(steps - cfg.lr_warmup_steps, cfg.lr_warmup_steps, 0.02, 1 / (cfg.lr_warmup_steps + 1))
     return lambda step: min(1, (step + 1) / (cfg.lr_warmup_steps + 1))
@@ -1019,15 +1039,6 @@ def restore_folder(cfg, restore, size: int, device) -> None:
     print(f"restored {done} face{'s' * (done > 1)} into {out / 'restored_faces'}", flush=True)
 
 
-def print_table(rows: dict) -> None:
-    """{row: {column: number}} as a table; a column that a row lacks stays empty."""
-    columns = {name: max(12, len(name) + 2) for row in rows.values() for name in row}
-    width = max(16, *map(len, rows)) + 1
-    print(" " * width + "".join(f"{c:>{w}}" for c, w in columns.items()))
-    for name, row in rows.items():
-        print(f"{name:>{width}}" + "".join(f"{row[c]:{w}.4g}" if c in row else " " * w for c, w in columns.items()), flush=True)
-
-
 # ------------------------------------------------------------------------------------------------ command line
 
 @dataclass(frozen=True)
@@ -1128,6 +1139,8 @@ def check_config(cfg) -> None:
         for value in values if isinstance(values, tuple) else (values,):
             if isinstance(value, (int, float)) and not least <= value <= most:
                 raise UserError(f"--{field.name} {value}: must be a number from {least}" + " to 1" * (most == 1))
+    if getattr(cfg, "max_grad_norm", 1) == 0:
+        raise UserError("--max_grad_norm 0: would make every gradient 0; a large number clips none")
     if getattr(cfg, "image_size", 0) % 8:
         raise UserError(f"--image_size {cfg.image_size}: must be a multiple of 8")
     for name in ("input", "output"):

@@ -61,8 +61,8 @@ SIZES = {
         pixel_flow=dict(widths=(256, 512, 1024), depths=(2, 2, 8), patch=4, head_dim=64, mapping_width=768))}
 HDIT_PMRF = dict(in_channels=3, **SIZES["paper"]["pixel_flow"])
 # Changes of the paper to SD-VAE, undone one by one. sd: all of them (DIFFERS: without SD's attention and last norm).
-# Table 2's "- interpolate" means "non-optimal resizing layers" [sec. 6.3]: sd_resizers, which are Figure 5a's. UNSTATED:
-# or pixel_shuffle, the authors' switch `upsample_method`. sd_block is no row of Table 2.
+# group_norm: Table 2's "- layernorm". sd_resizers: Figure 5a's, our reading of "- interpolate", in words "non-optimal
+# resizing layers" [sec. 6.3]. UNSTATED: it may be pixel_shuffle, a switch of the authors' code. sd_block: no row of Table 2.
 VAE_STYLES = {"sim": {}, "group_norm": dict(norm="group"), "pixel_shuffle": dict(resizer="pixel_shuffle"),
               "sd_resizers": dict(resizer="sd"), "sd_block": dict(block="sd"), "sd": dict(norm="group", resizer="sd", block="sd")}
 
@@ -93,8 +93,8 @@ class Train(TrainFlags):
     mmse_learning_rate: float = 5e-4       # PMRF, constant
     flow_steps: int = 400_000              # of the flow
     learning_rate: float = 5e-4            # of the flow, constant
-    source_noise: float = 0.1              # sigma_s: noise on the source; DIFFERS: authors' file, the paper adds none
-    source_sample: bool = True             # both ends are draws of q(z | .), not its mean; DIFFERS: authors' file
+    source_noise: float = 0.1              # sigma_s: noise on the source; DIFFERS: a test file of the authors, the paper adds none
+    source_sample: bool = True             # z0 is a draw of q(z | x_hat), not its mean; DIFFERS: authors' code. UNSTATED: so is z1
     num_inference_steps: int = 25          # Euler steps of the faces restored at the end [sec. 3.3]
 
 
@@ -127,25 +127,25 @@ class PixelLayerNorm(nn.LayerNorm):
         super().__init__(channels, eps=1e-6)
 
     def forward(self, x):  # (B, C, H, W)
-        with torch.autocast(x.device.type, enabled=False):        # which would write float32; sums are wide anyway
+        with torch.autocast(x.device.type, enabled=False):        # it would return float32; the kernel sums in float32 anyway
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
             return F.layer_norm(x.movedim(1, -1), self.normalized_shape, weight, bias, self.eps).movedim(-1, 1)
 
 
-def vae_norm(kind: str, channels: int) -> nn.Module:
-    """"layer", or "group": 32 groups as SD-VAE, fewer below 128 channels so that each has 4."""
+def vae_norm(norm: str, channels: int) -> nn.Module:
+    """LayerNorm per pixel ("layer"), or GroupNorm ("group"): 32 groups as SD-VAE; below 128 channels, groups of 4."""
     groups = math.gcd(32, max(1, channels // 4), channels)
-    return PixelLayerNorm(channels) if kind == "layer" else nn.GroupNorm(groups, channels, eps=1e-6)
+    return PixelLayerNorm(channels) if norm == "layer" else nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class SimBlock(nn.Module):
     """y = x + conv2(SiLU(conv1(norm(x)))), the only block of Sim-VAE [sec. 4.1]; "sd" adds SD-VAE's norm and SiLU."""
 
-    def __init__(self, width: int, out: int, norm: str, kind: str):
+    def __init__(self, width: int, out: int, norm: str, block: str):
         super().__init__()
-        self.norm, self.act = vae_norm(norm, width), nn.SiLU() if kind == "sd" else nn.Identity()
+        self.norm, self.act = vae_norm(norm, width), nn.SiLU() if block == "sd" else nn.Identity()
         self.conv1 = nn.Conv2d(width, out, 3, padding=1)
-        self.norm2 = vae_norm(norm, out) if kind == "sd" else nn.Identity()
+        self.norm2 = vae_norm(norm, out) if block == "sd" else nn.Identity()
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.shortcut = nn.Conv2d(width, out, 1) if width != out else nn.Identity()          # only with SD-style resizers
 
@@ -156,21 +156,21 @@ class SimBlock(nn.Module):
 class Down(nn.Module):
     """Halve the resolution with one strided 3x3 convolution. "sd" pads right and below, Sim-VAE all sides."""
 
-    def __init__(self, width: int, out: int, style: str):
+    def __init__(self, width: int, out: int, resizer: str):
         super().__init__()
-        self.style = style
-        self.conv = nn.Conv2d(width, out, 3, stride=2, padding=int(style != "sd"))
+        self.resizer = resizer
+        self.conv = nn.Conv2d(width, out, 3, stride=2, padding=int(resizer != "sd"))
 
     def forward(self, x):
-        return self.conv(x if self.style != "sd" else F.pad(x, (0, 1, 0, 1)))
+        return self.conv(x if self.resizer != "sd" else F.pad(x, (0, 1, 0, 1)))
 
 
 class Up(nn.Module):
     """Double the resolution: nearest neighbour, then a 3x3 convolution; or four times the channels, then pixel shuffle."""
 
-    def __init__(self, width: int, out: int, style: str):
+    def __init__(self, width: int, out: int, resizer: str):
         super().__init__()
-        self.shuffle = style == "pixel_shuffle"
+        self.shuffle = resizer == "pixel_shuffle"
         self.conv = nn.Conv2d(width, 4 * out if self.shuffle else out, 3, padding=1)
 
     def forward(self, x):
@@ -182,9 +182,9 @@ class Up(nn.Module):
 class Blocks(nn.Module):
     """`layers` residual blocks, then perhaps a resizer, named as in the released checkpoint."""
 
-    def __init__(self, width, out, layers, norm, kind, downsampler=None, upsampler=None):
+    def __init__(self, width, out, layers, norm, block, downsampler=None, upsampler=None):
         super().__init__()
-        self.resnets = nn.ModuleList(SimBlock(width if i == 0 else out, out, norm, kind) for i in range(layers))
+        self.resnets = nn.ModuleList(SimBlock(width if i == 0 else out, out, norm, block) for i in range(layers))
         self.downsampler, self.upsampler = downsampler or nn.Identity(), upsampler or nn.Identity()
 
     def forward(self, x):
@@ -196,7 +196,7 @@ class Blocks(nn.Module):
 class Encoder(nn.Module):
     """(B, 3, H, W) -> moments (B, 2c, H/f, W/f)."""
 
-    def __init__(self, channels, widths, layers, mid_layers, norm, resizer, kind):
+    def __init__(self, channels, widths, layers, mid_layers, norm, resizer, block):
         super().__init__()
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
@@ -204,8 +204,8 @@ class Encoder(nn.Module):
         for i, width in enumerate(widths):
             into = width if resizer != "sd" or i == 0 else widths[i - 1]
             after = None if i == last else Down(width, widths[i + 1] if resizer != "sd" else width, resizer)
-            self.down_blocks.append(Blocks(into, width, layers, norm, kind, downsampler=after))
-        self.mid_block = Blocks(widths[-1], widths[-1], mid_layers, norm, kind)
+            self.down_blocks.append(Blocks(into, width, layers, norm, block, downsampler=after))
+        self.mid_block = Blocks(widths[-1], widths[-1], mid_layers, norm, block)
         self.conv_out = nn.Conv2d(widths[-1], 2 * channels, 3, padding=1)
 
     def forward(self, x):
@@ -218,17 +218,17 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """(B, c, h, w) -> (B, 3, f h, f w); one more block per level than the encoder, no norm before conv_out."""
 
-    def __init__(self, channels, widths, layers, mid_layers, norm, resizer, kind):
+    def __init__(self, channels, widths, layers, mid_layers, norm, resizer, block):
         super().__init__()
         widths = tuple(reversed(widths))
         self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.mid_block = Blocks(widths[0], widths[0], mid_layers, norm, kind)
+        self.mid_block = Blocks(widths[0], widths[0], mid_layers, norm, block)
         self.up_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
             into = width if resizer != "sd" or i == 0 else widths[i - 1]
             to = width if resizer == "sd" else widths[min(i + 1, len(widths) - 1)]
             after = None if i == len(widths) - 1 else Up(width, to, resizer)
-            self.up_blocks.append(Blocks(into, width, layers + 1, norm, kind, upsampler=after))
+            self.up_blocks.append(Blocks(into, width, layers + 1, norm, block, upsampler=after))
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z):
@@ -309,7 +309,7 @@ class SwinLayer(nn.Module):
         if shift:  # the released files carry the mask of the training size
             self.register_buffer("attn_mask", shifted_window_mask(tokens, tokens, window, shift))
 
-    def residual(self, x):
+    def drop_path(self, x):
         """Stochastic depth: in training a sample skips the branch with probability `drop`."""
         return x * F.dropout(x.new_ones(len(x), 1, 1), self.drop, self.training)
 
@@ -326,8 +326,8 @@ class SwinLayer(nn.Module):
         h = self.attn(h.flatten(3, 4).flatten(0, 2), mask).view(shape).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         if self.shift:
             h = h.roll((self.shift, self.shift), (1, 2))
-        x = x + self.residual(h.flatten(1, 2))
-        return x + self.residual(self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x)))))
+        x = x + self.drop_path(h.flatten(1, 2))
+        return x + self.drop_path(self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x)))))
 
 
 class SwinGroup(nn.Module):
@@ -347,12 +347,18 @@ class SwinGroup(nn.Module):
         return x + self.conv(h.transpose(1, 2).unflatten(2, (height, width))).flatten(2).transpose(1, 2)
 
 
+def zeroed(layer):
+    nn.init.zeros_(layer.weight)
+    return layer
+
+
 class SwinIR(nn.Module):
     """The posterior-mean predictor: (B, 3, H, W) in [0, 1] -> the same, not clipped.
 
     Default: DifFace's SwinIR-L (15,792,587 parameters, its names). PMRF's "swinir_M": dim=120, depths=(6,) * 5.
-    `latent_channels` > 0 predicts latents at 1 / unshuffle of the resolution instead (option 1 of sec. 3.2). `residual`
-    adds the input to the output and starts there, as SwinIR does for denoising.
+    `latent_channels` > 0 predicts latents at 1 / unshuffle of the resolution instead (option 1 of sec. 3.2). `residual` adds
+    the input to the output, as SwinIR does for denoising; the last convolution is zero at first, so training starts at the
+    input. `tokens`: side of the token grid in training, for the stored masks.
     DIFFERS: DifFace's weights were trained with L1, so they are nearer to a median; stage `mmse` minimises the squares.
     """
 
@@ -364,7 +370,8 @@ class SwinIR(nn.Module):
         self.conv_first = nn.Sequential(nn.PixelUnshuffle(unshuffle), nn.Conv2d(3 * unshuffle ** 2, dim, 3, padding=1))
         self.patch_embed = nn.ModuleDict(dict(norm=nn.LayerNorm(dim)))
         drops = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
-        self.layers = nn.ModuleList(SwinGroup(dim, depth, heads, window, mlp_ratio, tokens, drops[sum(depths[:i]):])
+        self.layers = nn.ModuleList(SwinGroup(dim, depth, heads, window, mlp_ratio, tokens,
+                                              drops[sum(depths[:i]):sum(depths[:i + 1])])
                                     for i, depth in enumerate(depths))
         self.norm = nn.LayerNorm(dim)
         self.conv_after_body = nn.Conv2d(dim, dim, 3, padding=1)
@@ -621,11 +628,6 @@ class Split(nn.Module):
         return x if skip is None else torch.lerp(skip, x, self.fac.to(x.dtype))
 
 
-def zeroed(layer):
-    nn.init.zeros_(layer.weight)
-    return layer
-
-
 class HDiT(nn.Module):
     """Hourglass diffusion transformer: velocity of x (B, C, H, W) at time t (B,), same shape [arXiv 2401.11605; PMRF].
 
@@ -674,7 +676,7 @@ class HDiT(nn.Module):
         for level, split, skip in reversed(list(zip(self.up_levels, self.splits, skips))):
             x, grid = split(x, grid, skip), (grid[0] * 2, grid[1] * 2)
             x = self.run_level(level, x, c, grid)
-        x = self.patch_out(self.out_norm(x), grid)  # (B, H * W * C), pixels row by row
+        x = self.patch_out(self.out_norm(x), grid)                           # (B, H W, C), pixels row by row
         return x.view(shape[0], *shape[-2:], shape[1]).movedim(-1, 1)
 
     def run_level(self, level, x, c, grid):
@@ -766,17 +768,20 @@ def posterior_mean(mmse, lq):
     return mmse(lq * 0.5 + 0.5).clamp(0, 1) * 2 - 1
 
 
-def latent_source(vae, estimate, sample: bool, noise):
-    """E(estimate): a draw of q(z | estimate), or its mean. Of x_hat it is option 2 of Eq. 4: D(E(x_hat)) errs as the VAE does.
+def latent_source(vae, x, sample: bool, noise):
+    """E(x): a draw of q(z | x), or its mean. Of x_hat it is the flow's source [Eq. 4, option 2], of the clean face its end.
 
-    noise(like) draws N(0, 1). DIFFERS: as the authors' code a draw, to which noise of std 0.1 is added; the paper says E(x_hat).
+    noise(like) draws N(0, 1). DIFFERS: the paper says E(x_hat), the authors' code draws. The caller adds `source_noise`.
     """
-    mean, logvar = vae.encode(estimate)
+    mean, logvar = vae.encode(x)
     return mean + (0.5 * logvar).exp() * noise(mean) if sample else mean
 
 
 def flow_source(nets, cfg, lq, noise):
-    """z0 before its noise, and the posterior mean (B, 3, S, S) if it comes from one. `noise(like)` draws N(0, 1)."""
+    """(z0, estimate): the source before its noise, and the posterior mean (B, 3, S, S), which option 1 never makes: None.
+
+    `noise(like)` draws N(0, 1).
+    """
     if cfg.source == "latent_mean":  # [Eq. 4, option 1]: E[Z_1 | y] from a network trained on latents
         return nets["mmse"](lq * 0.5 + 0.5), None
     estimate = posterior_mean(nets["mmse"], lq)
@@ -799,7 +804,7 @@ def restore(nets, cfg, lq, noise, steps: int):
 # ------------------------------------------------------------------------------------------------ training
 
 def train_vae(cfg, run, faces, nets):
-    """Stage 1: Sim-VAE on clean crops, without autocast. A sample of the posterior is decoded, not its mean [Eq. 6].
+    """Stage 1: Sim-VAE on clean crops, without autocast. UNSTATED: a draw of q(z | x) is decoded, as in the authors' code.
 
     DIFFERS: AdamW (0.9, 0.99) with weight decay 0.01 and gradients clipped at 1, as the authors' code; the paper says
     Adam with its defaults. On a GPU TF32 multiplies, which they turn off.
@@ -824,13 +829,14 @@ def train_vae(cfg, run, faces, nets):
             z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
             loss, parts = vae_loss(vae.decode(z), hq, mean, logvar, perceptual, cfg.perceptual_weight, cfg.kl_weight)
             (loss / cfg.gradient_accumulation_steps).backward()    # micro-batches add up their gradients
+            run.note(loss=loss, **parts)
         run.average_gradients(modules)
         grad_norm = nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = cfg.vae_learning_rate * factor(step)
         optimizer.step()
         ema.update(step)
-        run.log("vae", step, loss=loss, **parts, grad_norm=grad_norm)  # stops a run whose loss is not finite
+        run.log("vae", step, grad_norm=grad_norm)                  # stops a run whose loss is not finite
         run.save("vae", step, modules, ema, optimizer)             # every --checkpointing_steps
 
     vae.load_state_dict(ema["vae"])
@@ -855,13 +861,14 @@ def train_mmse(cfg, run, faces, nets):
             else:
                 loss = mmse_loss(estimate, hq * 0.5 + 0.5)
             (loss / pieces).backward()
+            run.note(mse=loss)
         run.average_gradients(modules)
         grad_norm = nn.utils.clip_grad_norm_(mmse.parameters(), cfg.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = cfg.mmse_learning_rate * factor(step)
         optimizer.step()
         ema.update(step)
-        run.log("mmse", step, mse=loss, grad_norm=grad_norm)
+        run.log("mmse", step, grad_norm=grad_norm)
         run.save("mmse", step, modules, ema, optimizer)
 
     mmse.load_state_dict(ema["mmse"])
@@ -882,10 +889,10 @@ def train_flow(cfg, run, faces, nets):
         # The two ends of the path: t = 0 a noisy latent of the posterior mean, t = 1 a latent of the clean face
         with torch.no_grad(), run.autocast():
             z0, _ = flow_source(nets, cfg, batch["lq"], torch.randn_like)
-            hq = batch["hq"]
-            z1 = hq * 0.5 + 0.5
             if cfg.space == "latent":
-                z1 = latent_source(nets["vae"], hq, cfg.source_sample, torch.randn_like)
+                z1 = latent_source(nets["vae"], batch["hq"], cfg.source_sample, torch.randn_like)
+            else:                                                  # PMRF
+                z1 = batch["hq"] * 0.5 + 0.5
         z0 = z0.float() + cfg.source_noise * torch.randn_like(z0, dtype=torch.float32)
         t = stratified_time(len(z0), run.rank, run.world).to(run.device)
 
@@ -895,13 +902,14 @@ def train_flow(cfg, run, faces, nets):
             with run.autocast():
                 loss = cfm_loss(lambda z, when: flow(z, when).float(), a, b, s)              # [Eq. 3, 5]
             (loss / pieces).backward()
+            run.note(cfm=loss)
         run.average_gradients(modules)
         grad_norm = nn.utils.clip_grad_norm_(flow.parameters(), cfg.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = cfg.learning_rate * factor(step)
         optimizer.step()
         ema.update(step)
-        run.log("flow", step, cfm=loss, grad_norm=grad_norm)
+        run.log("flow", step, grad_norm=grad_norm)
         run.save("flow", step, modules, ema, optimizer)
 
     flow.load_state_dict(ema["flow"])
@@ -912,9 +920,10 @@ def stages_of(cfg) -> list:
     return ["mmse", "flow"] if cfg.space == "pixel" else ["vae", "mmse", "flow"]
 
 
-def stands_on(cfg, part: str) -> list:
+def built_on(cfg, part: str) -> list:
     """The parts that are trained on top of `part`: always the flow; the posterior mean if it predicts latents of the VAE."""
-    return ["flow"] * (part != "flow") + ["mmse"] * (part == "vae" and cfg.source == "latent_mean")
+    later = [] if part == "flow" else ["flow"]
+    return [*later, "mmse"] if part == "vae" and cfg.source == "latent_mean" else later
 
 
 def train(cfg: Train) -> None:
@@ -935,7 +944,7 @@ def train(cfg: Train) -> None:
         {"vae": train_vae, "mmse": train_mmse, "flow": train_flow}[stage](cfg, run, faces, nets)
         nets[stage].eval().requires_grad_(False)
         given = [s for s in stages if getattr(cfg, s, "")]         # by --vae or --mmse: `sample` wants them too
-        run.finish(stage, {s: nets[s].state_dict() for s in (*given, stage)}, later=stands_on(cfg, stage))
+        run.finish(stage, {s: nets[s].state_dict() for s in (*given, stage)}, later=built_on(cfg, stage))
         done = [s for s in stages if s in (*done, stage)]
         if run.main:
             found = restore_held_out(cfg, run, {s: nets[s] for s in done}, held.held_out(8))
@@ -952,7 +961,8 @@ def build(cfg, part: str) -> nn.Module:
     if part == "vae":
         return SimVAE(cfg.latent_channels, **sizes["vae"], **VAE_STYLES[cfg.vae_style])
     if part == "mmse":
-        sizes = dict(sizes["mmse"], tokens=cfg.image_size // sizes["mmse"]["unshuffle"])
+        sizes = dict(sizes["mmse"])
+        sizes |= dict(tokens=8 * -(-cfg.image_size // sizes["unshuffle"] // 8))              # padded to whole windows of 8
         if cfg.source == "latent_mean":
             sizes |= dict(residual=False, latent_channels=cfg.latent_channels)
         return SwinIR(**sizes)
@@ -963,15 +973,18 @@ def build(cfg, part: str) -> nn.Module:
 
 def take_networks(cfg, run, nets: dict) -> list:
     """Fill `nets` with what --vae and --mmse name and with what --output holds already; returns the names of those."""
-    done = []
+    done, new = [], set(nets)                                      # new: trained now, or given and not that of --output
     for part in nets:
         path = run.part(part)
-        stale = any(part in stands_on(cfg, other) for other in nets if other not in done)   # trained on a part that is gone
         if getattr(cfg, part, ""):
             nets[part] = load_part(cfg, part, getattr(cfg, part))
-        elif path and not stale:
+            before = read_weights(path) if path else {}
+            if all(torch.equal(tensor, before.get(name, tensor)) for name, tensor in nets[part].state_dict().items()):
+                new.discard(part)
+        elif path and not any(part in built_on(cfg, other) for other in new):
             load_strict(nets[part], read_weights(path), path)
-        elif cfg.stage in stands_on(cfg, part):
+            new.discard(part)
+        elif cfg.stage in built_on(cfg, part):
             raise UserError(f"--stage {cfg.stage} needs {part}: train it first (--stage {part}), or give --{part}")
         else:
             continue
@@ -983,7 +996,7 @@ def load_part(cfg, part: str, where: str) -> nn.Module:
     """A released Sim-VAE or SwinIR, or that of another run's folder, in place of one that is trained here."""
     path = Path(where) / f"{part}.safetensors"
     if part == "mmse":
-        return load_swinir(build(cfg, "mmse"), path if path.exists() else where)
+        return load_swinir(build(cfg, "mmse"), path if Path(where).is_dir() else where)
     if path.exists():
         _, before = open_run(where, Train)
         if before and before.vae_style != cfg.vae_style:                   # some styles have the same names
@@ -994,6 +1007,9 @@ def load_part(cfg, part: str, where: str) -> nn.Module:
     vae = load_sim_vae(where)
     if vae.decoder.conv_in.in_channels != cfg.latent_channels:
         raise UserError(f"--vae {where}: set --latent_channels {vae.decoder.conv_in.in_channels}, which it has")
+    have, want = ([tensor.shape for tensor in net.state_dict().values()] for net in (vae, build(cfg, "vae")))
+    if cfg.vae_style != "sim" or have != want:
+        raise UserError(f"--vae {where}: a release has --vae_style sim, and other sizes than --size {cfg.size}")
     return vae
 
 
@@ -1038,9 +1054,9 @@ def load_pmrf(where: Path) -> dict:
         own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
         load_strict(nets[part], own, f"--checkpoint {where}, {prefix}*")
     average = average.get("shadow_params") if isinstance(average, dict) else average
-    own = list(nets["flow"].parameters())
-    for parameter, shadow in zip(own, average or own, strict=True):
-        parameter.data.copy_(shadow.view_as(parameter))
+    if average:
+        for parameter, shadow in zip(nets["flow"].parameters(), average, strict=True):
+            parameter.data.copy_(shadow.view_as(parameter))
     return nets
 
 
