@@ -28,8 +28,9 @@ Read first: `train_onestep`, then what it calls: `make_prompt`, `restore_latent`
 sampler is `restore`. HonestFace's own modules are the FFE, the FIE and `PromptFusion`; the VRE is OSDFace's. Run `python
 honestface.py train` (toy faces, CPU, minutes) or `train --preset paper --data PEOPLE --osdface FOLDER --face_networks FOLDER`,
 then `sample -i LQ --reference PHOTOGRAPHS`. PEOPLE of the paper: Reface-HQ's training set and the last 905 identities of
-CelebRef-HQ, 512 px [sec. 4.1]. Left out: the PatchGAN of OSDFace's first stage, the metric MS-SWD. UNSTATED: the paper is
-silent, and what follows is our choice or its source. DIFFERS: we depart from the paper. TYPO: the paper errs.
+CelebRef-HQ, 512 px [sec. 4.1]. Left out: the PatchGAN of OSDFace's first stage, CLIP-IQA, MANIQA, MUSIQ, MS-SWD.
+UNSTATED: the paper is silent, and what follows is our choice or its source. DIFFERS: we depart from the paper. TYPO: the
+paper errs.
 """
 import copy
 import dataclasses
@@ -71,8 +72,8 @@ SIZES = {
 @dataclass(frozen=True)
 class Train(TrainFlags):
     """Train the prompt's encoder and the one-step restorer, then restore held-out faces."""
-    # The values are the paper's [sec. 4.1] where no comment says otherwise; TOY_VALUES below are the toy's. UNSTATED and
-    # inherited from TrainFlags: bf16, clipping of gradients, constant rate, weight decay.
+    # The values are the paper's [sec. 4.1] where no comment says otherwise; TOY_VALUES below are the toy's. UNSTATED: bf16,
+    # clipping and constant rate of TrainFlags; weight decay 0.01 of `make_optimizer`; the betas.
     output: str = "runs/honestface"        # folder for weights, checkpoints, log and pictures
     stage: typing.Literal["all", "vre", "onestep"] = "all"  # one stage, or all in order
     size: typing.Literal["toy", "paper"] = "paper"  # of the networks, see SIZES
@@ -144,7 +145,7 @@ def forward_diffuse(z0, noise, alpha_bar):
 def predict_clean(z_l, noise_prediction, alpha_bar):
     """z_0^ = (z_t - sqrt(1 - alpha_bar) eps^) / sqrt(alpha_bar)   [Eq. 2], with z_t given as z_l. It undoes `forward_diffuse`.
 
-    At T_L = 399 alpha_bar is 0.426. eps = 0 multiplies the latent by 1.53: too bright. eps = 0.458 z_L returns z_L unchanged.
+    At T_L = 399 alpha_bar is 0.426. eps = 0 multiplies the latent by 1.53: too much contrast. eps = 0.458 z_L returns z_L.
     """
     a = torch.as_tensor(alpha_bar, device=z_l.device)
     a = a.view(-1, 1, 1, 1) if a.dim() == 1 else a
@@ -395,7 +396,7 @@ def select_reference(reference_landmarks, lq_landmarks, weights=None) -> int:
     known = reference_landmarks.isfinite().all((-1, -2))
     points = metrics.double(torch.where(known[:, None, None], reference_landmarks, 0))
     distance = metrics.affine_landmark_distance(points, metrics.double(lq_landmarks).expand_as(points), weights)
-    return int(torch.where(known.to(distance.device), distance, math.inf).nan_to_num(math.inf).argmin())
+    return int(torch.where(known.to(distance.device), distance, math.inf).argmin())
 
 
 def eye_boxes(landmarks, size: int):
@@ -480,7 +481,7 @@ class FaceIdentityEncoder(nn.Module):
         present = mask.any(1)[:, None, None]
         weights = scores.masked_fill(~present, 0).softmax(-1)
         pooled = weights @ embeddings.masked_fill(~mask[..., None], 0)                      # (B, tokens, id_dim)
-        tokens = self.norm(self.project(pooled) * pooled.shape[-1] ** 0.5 + self.slot)      # unit vectors -> values of about 1
+        tokens = self.norm(self.project(pooled) * pooled.shape[-1] ** 0.5 + self.slot)      # as large as slot
         return torch.where(present, tokens, self.null)
 
 
@@ -679,8 +680,8 @@ def mfa_mask(heatmaps, size: int, k: float = 10.0, eps: float = 1e-6):
     """Where the landmarks are: heatmaps (B, K, h, w) -> (B, 1, size, size) in [0, 1]   [Eq. 10-11]
 
     M_raw is the mean over the K maps. 1 - exp(-k M_raw) is then brought to [0, 1] per image; a constant map gives 0. The paper
-    says that k sharpens. The curve is concave, so it lifts weak responses. At k = 10 it is nearly straight: M_raw of the toy's
-    reader peaks at 0.05 to 0.08, and the mask is within 0.09 of M_raw brought to [0, 1].
+    says that k sharpens. The curve is concave, so it lifts weak responses. At k = 10 it is nearly straight: M_raw of degraded
+    toy faces peaks at 0.04 to 0.08, and the mask is within 0.1 of M_raw brought to [0, 1].
     """
     raw = F.interpolate(heatmaps.float().mean(1, keepdim=True), (size, size), mode="bilinear", align_corners=False)
     contrast = 1 - torch.exp(-k * raw)
@@ -746,8 +747,8 @@ def restore(nets, cfg, face_nets, lq, references, present, noise=torch.randn_lik
 def other_photographs(faces, batch, count: int) -> tuple:
     """Other photographs of each person of a batch: images (B, count, 3, S, S), present (B, count). Never the face itself.
 
-    DIFFERS: where attributes.csv is there, those that share most attributes with the clean face come first, as in an album
-    of one time.
+    DIFFERS: where attributes.csv is there, those that share most attributes with the clean face come first, as if all were
+    taken at about the same time.
     """
     labels = faces.labels.get("attributes", torch.zeros(len(faces), 12)).nan_to_num(0.5)
     images = torch.zeros(len(batch["hq"]), count, *batch["hq"].shape[1:])
@@ -775,8 +776,8 @@ def with_references(faces, cfg, *which) -> dict:
 def train_vre(cfg, run, faces, nets, face_nets):
     """Stage 1: autoencoders of clean and of degraded faces. In the second half their features must find each other [OSDFace].
 
-    DIFFERS: one run. OSDFace has three (clean, degraded, degraded with association: 70 epochs), a PatchGAN, and DAEFR's betas
-    (0.5, 0.9).
+    DIFFERS: one run. OSDFace has three: clean, degraded, degraded with association; 70 epochs. No PatchGAN. Betas (0.9, 0.95),
+    not DAEFR's (0.5, 0.9).
     """
     torch.manual_seed(cfg.seed)                                   # the same initial weights whatever was done before
     clean, degraded = (VQAutoencoder(**SIZES[cfg.size]["vre"]).to(run.device) for _ in range(2))
@@ -803,13 +804,14 @@ def train_vre(cfg, run, faces, nets, face_nets):
             if 2 * step >= steps:
                 losses["association"] = association_loss(*features, scale[0])
             (sum(losses.values()) / pieces).backward()
+            run.note(**losses)
         run.average_gradients(modules)
         grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = cfg.vre_learning_rate * factor(step)
         optimizer.step()
         ema.update(step)
-        run.log("vre", step, **losses, grad_norm=grad_norm)
+        run.log("vre", step, grad_norm=grad_norm)
         run.save("vre", step, modules, ema, optimizer)
 
     degraded.load_state_dict(ema["degraded"])
@@ -849,7 +851,8 @@ def train_onestep(cfg, run, faces, nets, face_nets):
             z_l, z_h = (encode(vae, batch[name], torch.randn_like) for name in ("lq", "hq"))
             mask = torch.zeros_like(batch["lq"][:, :1]) if cfg.mfa == "none" else \
                 mfa_mask(face_nets.detector.heatmaps(batch["lq"]), cfg.image_size)                   # [Eq. 10-11]
-        t = torch.randint(len(bars), (len(z_h),), device=run.device)      # UNSTATED: all steps alike
+        # UNSTATED: t is uniform; all three latents that D sees share it, each has its own noise
+        t = torch.randint(len(bars), (len(z_h),), device=run.device)
         noise = torch.randn(3, *z_h.shape, device=run.device)
         count = torch.randint(1, MAX_REFERENCES + 1, (len(z_h), 1), device=run.device)
         count *= torch.rand(len(z_h), 1, device=run.device) >= 0.1        # UNSTATED: a tenth of the faces gets no photograph
@@ -858,7 +861,8 @@ def train_onestep(cfg, run, faces, nets, face_nets):
         optimizer.zero_grad()
         optimizer_d.zero_grad()
         for i in torch.arange(len(z_h), device=run.device).chunk(pieces):
-            # The restorer's turn: one step, then gradients also pass through the frozen discriminator
+            # The restorer's turn: one step, then gradients also pass through the frozen discriminator. UNSTATED: they reach
+            # the prompt through the restored latent alone, not through D's own reading of p
             t_i, alpha_bar, eps = t[i], bars[t[i]], noise[:, i]
             with run.autocast():
                 p = make_prompt(nets, face_nets, batch["lq"][i], batch["references"][i], present[i])
@@ -880,6 +884,7 @@ def train_onestep(cfg, run, faces, nets, face_nets):
                     fake = discriminator(forward_diffuse(z_hat.detach(), eps[2], alpha_bar), t_i, p.detach())
                 losses["discriminator"] = discriminator_loss(real.float(), fake.float())               # [Eq. 5]
                 (losses["discriminator"] / pieces).backward()
+            run.note(**losses)
         run.average_gradients(modules)
         grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
         nn.utils.clip_grad_norm_(parameters_d, cfg.max_grad_norm)
@@ -888,7 +893,7 @@ def train_onestep(cfg, run, faces, nets, face_nets):
                 group["lr"] = rate * factor(step)
             one.step()
         ema.update(step)
-        run.log("onestep", step, **losses, grad_norm=grad_norm)
+        run.log("onestep", step, grad_norm=grad_norm)
         run.save("onestep", step, modules, ema, optimizer, optimizer_d)
 
     load_trained(unet, ema["unet"], "unet")
@@ -958,7 +963,7 @@ class ReaderDISTS(metrics.DISTS):
         return [x] + [stage.float() for stage in self.reader.stages(x * 2 - 1)]
 
 
-# Released face networks by the names of their files, as in `metrics.py --weights`.
+# Released face networks by the names of their files.
 FACE_FILES = {"arcface": "*arcface*ir*", "adaface": "*adaface*", "fan": "*WFLW_4HG*", "vgg": "vgg16*",
               "dists": "*dists*|*DISTS*|weights.pt"}
 
@@ -1041,7 +1046,10 @@ def load_onestep(nets, folder, rank: int) -> None:
 
 
 def read_unet_lora(path: str) -> dict:
-    """{name of a parameter of `add_lora`: tensor} of a file in peft's names (lora_A, lora_B) or diffusers' older (down, up)."""
+    """{name of a parameter of `add_lora`: tensor} of a file in peft's names (lora_A, lora_B) or diffusers' older (down, up).
+
+    unet.X.lora_A.weight and unet.X.lora.down.weight become X.lora_A.weight. The file's own scale is not read: alpha = rank.
+    """
     pattern = r"(?:base_model\.model\.)?(?:unet\.)?(.+?)\.lora[_.](A|B|down|up)(?:\.\w+)?\.weight"
     new = lambda match: f"{match[1]}.lora_{dict(down='A', up='B').get(match[2], match[2])}.weight"
     return {re.sub(pattern, new, name): tensor for name, tensor in read_weights(path).items()}
@@ -1131,6 +1139,7 @@ def report(cfg, run, held, nets, face_nets) -> None:
     columns = {name: images[name] for name in ("lq", "no reference", "restored_faces") if name in images}
     columns |= {"reference": album[:, 0], "hq": hq} if cfg.ide != "none" else {"hq": hq}
     protocol = metrics.toy_protocol(held.folder, cfg.degradation, len(hq), cfg.readers)
+    protocol["dists_toy"] = "DISTS' form on the features of the same reader"
     run.report(rows, columns, nets, faces=len(hq), protocol=protocol)
 
 

@@ -93,8 +93,8 @@ class Train(TrainFlags):
     mmse_learning_rate: float = 5e-4       # PMRF, constant
     flow_steps: int = 400_000              # of the flow
     learning_rate: float = 5e-4            # of the flow, constant
-    source_noise: float = 0.1              # sigma_s: noise on the source; DIFFERS: a test file of the authors, the paper adds none
-    source_sample: bool = True             # z0 is a draw of q(z | x_hat), not its mean; DIFFERS: authors' code. UNSTATED: so is z1
+    source_noise: float = 0.1              # sigma_s: noise on the source; DIFFERS: authors' file, the paper adds none
+    source_sample: bool = True             # z0 draws from q(z | x_hat); DIFFERS: authors' code. UNSTATED: so does z1
     num_inference_steps: int = 25          # Euler steps of the faces restored at the end [sec. 3.3]
 
 
@@ -1066,7 +1066,7 @@ def load_pmrf(where: Path) -> dict:
 def restore_held_out(cfg, run, nets, batch) -> dict:
     """What the finished networks make of held-out faces: {name: (N, 3, S, S) on the CPU}, in batches.
 
-    `latents` (N, c, h, w) and `reconstruction` are of the clean faces, `bound` is the posterior mean coded and decoded [Eq. 4, option 2].
+    `latents` (N, c, h, w) and `reconstruction` are of the clean faces, `bound` is the posterior mean coded and decoded.
     """
     rng, found = torch.Generator().manual_seed(cfg.seed), {"lq": [batch["lq"]]}
     noise = lambda like: torch.randn(like.shape, generator=rng).to(like)

@@ -214,8 +214,8 @@ def mmd_rbf(x, y, sigma=10.0, scale=1000.0):
 
 # ------------------------------------------------------------------------------------------------ faces
 
-# WFLW-98 indices; "left" is the left of the picture. UNSTATED: HonestFace says eyes, eyebrows and mouth border, not which
-# points. 34 for eyes and brows and 20 for the mouth reproduce the ratio of its two A-LD columns, the root of Eq. 14 their size.
+# WFLW-98 indices; "left" is the left of the picture. UNSTATED: which points are HonestFace's eyes, eyebrows and mouth border;
+# here all 34 of eyes and brows and all 20 of the mouth. Only the root of Eq. 14 is as small as the two A-LD columns in print.
 EYES_AND_BROWS = tuple(range(33, 51)) + tuple(range(60, 76))
 MOUTH = tuple(range(76, 96))
 LEFT_EYE, RIGHT_EYE = tuple(range(60, 68)), tuple(range(68, 76))
@@ -240,8 +240,8 @@ def landmark_distance(a, b):
 
 def affine_solution(L, H, weights):
     """Minimise Eq. 14 -> M (..., 2, 2), centres of L, H (..., 1, 2), weights (..., K), residuals; float64.
-    The map is h = M (l - centre_l) + centre_h. In pixels the matrix that Eq. 15 inverts has condition 1e7; with points
-    centred and scaled it has about 25. The pseudo-inverse serves where the map is not unique."""
+    The map is h = M (l - centre_l) + centre_h. In pixels the matrix that Eq. 15 inverts has condition 1e7 to 1e8; with
+    points centred and scaled about 10. The pseudo-inverse serves where the map is not unique."""
     tolerance = 1e-9 if L.dtype == torch.float64 else 1e-5        # below: rounding of L
     L, H = double(L), double(H)
     w = torch.ones(()) if weights is None else torch.as_tensor(weights)
@@ -343,13 +343,13 @@ class ArcFaceGray(nn.Module):
         self.prelu, self.maxpool = nn.PReLU(), nn.MaxPool2d(2)
         for k, (width, out) in enumerate(((64, 64), (64, 128), (128, 256), (256, 512)), 1):
             self.add_module(f"layer{k}", nn.Sequential(GrayBlock(width, out, 1 if k == 1 else 2), GrayBlock(out, out, 1)))
-        self.bn4, self.dropout = nn.BatchNorm2d(512), nn.Dropout()
+        self.bn4 = nn.BatchNorm2d(512)
         self.fc5, self.bn5 = nn.Linear(512 * 8 * 8, 512), nn.BatchNorm1d(512)
 
     def forward(self, x):
         x = self.maxpool(self.prelu(self.bn1(self.conv1(x))))                                # (B, 64, 64, 64)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))                            # (B, 512, 8, 8)
-        return self.bn5(self.fc5(self.dropout(self.bn4(x)).flatten(1)))
+        return self.bn5(self.fc5(self.bn4(x).flatten(1)))
 
     def embed(self, x):
         """(B, 3, S, S) aligned faces in [-1, 1] -> (B, 512) unit vectors; whole, grey, at 128 px [VQFR]."""
@@ -389,8 +389,8 @@ class IResNet(nn.Module):
     """IR-18/34/50/101 of AdaFace and TFace: (B, 3, 112, 112) in [-1, 1] -> (B, 512), not normalised.
 
     bgr: AdaFace's weights expect BGR, ArcFace's RGB. The wrong order costs accuracy without any error, so it is an argument.
-    layout "ir" or "ir_se": InsightFace_Pytorch's, without the block's middle norm, and with gates: IR-SE-50, which facexlib
-    has (recognition_arcface_ir_se50.pth).
+    layout "ir": InsightFace_Pytorch's, without the norm in the middle of a block. "ir_se": the same with squeeze-and-excite
+    gates, IR-SE-50, which facexlib has (recognition_arcface_ir_se50.pth).
     """
     UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 101: (3, 13, 30, 3)}
 
@@ -530,7 +530,7 @@ class FAN98(nn.Module):
         return self(bilinear(x, 256) * 0.5 + 0.5)
 
     def landmarks(self, x):
-        """(B, 3, S, S) faces in [-1, 1] -> (B, 98, 2) pixels of x, on a grid of S / 256 px; no gradient."""
+        """(B, 3, S, S) faces in [-1, 1] -> (B, 98, 2) pixels of x, on a grid of S / 128 px; no gradient."""
         return decode_heatmaps(self.heatmaps(x), tuple(x.shape[-2:]))
 
 
@@ -608,15 +608,15 @@ class FaRLAttributes(nn.Module):
         return F.grid_sample(x * 0.5 + 0.5, grid, align_corners=False)
 
     def probabilities(self, x):
-        """(B, 3, S, S) FFHQ-aligned faces in [-1, 1] -> (B, 40) in [0, 1]; ATTRIBUTES holds indices of 12."""
+        """(B, 3, S, S) FFHQ-aligned faces in [-1, 1] -> (B, 40) in [0, 1]; `common.ATTRIBUTES` holds indices of 12."""
         mean, std = x.new_tensor(self.CLIP).view(2, 3, 1, 1)
         return self((self.canvas(x) - mean) / std).sigmoid()
 
 
 class FIDInception(nn.Module):
     """Inception v3 with FID's own weights (pt_inception-2015-12-05-6726825d.pth): (B, 3, H, W) in [0, 1] -> (B, 2048).
-    TensorFlow's network of 2015 differs from torchvision's in the pooling branches: averages leave the padding out, and the
-    last block takes the maximum. That branch, the last of each block, is replaced. clean-fid's resizing to 299 px."""
+    TensorFlow's network of 2015 differs from torchvision's in the last branch of every block: averages leave the padding out,
+    and the last block takes the maximum. clean-fid's resizing to 299 px."""
 
     def __init__(self, path):
         super().__init__()
@@ -729,7 +729,7 @@ class FaceReader(nn.Module):
         """(B, 98, 32 * 32) -> (B, 98, 2): the mean of each distribution, 0..1 of width and height."""
         shares = logits.softmax(-1).unflatten(2, (self.GRID, self.GRID))
         cells = (torch.arange(self.GRID, device=logits.device) + 0.5) / self.GRID
-        return torch.stack([(shares.sum(2) * cells).sum(-1), (shares.sum(3) * cells).sum(-1)], -1)  # not in bf16
+        return torch.stack([(shares.sum(2) * cells).sum(-1), (shares.sum(3) * cells).sum(-1)], -1)  # no @: bf16
 
     def forward(self, x) -> Reading:
         stages = self.stages(x)
@@ -754,10 +754,6 @@ class FaceReader(nn.Module):
     def probabilities(self, x):
         """-> (B, 12) in 0..1, order of ATTRIBUTES."""
         return self.attributes(self.stages(x)[4].flatten(1)).sigmoid()
-
-    def quality(self, x):
-        """-> (B,) in 0..1, higher is better: the guessed 1 - sqrt(1 - SSIM to the clean face)."""
-        return self.score(self.stages(x))
 
     def features(self, x):
         """-> (B, 10 w): what fid_toy compares."""
@@ -840,8 +836,10 @@ def toy_protocol(data, degradation, count, readers=""):
     by_reader = dict(
         fid=f"Frechet distance of pooled features to the same {count} clean faces", deg="angle between embeddings in degrees",
         lmd="mean distance of 98 points in pixels of the image", attr="share of 12 attributes read alike",
-        ald_e="root of HonestFace's Eq. 14, 34 points of eyes and brows, pixels", lpips="LPIPS' form on the reader's features",
-        ald_m="root of HonestFace's Eq. 14, 20 points of the mouth, pixels", quality="mean of the restored face, clean ones have 0.95")
+        ald_e="root of HonestFace's Eq. 14, 34 points of eyes and brows, pixels of the image",
+        lpips="LPIPS' form on the reader's features",
+        ald_m="root of HonestFace's Eq. 14, 20 points of the mouth, pixels of the image",
+        quality="guess of 1 - sqrt(1 - SSIM to the clean face)")
     return dict(
         faces=f"{count} held-out faces of {data or 'the toy world'}", degradation=degradation,
         psnr="RGB, 8 bits", psnr_gain="PSNR minus the PSNR of the degraded face",
