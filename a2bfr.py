@@ -6,11 +6,12 @@ degraded image. A LoRA acts on those tokens alone (OminiControl). The degraded i
 the text says, so it would ignore the text. Two losses make it listen. Attribute-aware learning (AAL): the attribute-aware
 encoder (AAE) reads the one-step clean image. Semantic dual-training (SDT): two faces that differ in one attribute share the
 degraded image (and here the time and the noise), so where the noise hides the clean face only the prompt tells them apart.
+Its loss keeps the two scores of that attribute a margin apart.
 
     paper            name here          shape           range    meaning
     I_LQ, I_GT       lq, hq             (B, 3, S, S)    [-1, 1]  degraded and clean face; hq_tar is the clean face of T_tar
-    Z_0              z0                 (B, N, C)       ~ N      packed latents of the clean face: N = (S / 16)^2, C = 64
-    eps              noise              (B, N, C)       N(0, 1)  (the toy's factor is 8)
+    Z_0              z0                 (B, N, C)       about 1  packed latents of the clean face: N = (S / 16)^2, toy (S / 8)^2
+    eps              noise              (B, N, C)       N(0, 1)
     Z_t              z_t                (B, N, C)                (1 - t) z_0 + t eps
     t                t                  (B,)            [0, 1]   1 is noise, 0 is clean
     V                velocity           (B, N, C)                predicts eps - z_0
@@ -48,13 +49,13 @@ from typing import NamedTuple
 
 # common comes first: it sets up OpenMP before torch is imported
 from common import (ATTRIBUTES, EMA, SIBLINGS, TOY, Faces, Run, SampleFlags, TrainFlags, UserError, command_line, from_folder,
-                    load_trained, lr_schedule, make_optimizer, mix, open_faces, open_run, read_lora, restore_folder, verbalise)
+                    load_trained, lr_schedule, make_optimizer, mix, open_faces, open_run, read_lora, restore_folder, verbalise,
+                    write_image)
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 import metrics
@@ -65,6 +66,7 @@ SHOWN = {"template": TEMPLATE, "smiling": "a photo of a smiling person",  # titl
          "older, serious": "a photo of an older serious person",
          "eyeglasses": "a photo of a person, wearing eyeglasses",
          "blond, bangs": "a photo of a person with blond hair and bangs", "hat": "a photo of a person, wearing a hat"}
+NEEDS = ("attributes", "identity")  # labels that the reader that measures must have been trained on
 READ_UNTIL = 0.9  # UNSTATED: the encoder reads one-step faces of t <= 0.9; above they are too blurred to read
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -83,7 +85,7 @@ class Train(TrainFlags):
     stage: typing.Literal["all", "lora"] = "all"  # there is one stage
     batch_size: int = 1                    # pairs per process and micro-batch
     max_train_steps: int = 60_000          # optimiser steps
-    farl: str = ""                         # face_attribute.farl.celeba.pt: the paper's encoder (default: reader_a, for toy faces)
+    farl: str = ""                         # face_attribute.farl.celeba.pt: the paper's encoder (default: reader_a)
     rank: int = 64                         # of the LoRA
     lora_alpha: float = 0.0                # 0: scale 1, as the release; else lora_alpha / rank. DIFFERS: paper 4
     optimizer: typing.Literal["prodigy", "adamw", "muon"] = "prodigy"  # of the LoRA
@@ -96,15 +98,15 @@ class Train(TrainFlags):
     attribute_weight: float = 0.3          # UNSTATED: lambda of Eq. 3; 0 switches attribute-aware learning off
     dual_training: bool = True             # both faces of a pair, or one of them with its own prompt
     dual_weight: float = 0.3               # UNSTATED: alpha of Eq. 6
-    dual_margin: float = 0.5               # UNSTATED: m of Eq. 5; signed: at most what the two clean faces differ
+    dual_margin: float = 0.5               # UNSTATED: m of Eq. 5; DIFFERS: signed, at most what the clean faces differ
     dual: typing.Literal["signed", "abs"] = "signed"  # DIFFERS: signed: the gap points where the prompts ask; abs: as printed
     drop_text: float = 0.01                # share of pairs without prompts; "dropout 0.01", read as OminiControl's two
     drop_condition: float = 0.01           # share of pairs whose degraded image is black
-    time_shift: float = 1.0                # s of `draw_times`; 1 as OminiControl, more draws more noise
+    time_shift: float = 1.0                # s of `draw_times`; 1 as OminiControl, more: times nearer to noise
     num_inference_steps: int = 28          # Euler steps; UNSTATED: the release's
-    guidance_scale: float = 3.5            # embedded guidance; UNSTATED: how much, release 3.0
-    true_cfg_scale: float = 1.0            # away from the negative prompt, a forward more; UNSTATED: off
-    image_guidance_scale: float = 1.0      # away from a black degraded image, a forward more; UNSTATED: off
+    guidance_scale: float = 3.5            # embedded, our reading of "CFG enabled"; UNSTATED: how much, release 3.0
+    true_cfg_scale: float = 1.0            # away from the negative prompt, one more pass a step; off: see guidance_scale
+    image_guidance_scale: float = 1.0      # away from a black degraded image, one more pass a step; ours, off
     validation_faces: int = 16             # held-out pairs restored and measured at the end; paper 1,200
 
 
@@ -127,10 +129,10 @@ class Sample(SampleFlags):
     lora: str = ""                         # LoRA file, folder or hub id instead of a run: the release is thetrigger/A2BFR
     num_inference_steps: int = 0           # Euler steps (0: as trained; with --lora 28)
     guidance_scale: float = 0.0            # embedded guidance (0: as trained; with --lora 3.0)
-    true_cfg_scale: float = 0.0            # away from --negative_prompt, a forward more (1: off, 0: as trained)
-    image_guidance_scale: float = 0.0      # away from a black degraded image, a forward more (1: off, 0: as trained)
+    true_cfg_scale: float = 0.0            # away from --negative_prompt, a pass more (1: off, 0: as trained)
+    image_guidance_scale: float = 0.0      # away from a black degraded image, a pass more (1: off, 0: as trained)
     image_size: int = 0                    # side of the network's square (0: as trained; with --lora 512)
-    mixed_precision: typing.Literal["", "no", "bf16"] = ""  # autocast type (default: bf16 if trained so)
+    mixed_precision: typing.Literal["", "no", "bf16"] = ""  # autocast type (default: as trained; with --lora bf16)
 
 
 @dataclass(frozen=True)
@@ -379,7 +381,7 @@ class FluxText(nn.Module):
     pooled vector. UserError where the folder lacks one. What is longer than T5's tokenizer says (512 tokens) is cut.
     """
 
-    def __init__(self, where: str, device="cpu", dtype=torch.bfloat16):
+    def __init__(self, where: str, dtype=torch.bfloat16):
         super().__init__()
         from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
         part = functools.partial(from_folder, where=where, flag="pretrained_model_name_or_path")
@@ -388,7 +390,7 @@ class FluxText(nn.Module):
         self.clip = part(CLIPTextModel, subfolder="text_encoder", dtype=dtype)
         self.t5 = part(T5EncoderModel, subfolder="text_encoder_2", dtype=dtype)
         self.length = self.t5_words.model_max_length
-        self.to(device).eval().requires_grad_(False)
+        self.eval().requires_grad_(False)
 
     def encode(self, prompts: list):
         """-> text (B, L, 4096), pooled (B, 768)."""
@@ -415,7 +417,7 @@ class Prompt(NamedTuple):
 
 @functools.cache
 def compiled_velocity():
-    """What --compile takes: blocks of FLUX are functions here, so that no module's forward could be compiled."""
+    """What --compile compiles: FLUX's blocks are functions here, so there is no module's forward to compile."""
     return torch.compile(flux_velocity)
 
 
@@ -464,7 +466,8 @@ def dual_margin_loss(score_src, score_tar, margin, sign=None):
 
     DIFFERS: with sign (B,), +1 where the target has the attribute and -1 where the source has it, the gap must point
     that way: max(0, m - s (A_tar - A_src)). The printed absolute value is also satisfied by the wrong order, and pushes
-    there once the scores start out reversed. Equal once the order is right. sign None and one m for all = as printed.
+    there once the scores start out reversed. `pair_loss` also lets m be no more than the gap of the two clean faces. sign None
+    and one m for all = as printed.
     """
     gap = score_tar - score_src
     return F.relu(margin - (gap.abs() if sign is None else sign * gap)).mean()
@@ -491,10 +494,9 @@ def dual_training_loss(source, target, dual, dual_weight, backward=None):
     """L_total = L_AAL(src) + L_AAL(tar) + alpha L_dual [Eq. 6], and L_dual.
 
     source() and target() compute a branch: (loss, score); they draw nothing at random. dual(score_src, score_tar).
-    With `backward` the graphs of the two branches are never alive together: the target's score is found first without a
-    graph, the source is finished (`backward` is called on its share), then the target; what is returned holds the
-    target's share. The sum of the two gradients is exactly that of the whole, for one forward pass more (none without
-    a dual_weight).
+    With `backward` only one branch has a graph at a time. First comes the target's score without a graph. Then `backward` is
+    called on the source's share. What is returned is the target's share alone, on which the caller calls backward. The sum of
+    the two gradients is exactly that of the whole, for one forward pass more (none without a dual_weight).
     """
     if backward is None:
         (loss_src, a_src), (loss_tar, a_tar) = source(), target()
@@ -609,10 +611,10 @@ def flow_edit(velocity, x_src, source, target, sigmas, n_max, n_min=0, n_avg=1, 
     """Move x_src along V(target) - V(source), two velocities met at the same noise: no inversion [FlowEdit, Alg. 1].
 
     velocity(x, t (B,), prompt) with source and target as its prompts; sigmas (N + 1,) falling to 0. Of the N steps the
-    first N - n_max are skipped (less change), the last n_min are ordinary sampling with the target. `blend` in [0, 1],
-    a number or a map that broadcasts, is section 3.1's "controllable noise-blending"; UNSTATED: how, here
-    V = (1 - blend) V_source + blend V_target, so 0 changes nothing and 1 is FlowEdit. -> edited latents, float32.
-    generator: of the noise, or a list of one per row.
+    first N - n_max are skipped (less change), the last n_min are ordinary sampling with the target. `blend` in [0, 1] is
+    section 3.1's "controllable noise-blending", which interpolates noise maps by a formula of the supplement. DIFFERS: here
+    velocities are mixed, V = (1 - blend) V_source + blend V_target: 0 changes nothing, 1 is FlowEdit. -> edited latents,
+    float32. generator: of the noise, or a list of one per row.
     """
     x_src, steps = x_src.float(), len(sigmas) - 1
     n_max = min(n_max, steps)
@@ -687,9 +689,10 @@ class Pairs:
         self.faces, self.place = Faces(folder, size, degradation, files=files), {path: k for k, path in enumerate(files)}
 
     def read(self, rows: list, key: str, seeds) -> dict:
-        """hq and lq (B, 3, S, S) of the pictures that the rows name. UserError where one is damaged."""
+        """hq (B, 3, S, S), and lq of sources, of the pictures that the rows name. UserError where one is damaged."""
         places = [self.place[self.faces.folder / row[key]] for row in rows]
-        found = self.faces.batch(places, seeds)
+        degraded = key == "source" or self.faces.degradation.grey > 0            # a grey lq turns both faces grey
+        found = self.faces.batch(places, seeds, degraded)
         if found["place"].tolist() != places:
             raise UserError(f"{self.faces.folder}: a picture of pairs.jsonl cannot be read; take its line out")
         return found
@@ -853,6 +856,7 @@ def train_lora(cfg, run, pairs, nets, encoder):
             part = {key: value[i:i + cfg.batch_size] for key, value in batch.items()}
             loss, values = pair_loss(cfg, run, nets, encoder, part, backward if cfg.gradient_checkpointing else None)
             backward(loss)
+            run.note(**values)
         run.average_gradients(modules)
         grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
         for group in optimizer.param_groups:
@@ -860,8 +864,8 @@ def train_lora(cfg, run, pairs, nets, encoder):
         optimizer.step()
         ema.update(step)
         if cfg.optimizer == "prodigy":                             # its step size only grows
-            values["prodigy_d"] = torch.tensor(optimizer.param_groups[0]["d"])
-        run.log("lora", step, **values, grad_norm=grad_norm)
+            run.note(prodigy_d=torch.tensor(optimizer.param_groups[0]["d"]))
+        run.log("lora", step, grad_norm=grad_norm)
         run.save("lora", step, modules, ema, optimizer)
 
     prior.load_state_dict(ema["lora"], strict=False)               # the LoRA is all that ema holds
@@ -872,6 +876,7 @@ def train(cfg: Train) -> None:
     run = Run(cfg, SETTINGS)
     pairs, held = open_pairs(cfg)
     nets, encoder = load_networks(cfg, run.device), load_encoder(cfg, run.device)
+    metrics.load_reader("b", cfg.readers, NEEDS)                   # what it lacks is said now, not after the training
     torch.manual_seed(mix("lora", cfg.seed))
     add_condition_lora(nets["prior"], cfg.rank, cfg.lora_alpha or cfg.rank)
     nets["prior"].compiled = cfg.compile
@@ -903,7 +908,7 @@ def load_networks(cfg, device) -> dict:
     33 GB, and 42 while the paper's LoRA trains. cfg names the folder or hub id, the precision and the size of the faces.
     """
     dtype = torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32
-    text = FluxText(cfg.pretrained_model_name_or_path, device=device, dtype=dtype)
+    text = FluxText(cfg.pretrained_model_name_or_path, dtype)
     nets = dict(load_flux(cfg.pretrained_model_name_or_path, dtype), text=text)
     if cfg.image_size % nets["codec"].token:
         raise UserError(f"--image_size {cfg.image_size}: must be a multiple of {nets['codec'].token}, the side of a token")
@@ -917,7 +922,7 @@ def load_encoder(cfg, device):
     """
     if cfg.farl:
         return metrics.load_weights(metrics.FaRLAttributes(), cfg.farl).requires_grad_(False).to(device)
-    return metrics.load_reader("a", cfg.readers).to(device)
+    return metrics.load_reader("a", cfg.readers, ["attributes"]).to(device)
 
 
 def read_attributes(encoder, faces):
@@ -953,10 +958,14 @@ def lora_rank(path) -> int:
 # ------------------------------------------------------------------------------------------------ restore, measure
 
 
+def siblings(index: int) -> tuple:
+    """The group of SIBLINGS that attribute `index` belongs to, else itself alone."""
+    return next((group for group in SIBLINGS if index in group), (index,))
+
+
 def others_of(index: int) -> list:
     """Attributes that an edit of `index` should leave alone: all but itself and its siblings."""
-    group = next((group for group in SIBLINGS if index in group), (index,))
-    return [i for i in range(len(ATTRIBUTES)) if i not in group]
+    return [i for i in range(len(ATTRIBUTES)) if i not in siblings(index)]
 
 
 def in_batches(function, *columns, size: int):
@@ -996,8 +1005,9 @@ def restore_held_out(cfg, run, nets, lq, prompts: list):
 def report(cfg, run, held, nets) -> None:
     """Restore held-out faces under the prompts of the source, of the target and the template; measure them.
 
-    Row `edited` stands for Table 3's pipelines: restored with the template, then edited by FlowEdit with the same FLUX.
-    samples_prompts.png shows each face under the six prompts of SHOWN, as Figure 6.
+    Row `edited` stands for Table 3's pipelines: restored, then edited by FlowEdit with the same FLUX. DIFFERS: restored with
+    the template; section 5.3 gives all methods T_tar. samples_prompts.png shows six faces under the prompts of SHOWN, as
+    Figure 6.
     """
     batch = held.held_out(cfg.validation_faces)
     hq, lq = batch["hq"], batch["lq"]
@@ -1011,7 +1021,7 @@ def report(cfg, run, held, nets) -> None:
         images["edited"] = in_batches(edit, images["template"], asked["source"], asked["target"], seeds, size=cfg.batch_size)
         images["autoencoder"] = in_batches(recode, hq, size=cfg.batch_size)
 
-    reader, rows, per_attribute = metrics.load_reader("b", cfg.readers).to(run.device), {}, {}
+    reader, rows, per_attribute = metrics.load_reader("b", cfg.readers, NEEDS).to(run.device), {}, {}
     for name, faces in images.items():
         rows[name] = metrics.toy_scores(faces, batch["hq_tar"] if name in ("target", "edited") else hq, reader, lq)
     for name, before in (("target", "source"), ("edited", "template")):
@@ -1058,11 +1068,9 @@ def sample(cfg: Sample) -> None:
 
 def editable(scores, positive=0.6, negative=0.4) -> list:
     """Indices of the attributes that can be switched: sure ones; of siblings, one that is off while another is on."""
-    grouped = {i: group for group in SIBLINGS for i in group}
-
     def switchable(i):
-        if i in grouped:
-            return scores[i] < negative and max(scores[j] for j in grouped[i]) > positive
+        if len(siblings(i)) > 1:
+            return scores[i] < negative and max(scores[j] for j in siblings(i)) > positive
         return scores[i] > positive or scores[i] < negative
     return [i for i in range(len(ATTRIBUTES)) if switchable(i)]
 
@@ -1070,7 +1078,7 @@ def editable(scores, positive=0.6, negative=0.4) -> list:
 def switch(scores, index: int) -> tuple:
     """(scores after switching attribute `index` and what excludes it, +1 switched on or -1 off)."""
     after, sign = [float(s) for s in scores], -1 if scores[index] > 0.5 else 1
-    for i in next((group for group in SIBLINGS if index in group), ()):
+    for i in siblings(index):
         after[i] = 0.0
     after[index] = float(sign > 0)
     return after, sign
@@ -1090,7 +1098,7 @@ def flux_editor(nets, steps: int, size: int) -> Editor:
     classifier-free guidance against the empty prompt, as SD3 does."""
     codec, embedded = nets["codec"], nets["prior"].config.guidance_embeds
 
-    def prompt(prompts, guidance):  # with | without
+    def encode_prompt(prompts, guidance):  # with | without
         return [Prompt(*nets["text"].encode(said), guidance) for said in (prompts, [""] * len(prompts))]
 
     def guided(x, t, prompt):
@@ -1098,7 +1106,7 @@ def flux_editor(nets, steps: int, size: int) -> Editor:
         v = velocity(nets, x, t, asked)
         return v if embedded or asked.guidance == 1 else guide(v, velocity(nets, x, t, empty), asked.guidance)
 
-    return Editor(guided, prompt, codec.encode, lambda z: codec.decode(z).clamp(-1, 1),
+    return Editor(guided, encode_prompt, codec.encode, lambda z: codec.decode(z).clamp(-1, 1),
                   flux_sigmas(steps, (size // codec.token) ** 2))
 
 
@@ -1109,7 +1117,7 @@ def sd3_editor(where: str, steps: int, device, dtype) -> Editor:
     vae, net = pipe.vae, pipe.transformer
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor
 
-    def prompt(prompts, guidance):  # with | without, in one batch
+    def encode_prompt(prompts, guidance):  # with | without, in one batch
         text, no_text, pooled, no_pooled = pipe.encode_prompt(prompts, None, None, negative_prompt=[""] * len(prompts))
         return torch.cat([text, no_text]), torch.cat([pooled, no_pooled]), guidance
 
@@ -1119,7 +1127,7 @@ def sd3_editor(where: str, steps: int, device, dtype) -> Editor:
                       encoder_hidden_states=text, pooled_projections=pooled, return_dict=False)[0].float().chunk(2)
         return guide(v, away, guidance)
 
-    return Editor(guided, prompt,
+    return Editor(guided, encode_prompt,
                   lambda x: (vae.encode(x.to(vae.dtype)).latent_dist.mean.float() - shift) * scale,
                   lambda z: vae.decode((z / scale + shift).to(vae.dtype)).sample.float().clamp(-1, 1),
                   sd3_sigmas(steps, pipe.scheduler.config.shift))
@@ -1139,7 +1147,8 @@ class Judge:
 
     def __init__(self, cfg: BuildPairs, device):
         self.encoder, self.device = load_encoder(cfg, device), device
-        self.identity = self.detector = metrics.load_reader("a", cfg.readers).to(device)
+        needs = ["identity"] * (not cfg.arcface) + ["landmarks"] * (not cfg.fan)
+        self.identity = self.detector = metrics.load_reader("a", cfg.readers, needs).to(device)
         if cfg.arcface:
             self.identity = metrics.load_iresnet(cfg.arcface).requires_grad_(False).to(device)
         if cfg.fan:
@@ -1212,14 +1221,14 @@ def make_jobs(cfg: BuildPairs, faces: Faces, places: list, judge: Judge, done: s
 def pairs(cfg: BuildPairs) -> None:
     """Every pair tries blends, mildest first, until its checks pass. A pair that is listed in pairs.jsonl is done."""
     run, path = Run(cfg), Path(cfg.output) / "pairs.jsonl"
-    for name in ("source", "target"):
-        (run.folder / name).mkdir(parents=True, exist_ok=True)
+    run.folder.mkdir(parents=True, exist_ok=True)
     if cfg.editor == "sd3":
         dtype = torch.bfloat16 if cfg.mixed_precision == "bf16" else torch.float32
         editor = sd3_editor(cfg.pretrained_model_name_or_path, cfg.num_inference_steps, run.device, dtype)
     else:
         editor = flux_editor(load_networks(cfg, run.device), cfg.num_inference_steps, cfg.image_size)
     judge = Judge(cfg, run.device)
+    metrics.load_reader("b", cfg.readers, NEEDS)                   # for the report
     if not cfg.data:
         open_faces(Train())                                        # draws data/toy, once
     faces = Faces(cfg.data or "data/toy/train", cfg.image_size)
@@ -1249,8 +1258,8 @@ def pairs(cfg: BuildPairs) -> None:
                     left.append((row, image, before))
                     continue
                 if not reasons:                                    # first the pictures: a pair that is listed is whole
-                    save_image(image / 2 + 0.5, run.folder / row["source"])
-                    save_image(target / 2 + 0.5, run.folder / row["target"])
+                    write_image(run.folder / row["source"], image)
+                    write_image(run.folder / row["target"], target)
                 row |= dict(accepted=not reasons, scores=scores, reasons=reasons, blend=blend, attempts=number)
                 with open(path, "a") as file:
                     file.write(json.dumps(row) + "\n")
@@ -1265,12 +1274,13 @@ def pairs_report(cfg: BuildPairs, run, path: Path) -> None:
     if not good:
         raise UserError(f"no pair was accepted out of {len(rows)} (failed: {dict(failed)}): see the reasons in {path}; raise "
                         "--target_guidance or --n_max, or loosen a check")
-    batch = Pairs(path.parent, good[::-(-len(good) // 1000)], min(cfg.image_size, 256), "codeformer").held_out(1000)
+    every = math.ceil(len(good) / 1000)
+    batch = Pairs(path.parent, good[::every], min(cfg.image_size, 256), "codeformer").held_out(1000)
     source, target, edited, sign = batch["hq"], batch["hq_tar"], batch["edited"].tolist(), batch["sign"].tolist()
-    numbers = prompt_scores(source, target, edited, sign, metrics.load_reader("b", cfg.readers))
+    numbers = prompt_scores(source, target, edited, sign, metrics.load_reader("b", cfg.readers, NEEDS))
     # identity is ArcFace's where --arcface is given; the paper's data have 0.6387
     identity, per_attribute = statistics.mean(row["scores"]["identity"] for row in good), numbers.pop("per_attribute")
-    numbers |= dict(identity_toy=identity, accepted=len(good), tried=len(rows))
+    numbers |= dict(identity=identity, accepted=len(good), tried=len(rows))
     run.report({"pairs": numbers}, {"source": source, "target": target}, {}, per_attribute=per_attribute, failed=failed,
                config=dataclasses.asdict(cfg))
 

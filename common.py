@@ -816,10 +816,10 @@ def warmup_cosine(steps: int, warmup: int = 0, floor: float = 0.0, first: float 
     return factor
 
 
-def lr_schedule(cfg, steps: int):
-    """factor(step) of the peak by --lr_scheduler and --lr_warmup_steps; the cosine ends at 0.02 at the last of `steps`."""
+def lr_schedule(cfg, steps: int, floor: float = 0.02):
+    """factor(step) of the peak by --lr_scheduler and --lr_warmup_steps; the cosine ends at `floor` at the last of `steps`."""
     if cfg.lr_scheduler == "cosine":
-        return warmup_cosine(steps - cfg.lr_warmup_steps, cfg.lr_warmup_steps, 0.02, 1 / (cfg.lr_warmup_steps + 1))
+        return warmup_cosine(steps - cfg.lr_warmup_steps, cfg.lr_warmup_steps, floor, 1 / (cfg.lr_warmup_steps + 1))
     return lambda step: min(1, (step + 1) / (cfg.lr_warmup_steps + 1))
 
 

@@ -3,10 +3,10 @@
 Paper: "Bridging Information Asymmetry: A Hierarchical Framework for Blind Face Restoration with Reduced Uncertainty", arXiv
 2601.19506 v3; stage 2 is DiffusionNFT (negative-aware fine-tuning). The degraded face is read twice. TA-Tok turns it into
 visual tokens. Qwen3 reads these, and a caption if there is one, and generates the visual tokens of the clean face; its hidden
-states are the semantic tokens. The encoder of the autoencoder, tuned on degraded faces, gives the texture tokens. Both enter
-the cross-attention of SANA, a flow on latents. Training is staged, because parts that are trained at once disturb each other.
-Stage 1.1 aligns meaning, stage 1.2 texture. Stage 2 draws groups of restorations, rewards looks *and* likeness, and moves
-the velocity field towards the better half of each group.
+states, through a connector, are the semantic tokens. The encoder of the autoencoder, tuned on degraded faces, gives the
+texture tokens. Both enter the cross-attention of SANA, a flow on latents. Training is staged, because parts that are trained
+at once disturb each other. Stage 1.1 aligns meaning, stage 1.2 texture. Stage 2 draws groups of restorations, rewards looks
+*and* likeness, and moves the velocity field towards restorations above their group's mean reward.
 
     paper         name here    shape              range       meaning
     x_LQ, x_HQ    lq, hq       (B, 3, S, S)       [-1, 1]     degraded and clean face
@@ -23,7 +23,7 @@ the velocity field towards the better half of each group.
     C             cond         (B, N + 1 + h w, D)            semantic tokens, then texture tokens
     r             r            (B,)               [0, 1]      optimality probability of a roll-out
 
-    [Eq. 1-4] implicit_velocities, nft_loss   [Eq. 5-6] are the Bayesian reading, with nothing to compute
+    [Eq. 1-3] say what minimises Eq. 4: tested   [Eq. 4] nft_loss   [Eq. 5-6] the Bayesian reading, nothing to compute
     [Eq. 7] SemanticIntegrator.generate, token_loss   [Eq. 8] euler_sample, dpm_solver_sample
     [Eq. 9] semantic_loss   [Eq. 10] texture_loss, latent_consistency_loss   [Eq. 11] total_reward   [Eq. 12] optimality
     [Eq. 13-14] implicit_velocities   [Eq. 15] nft_loss
@@ -32,12 +32,13 @@ the velocity field towards the better half of each group.
 Read first: `PrefRestore`, `build_sequence`, `semantic_loss`, `texture_loss`, then the loops `train_alignment` (stage 1) and
 `train_preference`, then `read_face` and `draw_face`. Qwen3, SANA, DC-AE and SigLIP come from transformers and diffusers.
 Run `python pref_restore.py train` (toy faces, CPU) or `train --preset paper --data FFHQ`, a folder with captions.json.
-Left out: the making of captions (Qwen2.5-VL) and the pre-training of BLIP3o-NEXT; toy/sana.py trains a small stand-in.
+Left out: the making of captions (Qwen2.5-VL); the pre-training of BLIP3o-NEXT, toy/sana.py trains a small stand-in; GRPO's
+loop, whose loss and sampler are here. UNSTATED: the paper is silent, and what follows is the source. DIFFERS: we depart from
+the paper, or where it says so from the authors' code.
 """
 import copy
 import dataclasses
 import functools
-import inspect
 import json
 import math
 import re
@@ -49,7 +50,7 @@ from typing import NamedTuple
 
 # common comes first: it sets up OpenMP before torch is imported
 from common import (ATTRIBUTES, DEGRADATIONS, EMA, SIBLINGS, TOY, Run, SampleFlags, TrainFlags, UserError, command_line,
-                    from_folder, load_strict, make_optimizer, mix, open_faces, open_run, read_json, read_weights,
+                    from_folder, load_strict, lr_schedule, make_optimizer, mix, open_faces, open_run, read_json, read_weights,
                     restore_folder, save_part)
 
 import torch
@@ -70,17 +71,17 @@ class Train(TrainFlags):
     output: str = "runs/pref_restore"      # folder for weights, checkpoints, log and pictures
     stage: typing.Literal["all", "1", "1.1", "1.2", "joint", "2"] = "all"  # one stage, 1 (1.1 and 1.2), or all in order
     degradation: typing.Literal[tuple(DEGRADATIONS)] = "pref_restore"  # Eq. 16; the ranges are the authors' code's
-    batch_size: int = 8                    # faces (stage 2: roll-outs of each) per process at a time; paper 128 over 8 GPUs
+    batch_size: int = 8                    # faces per process at a time (stage 2: times --groups roll-outs); paper 128 on 8
     gradient_accumulation_steps: int = 2   # micro-batches per step of stages 1.1 and 1.2
     gradient_checkpointing: bool = True    # recompute layers in the backward pass: less memory, more time
     lr_scheduler: typing.Literal["cosine", "constant"] = "cosine"  # of stages 1.1 and 1.2; stage 2 is constant
-    lr_warmup_steps: int = 500             # warm-up ratio 0.01
-    ema_decay: float = 0.0                 # stage 1 has no average. UNSTATED: authors' code; stage 2 averages by 0.9
+    lr_warmup_steps: int = 500             # of stage 1; paper 0.01 of the steps
+    ema_decay: float = 0.0                 # of stage 1's averaged weights (0: none, UNSTATED: authors); stage 2 averages by 0.9
     pretrained: str = "BLIP3o/BLIP3o-NEXT-SFT-3B"  # run of ours, the authors' layout, or Qwen3 (DIFFERS: 1.7B; paper 0.6B)
     sana: str = "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"  # diffusers folder with transformer/ and vae/
-    ta_tok: str = ""                       # ta_tok.pth, where --pretrained holds no TA-Tok
-    semantic: bool = True                  # Table VII: --no-semantic conditions on texture tokens alone
-    as_printed: bool = False               # where the code differs: SANA's caption layers frozen, no loss on text, Eq. 13-15
+    ta_tok: str = ""                       # ta_tok.pth, in place of the TA-Tok of --pretrained
+    semantic: bool = True                  # Table VII: --no-semantic (with --texture_steps 100000): texture tokens alone
+    as_printed: bool = False               # not the authors' code: SANA's caption layers frozen, no loss on text, Eq. 13-15
     semantic_steps: int = 50_000           # stage 1.1 [sec. V-F, Table IX]; UNSTATED for Table II
     semantic_learning_rate: float = 1e-4   # stage 1.1, peak
     texture_steps: int = 50_000            # stage 1.2; joint training has both: 100 000 [sec. V-F]
@@ -133,7 +134,7 @@ class Sample(SampleFlags):
     caption: str = ""                      # caption of all faces that --captions does not name
     captions: str = ""                     # JSON: {"file name": caption}
     sana: str = ""                         # for the authors' checkpoint: diffusers folder with configs and the VAE
-    ta_tok: str = ""                       # for a checkpoint without TA-Tok: its file
+    ta_tok: str = ""                       # ta_tok.pth, in place of the checkpoint's TA-Tok
     lora: str = ""                         # folder of a preference LoRA in peft's layout
     policy: typing.Literal["current", "base"] = "current"  # after stage 2, or the stage 1 below it
     num_inference_steps: int = 0           # solver steps (0: as trained)
@@ -222,7 +223,7 @@ def caption_room(vocab, count: int, context: int) -> int:
 
 
 def build_sequence(vocab, source, captions, answer=None, tasks=None, context=2048, count=None, ce_on_text=True):
-    """The chat layout as a `Sequence`; source (B, N) visual tokens, or B rows of them or None (text to image).
+    """The chat layout as a `Sequence`. source: visual tokens (B, N), or a list of B rows, None for text to image.
 
         system | user: [N tokens of the degraded face] request (caption) | assistant: <im_start> <S0> [N tokens] <im_end> end
 
@@ -277,14 +278,12 @@ class SimVQ(nn.Module):
         table = self.embedding_proj(self.embedding.weight)
         return F.normalize(table, dim=-1) if self.l2_normalized else table
 
-    def nearest(self, z, table):  # (..., d), (K, d) -> (...) ids
-        if self.l2_normalized:
-            return (z @ table.T).argmax(-1)
-        return (table.square().sum(-1) - 2 * z @ table.T).argmin(-1)     # |z|^2 does not change which is nearest
-
     def forward(self, z):
         z, table = F.normalize(z, dim=-1) if self.l2_normalized else z, self.codebook()
-        ids = self.nearest(z, table)
+        if self.l2_normalized:
+            ids = (z @ table.T).argmax(-1)
+        else:                                                     # |z|^2 does not change which is nearest
+            ids = (table.square().sum(-1) - 2 * z @ table.T).argmin(-1)
         code = table[ids]
         loss = (code - z.detach()).square().mean() + self.commitment * (code.detach() - z).square().mean()
         return z + (code - z).detach(), ids, loss
@@ -323,10 +322,8 @@ class TATok(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
-        quantiser = self.bottleneck["regularizer"]
         with torch.autocast(images.device.type, enabled=False):    # the same tokens in every precision
-            z = self.features(images.float())
-            return quantiser.nearest(F.normalize(z, dim=-1) if quantiser.l2_normalized else z, quantiser.codebook())
+            return self(images.float())[1]
 
 
 # ------------------------------------------------------------------------------------------------ model: integrator
@@ -399,11 +396,9 @@ class SemanticIntegrator(nn.Module):
         cache, ids, mask, states, tokens = DynamicCache(), sequence.ids, sequence.mask.long(), [], []
         place = (mask.cumsum(1) - 1).clamp(min=0)
         visual = self.head[vocab.first_code:vocab.first_code + vocab.codes]
-        # transformers 5 renames the argument; releases before know the old name alone, 5.40 will know the new one alone
-        name = "cache" if "cache" in inspect.signature(self.llm.forward).parameters else "past_key_values"
         for i in range(count + 1):
             hidden = self.llm(input_ids=ids, attention_mask=mask, position_ids=place, use_cache=True,
-                              **{name: cache}).last_hidden_state[:, -1]
+                              cache=cache).last_hidden_state[:, -1]
             states.append(hidden)
             if i < count:
                 tokens.append(pick_token(F.linear(hidden, visual.to(hidden.dtype)), **choice))
@@ -487,7 +482,7 @@ def route(model, stage: str, cfg) -> list:
 class PolicyLinear(nn.Module):
     """One frozen linear layer and two low-rank changes: `current` is trained, `old` lags and draws the roll-outs.
 
-    active "current", "old" or "base": W x + (alpha / rank) B A x, or W x, which is stage 1 bit for bit. `old` is held
+    `active` chooses. "current" and "old" give W x + (alpha / rank) B A x. "base" gives W x, stage 1 bit for bit. `old` is held
     in buffers, so no gradient can ever reach it. A ~ N(0, (1 / rank)^2), B = 0, both float32.
     """
 
@@ -647,8 +642,8 @@ def semantic_loss(model, vocab, cfg, batch, source=None):
     source = model.tatok.encode(batch["lq"]) if source is None else source
     states, sequence = teacher_forced(model, vocab, cfg, batch, source, answer)
     ce = token_loss(states, model.integrator.head, sequence.labels)
-    semantic = answer_states(states, sequence.start, model.tatok.count)
-    diffusion = diffusion_loss(model, cfg, model.condition(semantic), z_hq)
+    states = answer_states(states, sequence.start, model.tatok.count)
+    diffusion = diffusion_loss(model, cfg, model.condition(states), z_hq)
     return ce + cfg.diffusion_weight * diffusion, dict(ce=ce, diffusion=diffusion)
 
 
@@ -673,17 +668,17 @@ def texture_loss(model, vocab, cfg, batch, ce_weight: float = 0.0):
 
     E_psi sees the degraded face and learns from both losses. With ce_weight (`joint_loss`) the language model learns too.
     """
-    z_hq, z_lq, semantic, parts = model.encode(batch["hq"]), model.encode_lq(batch["lq"]), None, {}
+    z_hq, z_lq, answered, parts = model.encode(batch["hq"]), model.encode_lq(batch["lq"]), None, {}
     if cfg.semantic:
         answer, source = model.tatok.encode(batch["hq"]), model.tatok.encode(batch["lq"])
         if not ce_weight:
             answer = write_answers(model, vocab, cfg, batch, source, answer)
         with torch.set_grad_enabled(ce_weight > 0):
             states, sequence = teacher_forced(model, vocab, cfg, batch, source, answer)
-        semantic = answer_states(states, sequence.start, model.tatok.count)
+        answered = answer_states(states, sequence.start, model.tatok.count)
         if ce_weight:
             parts["ce"] = token_loss(states, model.integrator.head, sequence.labels)
-    parts["diffusion"] = diffusion_loss(model, cfg, model.condition(semantic, z_lq), z_hq)
+    parts["diffusion"] = diffusion_loss(model, cfg, model.condition(answered, z_lq), z_hq)
     parts["vae"] = latent_consistency_loss(z_lq.float(), z_hq)
     return ce_weight * parts.get("ce", 0.0) + cfg.diffusion_weight * parts["diffusion"] + parts["vae"], parts
 
@@ -725,10 +720,11 @@ def implicit_velocities(v, v_old, beta: float):
 def nft_loss(v, v_old, x_t, x0, sigma, r, beta, v_ref=None, kl_weight=0.0, adv_clip=5.0, form="x0"):
     """L = E[ r || v+ - (eps - x0) ||^2 + (1 - r) || v- - (eps - x0) ||^2 ]  [Eq. 4, 15] + kl_weight || v - v_ref ||^2.
 
-    v, v_old, v_ref (stage 1's, of the KL term alone), x_t, x0 (B, c, h, w); sigma, r (B,). form "velocity" is the printed
-    loss. DIFFERS: "x0" is the authors' code: the same errors as clean latents, each divided by its own mean size (no gradient
-    through that), times adv_clip / beta. At v = v_old the gradient then has the factor adv_clip (2 r - 1), the advantage in
-    standard deviations: advantage-weighted flow matching. The value there does not depend on r.
+    v, v_old, v_ref, x_t, x0 (B, c, h, w); sigma, r (B,). v_ref is stage 1's velocity, for the KL term alone: not the paper's
+    v_ref, which is v_old here. form "velocity" is the printed loss. DIFFERS: "x0" is the authors' code: the same errors as
+    clean latents, each divided by its own mean size (no gradient through that), times adv_clip / beta. At v = v_old the
+    gradient then has the factor adv_clip (2 r - 1), the advantage in standard deviations: advantage-weighted flow matching.
+    The value there does not depend on r.
     """
     level = sigma.view(-1, *[1] * (x0.dim() - 1))
 
@@ -752,7 +748,7 @@ def old_policy_decay(step: int, kind: int) -> float:
 def grpo_loss(log_prob, old_log_prob, advantage, clip: float):
     """- E min( ratio A, clip(ratio, 1 - clip, 1 + clip) A ), ratio = exp(log_prob - old_log_prob) [Flow-GRPO].
 
-    The baseline of Figure 6: log_prob, old_log_prob, advantage (B,) -> scalar. `sde_sample` draws its roll-outs.
+    The baseline of Figure 6: log_prob, old_log_prob, advantage (B,) -> scalar. `sde_sample` is its sampler.
     """
     ratio = (log_prob - old_log_prob).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
@@ -865,7 +861,7 @@ def latent_shape(model, cfg) -> tuple:
 # File or folder of each network in --rewards, under the names of their releases. CLIP's tokenizer serves all three CLIPs.
 REWARD_FILES = {"hps": "HPS_v2.1_compressed.pt", "clip": "clip-vit-large-patch14", "pick": "PickScore_v1",
                 "identity": "resnet18_110.pth", "lpips": "vgg16-397923af.pth", "lmd": "WFLW_4HG.pth"}
-READS = {"clip": "attributes", "pick": "attributes", "identity": "identity", "lmd": "landmarks"}  # what face readers learned
+READS = {"clip": "attributes", "pick": "attributes", "identity": "identity", "lmd": "landmarks"}  # labels a reader must know
 
 
 def reward_weights(cfg) -> dict:
@@ -1042,14 +1038,6 @@ def micro_batches(batch: dict, pieces: int) -> list:
     return [{name: values[i:i + size] for name, values in batch.items()} for i in range(0, len(batch["hq"]), size)]
 
 
-def learning_rate(cfg, step: int, steps: int, peak: float) -> float:
-    """Of stage 1: a linear warm-up, then a cosine [Table I]. UNSTATED: it ends at 1e-5, authors' code."""
-    warmup, least = cfg.lr_warmup_steps, min(1e-5, peak)
-    if step < warmup or cfg.lr_scheduler == "constant":
-        return peak * min(1, (step + 1) / (warmup + 1))
-    return least + (peak - least) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-
-
 def train_alignment(cfg, run, faces, model, vocab, stage: str):
     """Stage 1.1: Qwen3 generates the clean face's tokens, and its states learn to steer the frozen flow [Eq. 9].
     Stage 1.2: the flow learns to use texture tokens, and E_psi to make them from degraded faces [Eq. 10].
@@ -1061,7 +1049,7 @@ def train_alignment(cfg, run, faces, model, vocab, stage: str):
         "joint": (joint_loss, cfg.semantic_steps + cfg.texture_steps, cfg.texture_learning_rate)}[stage]
     parameters, steps, pieces = route(model, stage, cfg), min(steps, cfg.max_train_steps), cfg.gradient_accumulation_steps
     optimizer = make_optimizer(cfg, parameters, peak, betas=(0.9, 0.999), weight_decay=0.0)                      # [Table I]
-    modules = {"model": model}
+    modules, factor = {"model": model}, lr_schedule(cfg, steps, floor=min(1, 1e-5 / peak))    # UNSTATED: to 1e-5, authors' code
     ema = EMA(modules, cfg.ema_decay)                              # averaged weights, for `sample`
     first = run.load(stage, modules, ema, optimizer)               # 0, or where a stopped run was saved
 
@@ -1071,20 +1059,21 @@ def train_alignment(cfg, run, faces, model, vocab, stage: str):
             with run.autocast():
                 loss, parts = loss_of(model, vocab, cfg, piece)
             (loss / pieces).backward()                             # micro-batches add up their gradients
+            run.note(**parts)
         run.average_gradients(modules)
         grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step, steps, peak)
+            group["lr"] = peak * factor(step)
         optimizer.step()
         ema.update(step)
-        run.log(stage, step, **parts, grad_norm=grad_norm)         # stops a run whose loss is not finite
+        run.log(stage, step, grad_norm=grad_norm)                  # stops a run whose loss is not finite
         run.save(stage, step, modules, ema, optimizer)             # every --checkpointing_steps
 
     model.load_state_dict(ema["model"], strict=False)
 
 
 def train_preference(cfg, run, faces, model, vocab):
-    """Stage 2: the velocity field moves towards the better half of each face's restorations [Eq. 11-15].
+    """Stage 2: the velocity field moves towards restorations above their group's mean reward [Eq. 11-15].
 
     An epoch is one optimiser step. DIFFERS: faces are degraded on the way; the authors' stage 2 reads fixed pairs.
     """
@@ -1098,7 +1087,7 @@ def train_preference(cfg, run, faces, model, vocab):
     first = run.load("2", modules, ema, optimizer)
     greedy, sigmas = dataclasses.replace(cfg, ar="greedy"), sigma_grid(cfg.rollout_steps)
     T, levels = max(1, int(cfg.rollout_steps * cfg.timestep_fraction)), torch.tensor(sigmas[:-1], device=run.device)
-    toy, v_stage1 = "" if cfg.rewards else "_toy", None
+    toy = "" if cfg.rewards else "_toy"
 
     for epoch, batch in run.batches(functools.partial(training_groups, faces, cfg.groups), "2", first, steps):
         # Condition: likeliest tokens, so that the roll-outs of a face differ in their noise alone. Captions go to the
@@ -1106,7 +1095,7 @@ def train_preference(cfg, run, faces, model, vocab):
         with run.autocast():
             cond = read_face(model, vocab, greedy, batch["lq"], [""] * len(batch["lq"])).float().repeat_interleave(K, 0)
         hq, captions = batch["hq"].repeat_interleave(K, 0), [c for c in captions_of(batch) for _ in range(K)]
-        size = cfg.batch_size * cfg.groups
+        size = cfg.batch_size * cfg.groups                        # roll-outs at a time
         pieces = torch.arange(len(hq), device=run.device).split(size)
 
         # Roll out: the old policy draws K restorations of each face, without guidance [Eq. 8]. DIFFERS: sec. IV-C2 says the
@@ -1126,7 +1115,7 @@ def train_preference(cfg, run, faces, model, vocab):
         r = optimality(gathered(reward, run), gathered(group, run), cfg.adv_clip)            # over all processes
         r = r[run.rank * len(hq):][:len(hq)]
 
-        # Update: every roll-out at T levels of its own grid; the better half pulls, the worse half pushes [Eq. 13-15]
+        # Update: every roll-out at T levels of its own grid; it pulls with weight r and pushes with 1 - r [Eq. 13-15]
         optimizer.zero_grad()
         order = torch.rand(len(hq), cfg.rollout_steps, device=run.device).argsort(1)[:, :T]
         for column in range(T):
@@ -1134,8 +1123,8 @@ def train_preference(cfg, run, faces, model, vocab):
                 sigma = levels[order[rows, column]]
                 x_t = interpolate(x0[rows], torch.randn_like(x0[rows]), sigma)
                 with run.autocast():
-                    if cfg.kl_weight or cfg.as_printed:
-                        v_stage1 = frozen_velocity(model, "base", x_t, sigma, cond[rows])
+                    stage1 = cfg.kl_weight or cfg.as_printed
+                    v_stage1 = frozen_velocity(model, "base", x_t, sigma, cond[rows]) if stage1 else None
                     # DIFFERS: v_ref of Eq. 13-14 is stage 1 in print, in the authors' code the old policy
                     v_old = v_stage1 if cfg.as_printed else frozen_velocity(model, "old", x_t, sigma, cond[rows])
                     v = model.velocity(x_t, sigma, cond[rows])
@@ -1187,15 +1176,14 @@ def train(cfg: Train) -> None:
     run = Run(cfg, SETTINGS)
     if "2" in wanted:
         build_rewards(cfg, "cpu")                                  # a missing file is said now, not after days
-    again = cfg.overwrite and not cfg.resume_from_checkpoint
-    files = {part: run.part(part) for part in PARTS if run.part(part) and not (again and part in wanted)}
-    # A stage that is asked for alone is trained, whatever --pretrained has; of several stages those that are not there
+    files = {part: path for part in PARTS if (path := run.part(part))}
+    # A stage that is asked for alone comes from --output or is trained; of several stages, those in --pretrained are taken
     known = [*BEFORE[wanted[0]], *wanted] if len(wanted) > 1 or wanted[0] in files else BEFORE[wanted[0]]
     torch.manual_seed(cfg.seed)                                    # the new texture connector is the same for every --stage
     model, vocab, done = load_parts(cfg, files, known)
-    ready = {*done, *wanted}
-    for stage, before in (("1.2", {"1.1"} if cfg.semantic else ready), ("2", {"1.2", "joint"})):
-        if stage in wanted and stage not in done and not before & ready:
+    needs = {"2": {"1.2", "joint"}} | ({"1.2": {"1.1"}} if cfg.semantic else {})
+    for stage, before in needs.items():
+        if stage in wanted and stage not in done and not before & {*done, *wanted}:
             raise UserError(f"--stage {stage} needs the stages before: train them first, or give a run that has them with "
                             "--pretrained")
     faces, held = open_faces(cfg)                                  # never mirrored: a caption may say left or right
@@ -1233,8 +1221,7 @@ def train(cfg: Train) -> None:
 def recompute_activations(model) -> None:
     """Of SANA and Qwen3, in the backward pass: less memory, more time."""
     model.sana.enable_gradient_checkpointing()
-    llm, renamed = model.integrator.llm, "activation_checkpointing_enable"  # transformers 6 drops the old name
-    llm.activation_checkpointing_enable() if hasattr(llm, renamed) else llm.gradient_checkpointing_enable()
+    model.integrator.llm.activation_checkpointing_enable()
 
 
 # ------------------------------------------------------------------------------------------------ networks, weights
@@ -1273,7 +1260,7 @@ def load_release(folder: Path, sana: str = "", ta_tok: str = "") -> tuple:
         model.sana                                       SANA, else --sana's transformer/
         model.sana_vae, fixed_vae                        decoder and E_psi; E_0, else --sana's vae/, else the same
         model.vae_connector                              texture connector, absent before stage 1.2
-        model.vision_tower.vision_tower                  TA-Tok, else --ta_tok
+        model.vision_tower.vision_tower                  TA-Tok; a given --ta_tok replaces it
 
     Qwen3's sizes come from config.json. Those of SANA and the VAE come from --sana or, without it, are SANA-1.5's.
     """
@@ -1380,7 +1367,10 @@ def tatok_parts(state: dict, arguments) -> tuple:
 
 
 def noise_like(model, cfg, count: int, generator, shared: bool = False):
-    """(count, c, h, w) standard normal on the model's device, from a CPU generator: the same on every machine."""
+    """(count, c, h, w) standard normal on the model's device, from a CPU generator: the same on every machine.
+
+    shared: one draw for all faces.
+    """
     noise = torch.randn((1 if shared else count), *latent_shape(model, cfg), generator=generator)
     return noise.expand(count, -1, -1, -1).to(model.latent_scale.device)
 

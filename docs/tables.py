@@ -44,7 +44,7 @@ DIGITS = {"psnr": 2, "psnr_gain": 2, "source_psnr_gain": 2, "ssim": 3, "fid_toy"
           "hps_std_toy": 4, "pick_std_toy": 4, "clip_std_toy": 4}
 HEADS = {"attribute_accuracy_toy": "asked attribute right", "unguided_accuracy_toy": "without text guidance",
          "source_psnr_gain": "PSNR gain dB", "template_attr_toy": "attr_toy, template", "leakage_toy": "leakage",
-         "cross_prompt_identity_toy": "cross-prompt identity", "identity_toy": "identity", "psnr": "PSNR dB",
+         "cross_prompt_identity_toy": "cross-prompt identity", "psnr": "PSNR dB",
          "psnr_gain": "PSNR gain dB", "ssim": "SSIM", "lmd_toy": "lmd_toy px", "ms_per_face": "ms per face",
          "generator_calls": "network calls", "million_parameters": "parameters, M",
          "reconstruction_psnr": "autoencoder PSNR dB", "seconds": "s"}
