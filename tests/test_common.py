@@ -314,11 +314,12 @@ def tiny_run(cfg, after=lambda stage, step, model: None):
             for x in batch["x"].chunk(cfg.gradient_accumulation_steps):
                 loss = (model(x) - torch.randn(len(x), 1)).square().mean()
                 (loss / cfg.gradient_accumulation_steps).backward()
+                run.note(loss=loss)
             run.average_gradients(modules)
             optimizer.step()
             ema.update(step)
             after(stage, step, model)
-            run.log(stage, step, loss=loss)
+            run.log(stage, step)
             run.save(stage, step, modules, ema, optimizer)
         model.load_state_dict(ema["m"])
         run.finish(stage, {stage: model.state_dict()})
@@ -394,6 +395,16 @@ def test_values_that_are_not_finite_stop_the_run_and_the_checkpoint_is_kept(tmp_
     assert not (tmp_path / "end" / "one.safetensors").exists()
 
 
+def test_a_line_of_the_log_is_the_mean_over_steps_and_micro_batches(tmp_path):
+    run = common.Run(Tiny(output=str(tmp_path), log_steps=2))
+    for step in range(2):
+        for i in range(3):
+            run.note(loss=torch.tensor(float(3 * step + i)))
+        run.log("one", step, grad_norm=torch.tensor(step + 1.0))
+    row, = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert row["loss"] == 2.5 and row["grad_norm"] == 1.5
+
+
 def test_the_log_has_a_row_for_every_save(tmp_path):
     tiny_run(Tiny(output=str(tmp_path), steps=9, log_steps=5, checkpointing_steps=4))
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -406,6 +417,8 @@ def test_another_run_in_the_folder_is_refused_and_replaced_at_the_first_step(tmp
     (tmp_path / "photo.png").write_bytes(b"the user's")
     with pytest.raises(UserError, match="holds another run .*--overwrite replaces it"):
         common.Run(cfg)
+    with pytest.raises(UserError, match="holds another run"):
+        common.Run(dataclasses.replace(cfg, stage="o"))           # as Pref-Restore's 1, which is 1.1 and 1.2
     assert same(first, tiny_run(resumed(cfg)))                    # all is finished: taken as it is
     other = dataclasses.replace(cfg, seed=1, overwrite=True)
     common.Run(other)                                             # a mistake after this deletes nothing
@@ -654,8 +667,9 @@ def test_a_wrong_command_is_one_line_and_a_status(argv, message, capsys):
         call(*argv)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
-    with pytest.raises(UserError, match="from 0 to 1"):
-        common.check_config(common.TrainFlags(ema_decay=1.5))
+    for wrong, text in ((dict(ema_decay=1.5), "from 0 to 1"), (dict(max_grad_norm=0.0), "--max_grad_norm 0")):
+        with pytest.raises(UserError, match=text):
+            common.check_config(common.TrainFlags(**wrong))
 
 
 def test_help_is_grouped_and_its_texts_are_the_comments_beside_the_fields(capsys):

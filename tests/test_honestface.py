@@ -161,7 +161,8 @@ def test_eq6_is_the_argmin_of_a_numpy_loop_in_the_frame_of_the_degraded_face():
     near, large, tiny = lq + 1, lq + 2 * torch.randn(98, 2), .01 * (lq + 20 * torch.randn(98, 2))
     assert lstsq_distance(lq, tiny) < lstsq_distance(lq, large)                 # in its own pixels the tiny face is near
     for wanted, face, *album in ((1, lq, tiny, large), (0, lq, near, near, near), (1, lq, far, near, near),
-                                 (0, lq, lost, lost * math.inf), (0, lost, far, near), (0, lq, near, lost, far)):
+                                 (0, lq, lost, lost * math.inf), (0, lost, far, near), (0, lq, near, lost, far),
+                                 (1, lost, lost, near)):
         assert hf.select_reference(torch.stack(album), face) == wanted
     lq, landmarks = torch.rand(2, 98, 2) * 64, torch.rand(2, 3, 98, 2) * 64      # in a batch: the present one that fits
     landmarks[0, 2] = lq[0] @ torch.tensor([[0.8, 0.1], [-0.2, 1.1]]) + 3

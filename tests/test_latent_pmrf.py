@@ -514,7 +514,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(trained, flags, tmp_path):
     assert same(weights(trained / "out"), weights(tmp_path))
 
 
-def test_a_given_vae_and_swinir_are_used_and_kept(trained, flags, tmp_path):
+def test_a_given_vae_and_swinir_are_used_and_kept(trained, flags, tmp_path, monkeypatch):
     """Released files or a folder of ours: only the flow is trained, and the given weights end up beside it."""
     read = lambda part: safetensors.torch.load_file(trained / "out" / f"{part}.safetensors")
     (tmp_path / "vae").mkdir()
@@ -524,6 +524,17 @@ def test_a_given_vae_and_swinir_are_used_and_kept(trained, flags, tmp_path):
     call(*flags, tmp_path / "ours", "--vae", trained / "out", "--mmse", trained / "out", "--stage", "flow")
     assert same(weights(trained / "out"), weights(tmp_path / "out"))
     assert same(weights(trained / "out"), weights(tmp_path / "ours"))
+    other = {n: t + 0.01 for n, t in read("vae").items()}              # a finished flow stands on another VAE: trained again
+    safetensors.torch.save_file(other, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    call(*flags, tmp_path / "out", "--vae", tmp_path / "vae", "--resume_from_checkpoint", "latest")
+    now, before = weights(tmp_path / "out"), weights(trained / "out")
+    assert not torch.equal(now["flow.patch_in.proj.weight"], before["flow.patch_in.proj.weight"])
+    monkeypatch.setitem(lp.SIZES, "paper", dict(TINY, vae=dict(widths=(8, 12))))
+    for wrong in (dict(vae_style="group_norm"), dict(latent_channels=8), dict(size="paper")):
+        with pytest.raises(common.UserError, match="--vae .*--(vae_style|latent_channels|size)"):
+            lp.load_part(lp.Train(**(dict(size="toy", latent_channels=4) | wrong)), "vae", str(tmp_path / "vae"))
+    with pytest.raises(common.UserError, match="mmse.safetensors: no such file"):
+        lp.load_part(lp.Train(), "mmse", str(tmp_path / "vae"))
 
 
 def restored(folder, name="07"):
