@@ -11,7 +11,7 @@ A block looks like this; the script replaces what stands between the marks, and 
     <!-- piece FILE NAME -->                     one cell: what else of FILE `NAME` needs
 
 NAME.json is the metrics.json of a training run (its rows) or the rows.json of an ablation (mean and standard deviation
-over seeds). Columns are scores; `seconds` and `paper` can be columns of an ablation. `NAME@group` picks the rows of one printed
+over seeds). Columns are scores; `seconds` can be a column of an ablation. `NAME@group` picks the rows of one printed
 table of claims.json, such as `Table_VIII`, or another table of metrics.json, such as `per_attribute`.
 claims.json holds the ablation tables of the papers as printed, each row beside the name of ours and each column beside
 our score; `claims` compares every two rows in every column with our rows of NAME.json. "statements" are comparisons that
@@ -37,13 +37,12 @@ ROWS = {"lq": "degraded", "posterior_mean": "posterior mean", "restored_faces": 
         "source": "restored, prompt of the source", "target": "restored, prompt of the target",
         "template": "restored, template prompt", "prior": "painted by the prior alone",
         "edited": "restored with the template, then edited (FlowEdit)"}
-DIGITS = {"psnr": 2, "psnr_gain": 2, "source_psnr_gain": 2, "ssim": 3, "fid_toy": 3, "deg_toy": 1, "lmd_toy": 2, "ald_e_toy": 2,
+DIGITS = {"psnr": 2, "psnr_gain": 2, "ssim": 3, "fid_toy": 3, "deg_toy": 1, "lmd_toy": 2, "ald_e_toy": 2,
           "lpips_toy": 3, "reconstruction_fid_toy": 3, "reconstruction_lpips_toy": 3, "latent_peak": 2,
           "ald_m_toy": 2, "attr_toy": 3, "quality_toy": 2, "reconstruction_psnr": 2, "seconds": 0, "steps": 0,
           "ms_per_face": 0, "generator_calls": 0, "million_parameters": 1,
           "hps_std_toy": 4, "pick_std_toy": 4, "clip_std_toy": 4}
-HEADS = {"attribute_accuracy_toy": "asked attribute right", "unguided_accuracy_toy": "without text guidance",
-         "source_psnr_gain": "PSNR gain dB", "template_attr_toy": "attr_toy, template", "leakage_toy": "leakage",
+HEADS = {"attribute_accuracy_toy": "asked attribute right", "leakage_toy": "leakage",
          "cross_prompt_identity_toy": "cross-prompt identity", "psnr": "PSNR dB",
          "psnr_gain": "PSNR gain dB", "ssim": "SSIM", "lmd_toy": "lmd_toy px", "ms_per_face": "ms per face",
          "generator_calls": "network calls", "million_parameters": "parameters, M",
@@ -61,11 +60,8 @@ def number(name: str, values: list, extra: int = 0) -> str:
 
 def cells(entries: list, columns: list) -> list:
     """One cell per column for the entries (seeds) of an ablation's row."""
-    found = []
-    for name in columns:
-        values = [entry["scores"].get(name, entry.get(name)) for entry in entries]
-        found.append(values[0] if name == "paper" else number(name, [v for v in values if v is not None]))
-    return found
+    values = {name: [entry["scores"].get(name, entry.get(name)) for entry in entries] for name in columns}
+    return [number(name, [v for v in found if v is not None]) for name, found in values.items()]
 
 
 def table(name: str, columns: list) -> str:
