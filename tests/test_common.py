@@ -366,7 +366,7 @@ def test_a_run_killed_before_or_after_any_write_goes_on_bit_by_bit(tmp_path, mon
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, workers):
     """Clusters send it to the loader's processes too: one that died first would raise in the middle of a step."""
-    cfg = Tiny(output=str(tmp_path), steps=6, checkpointing_steps=100, num_workers=workers)
+    cfg, before = Tiny(output=str(tmp_path), steps=6, checkpointing_steps=100, num_workers=workers), signal.getsignal(signal.SIGINT)
     straight = tiny_run(dataclasses.replace(cfg, output=str(tmp_path / "straight")))
     for number, wanted in ((signal.SIGTERM, 1), (signal.SIGINT, 3)):
         def stop(stage, step, model, number=number, wanted=wanted):
@@ -377,7 +377,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, workers):
         with pytest.raises(UserError, match=f"stopped at step {wanted + 1} of stage two, saved; go on with --resume_from"):
             tiny_run(resumed(cfg), stop)
         assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == wanted + 1
-    assert same(straight, tiny_run(resumed(cfg))) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert same(straight, tiny_run(resumed(cfg))) and signal.getsignal(signal.SIGINT) is before
 
 
 def test_values_that_are_not_finite_stop_the_run_and_the_checkpoint_is_kept(tmp_path):
