@@ -54,6 +54,10 @@ class UserError(ValueError):
     """Something the user can mend: one line that names the file or flag and the remedy."""
 
 
+class Stopped(UserError):
+    """A stop that was asked for, with all saved: no error."""
+
+
 def mix(*numbers) -> int:
     """One 48-bit seed from any integers and strings, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=6).digest(), "big")
@@ -606,8 +610,8 @@ class Run:
                 yield step, {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
                 if self.stop == "saved":
                     self.wait()                                   # torchrun ends all when one ends: rank 0 saves first
-                    raise UserError(f"stopped at step {step + 1} of stage {stage}, saved; go on with "
-                                    "--resume_from_checkpoint latest")
+                    raise Stopped(f"stopped at step {step + 1} of stage {stage}, saved; go on with "
+                                  "--resume_from_checkpoint latest")
         finally:
             source = None                                         # ends the loader's processes, which ignore SIGTERM
             for number, handler in before.items():
@@ -1184,7 +1188,7 @@ def command_line(doc: str, verbs: dict, argv: list | None = None) -> None:
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         text = "the memory is full: give a smaller --batch_size" if memory else str(error)
-        print(text if text.startswith("stopped") else f"error: {text}", file=sys.stderr)
+        print(text if isinstance(error, Stopped) else f"error: {text}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped at once, nothing saved since the last checkpoint", file=sys.stderr)

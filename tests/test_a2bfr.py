@@ -574,7 +574,7 @@ def test_sd3_edits_on_its_own_classes(tmp_path):
 # ---------------------------------------------------------------- the program
 TINY = ["--image_size", "32", "--max_train_steps", "4", "--batch_size", "4", "--rank", "4", "--log_steps", "1",
         "--validation_faces", "2", "--num_inference_steps", "2", "--device", "cpu", "--optimizer", "prodigy", "--learning_rate", "1"]
-call, _ = caller(ab)
+call, refused = caller(ab, libraries_talk=True)
 picture = lambda folder: common.read_image(folder / "restored_faces" / "01.png")
 
 
@@ -586,6 +586,15 @@ def trained(flux, toy_folder, tmp_path_factory):
     call(*flags, "-o", folder / "out")
     toy_pictures(folder / "faces", 3)
     return SimpleNamespace(out=folder / "out", faces=folder / "faces", flags=flags)
+
+
+@pytest.mark.parametrize("name, label", [("a", "attributes"), ("b", "identity")])
+def test_readers_that_never_learned_a_label_are_refused_before_training(trained, tmp_path, capsys, name, label):
+    for other in "ab":
+        about = {"not_trained": json.dumps([label])} if other == name else {}
+        common.save_part(tmp_path / "readers" / f"reader_{other}.safetensors", metrics.load_reader(other).state_dict(), about)
+    line = refused(capsys, *trained.flags, "--readers", tmp_path / "readers", "-o", tmp_path / "out")
+    assert f"reader_{name}.safetensors: was trained without {label}" in line and not (tmp_path / "out").exists()
 
 
 def test_training_leaves_weights_numbers_and_pictures(trained):
